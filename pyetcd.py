@@ -15,15 +15,15 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   checksums, basics, errors, limits, ids, text, messages, codec, urls
+  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
   disk:   files, records, snapshots, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
-  peer:   frames, compatibility, streams, links, transport
-  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
-            journal, monitors, snapshots, waiting, server, auth
+  peer:   compatibility, frames, streams, links, transport
+  member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
+            waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
   life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
@@ -155,11 +155,11 @@ from array import array
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
+from operator import attrgetter
 from struct import unpack_from as _unpack_from
 from typing import (
     Any,
     Callable,
-    Collection,
     Container,
     Deque,
     Dict,
@@ -198,12 +198,99 @@ if not hasattr(select, "epoll"):
 
 
 # ============================================================================
+# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
+# ============================================================================
+
+
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """The TLS settings of one side, client or peer; "" where not given.
+
+    The files are PEM, and read again when one of them changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """A callback without effect; posted, it makes the reactor turn."""
+
+
+# ============================================================================
 # base/checksums -- CRC-32C, the checksum of etcd's files.
 # ============================================================================
 
 
 def _crc_table(zeros: int) -> List[int]:
-    """The CRC-32C of each byte followed by so many zero bytes.
+    """Return the CRC-32C of each byte followed by so many zero bytes.
 
     The CRC is linear over XOR, so eight single-bit values give all 256.
     """
@@ -224,9 +311,9 @@ _CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte here, one a step 110;
-    tables of 64 K entries only win while nothing else uses the cache.  Long data are folded
-    first: 1 KB takes 19 us instead of 55, 64 KB 160 us.
+    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte, one a step 110; tables
+    of 64 K entries win only if they have the cache alone.  Long data are folded first: 1 KB takes
+    19 us instead of 55, 64 KB 160 us.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -282,8 +369,8 @@ CRC_LANE_BYTES_MAX = 1_024          # longer ones are folded
 def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
     """Return the CRC-32C after each of `pieces`, continued from `crc`.
 
-    Many short ones of about one length are summed side by side: 30 of 140 bytes in 2.7 us each
-    instead of 6.1, 130 in 1.8.
+    Many short pieces of about one length are summed side by side: 30 of 140 bytes take 2.7 us
+    each instead of 6.1, 130 take 1.8.
     """
     longest = max(map(len, pieces), default=0)
     state, crcs = crc ^ 0xFFFFFFFF, []
@@ -304,7 +391,7 @@ def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
 
 
 def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
-    """Return the remainders of `pieces`, each begun with 0, before which zeros do not count.
+    """Return the remainder of each of `pieces`, with the start value 0: leading zeros do not count.
 
     All first words lie together, then all second ones, ..., as four planes of bytes: one
     operation on integers and strings of that length works on all pieces.  The first half of the
@@ -348,7 +435,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_powers(zeros: int) -> List[array[int]]:
-    """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
+    """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
         table = [0]
@@ -361,101 +448,11 @@ def _crc_powers(zeros: int) -> List[array[int]]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
-    """The same for each byte of the result, as tables of bytes.translate."""
+    """Return _crc_powers() for each byte of the result, as tables of bytes.translate."""
     return [
         [bytes([value >> shift & 255 for value in table]) for table in _crc_powers(zeros)]
         for shift in range(0, 32, 8)
     ]
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() takes nothing but a trailing slash off an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )
-
-
-# ============================================================================
-# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
-# ============================================================================
-
-
-def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
-    if is_clean_path(path):
-        return path.rstrip("/") or "/"
-    parts: List[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if parts:
-                parts.pop()
-        elif part and part != ".":
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-class TlsFiles(NamedTuple):
-    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
-
-    Read by section TLS, again whenever one of the files changes.
-    """
-
-    cert_file: str = ""
-    key_file: str = ""
-    trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
-    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
-    crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # host that a client certificate must be for
-    allowed_cn: str = ""                # common name that it must have
-
-
-class Backoff:
-    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now."""
-        wait_s = self._next_s
-        self._next_s = min(wait_s * 2, self._max_s)
-        return wait_s
-
-    def reset(self) -> None:
-        """Begin again with first_s."""
-        self._next_s = self._first_s
-
-
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
-
-
-def descriptors_max(kept: int, part: int) -> int:
-    """Return how many descriptors may be open if `kept` of those that the system allows must be
-    left, or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
-
-
-def fsync_dir(path: str) -> None:
-    """Make names created, renamed or removed in directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _nothing() -> None:
-    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -697,11 +694,11 @@ class InvariantError(Exception):
 
 __version__ = "0.4.0"
 
-SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 compatibility identity)
+SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
-REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+REGISTRY_KEY = "/_etcd/registry"    # tokens of the discovery service
 V3_REFUSAL = "pyetcd has the v2 API only: set ETCDCTL_API=2, or use HTTP/1.1 below /v2/keys"
 
 DEFAULT_NAME = "default"
@@ -722,10 +719,10 @@ SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot f
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
-READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
+READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
-                                    # members; above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
+                                    # above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -736,7 +733,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
-CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
+CALL_BODY_BYTES_MAX = 4 << 20       # of an answer of a registry or member; above: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 413, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -750,19 +747,19 @@ CHUNKED_SLICE_BYTES = 16 << 10      # of it decoded, if it is chunked: 2,700 chu
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
                                     # calls, half of it for peers too; above: as CONNECTIONS_MAX
-REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
 HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # ones are closed
+                                    # are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
-OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
-UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
-SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
+UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
+UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
+SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -777,14 +774,14 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
-WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
+WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
-SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+SYNC_SECONDS = 0.5                  # between two searches of the leader for expired keys
 REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
-REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
+REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
 
@@ -804,19 +801,19 @@ REPAIR_HINT = (
 logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
 
 
-# What ends a line, moves the cursor or reverses what follows, and halves of characters.
+# Characters that end a line, move the cursor or reverse the text, and surrogates.
 _UNPRINTABLE = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Return `text` so that it cannot be taken for two lines, or for another one."""
+    """Escape `text` so that it cannot pass for two lines, or for another line."""
     text = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
     return text if len(text) <= LOG_LINE_CHARS_MAX else text[:LOG_LINE_CHARS_MAX] + "..."
 
 
 def _make_one_line(record: logging.LogRecord) -> bool:
-    """A filter: names, keys, headers and what peers say may hold anything."""
+    """Filter a record: names, keys, headers and texts of peers may hold any character."""
     record.msg, record.args = one_line(record.getMessage()), None
     return True
 
@@ -824,7 +821,7 @@ def _make_one_line(record: logging.LogRecord) -> bool:
 def package_logger(package: str) -> logging.Logger:
     """Return the logger whose lines read `<package>: message` in etcd's format."""
     logger = logging.getLogger("pyetcd." + package)
-    logger.addFilter(_make_one_line)            # once, however often
+    logger.addFilter(_make_one_line)            # no effect if it has it
     return logger
 
 
@@ -841,7 +838,6 @@ class IdGenerator:
         self._low = (now_ms & ((1 << 40) - 1)) << 8
 
     def next(self) -> int:
-        """Return the next id, a 64-bit int."""
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
 
@@ -851,27 +847,32 @@ class IdGenerator:
 # ============================================================================
 
 
+_Result = TypeVar("_Result")
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """Run a generator of steps to its end; return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")     # a byte that is not UTF-8, by surrogateescape
 _JSON_UNSAFE = re.compile('[\x00-\x1f"\\\\<>&\u2028\u2029\ud800-\udfff]')
 _JSON_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _json_escape(match: re.Match[str]) -> str:
-    char = match.group()
-    if "\ud800" <= char <= "\udfff":
-        return "\\ufffd"            # one byte that is not UTF-8, kept by surrogateescape
-    return _JSON_SHORT.get(char) or "\\u%04x" % ord(char)
-
-
 _JSON_ESCAPES = {
     char: _JSON_SHORT.get(char) or f"\\u{ord(char):04x}"
     for char in ("\\", '"', *map(chr, range(0x20)), *"<>&\u2028\u2029")
 }
 _JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
-_JSON_LONG_CHARS = 200              # from here on the table is faster than the expression
+_JSON_LONG_CHARS = 200              # from this length the table is faster than the expression
 
 
 def is_plain_json(text: str) -> bool:
-    """True if nothing in `text` has to be escaped; meant for long text.
+    """True if no character of `text` has to be escaped; meant for long text.
 
     A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
     """
@@ -883,36 +884,45 @@ def is_plain_json(text: str) -> bool:
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
     if len(text) >= _JSON_LONG_CHARS:
-        return f'"{_json_inside(text)}"'
+        return f'"{_escape_long(text)}"'
     if _JSON_UNSAFE.search(text) is None:
         return f'"{text}"'
-    return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+    escaped = _JSON_UNSAFE.sub(lambda match: _JSON_ESCAPES.get(match[0], "\\ufffd"), text)
+    return f'"{escaped}"'
 
 
-def _json_inside(text: str) -> str:
-    """What json_string() puts between the quotes; meant for long text."""
-    return text if is_plain_json(text) else _escape_long(text)
+def _escape_long(text: str) -> str:
+    """Escape as json_string() does, in one pass per character: 10 MB of quotes take 0.1 s, not 3.
+
+    Returns the same object if `text` is plain.
+    """
+    if is_plain_json(text):
+        return text
+    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
+        if char in text:
+            text = text.replace(char, escape)
+    return text if is_unicode(text) else _SURROGATE.sub(r"\\ufffd", text)
 
 
-# A long text as it is kept: what stands between the quotes of its JSON, in pieces of which each
-# is the JSON of some characters.  All answers, snapshots and listings share the pieces.
+# The stored form of a long text: its JSON without the quotes, in pieces of which each is the JSON
+# of some characters.  All answers, snapshots and listings share the pieces.
 LongText = Tuple[bytes, ...]
 Value = Union[str, LongText]
 LONG_TEXT_STEP_BYTES = 1 << 15      # one piece: 2 ms where every character has to be escaped
-_PLAIN_PIECES = 32                  # which take as long as two of those
+_PLAIN_PIECES = 32                  # pieces without an escape that take as long as two with
 
 
 def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None, None, LongText]:
-    """Return as_unicode(text_of(data)) as it is kept, in steps of some ms."""
+    """Return the stored form of as_unicode(text_of(data)), in steps of some ms."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     pieces: List[bytes] = []
     work = 0
     for start in range(0, len(data), LONG_TEXT_STEP_BYTES):
         end = start + LONG_TEXT_STEP_BYTES
         text = decode(data[start:end], end >= len(data))
-        inside = _json_inside(text)
-        pieces.append(inside.encode())
-        work += 1 if inside is text else _PLAIN_PIECES // 2
+        escaped = _escape_long(text)
+        pieces.append(escaped.encode())
+        work += 1 if escaped is text else _PLAIN_PIECES // 2
         if work >= _PLAIN_PIECES:
             work = 0
             yield
@@ -920,14 +930,8 @@ def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None
 
 
 def long_text(text: str) -> LongText:
-    """Return `text`, which is Unicode, as it is kept if it is long; at once."""
-    steps = long_text_steps(text.encode())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            pieces: LongText = end.value
-            return pieces
+    """Return the stored form of `text`, which is Unicode."""
+    return finish(long_text_steps(text.encode()))
 
 
 def text_of_long(pieces: Iterable[bytes]) -> str:
@@ -936,7 +940,7 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
-    """Encode texts, joined where they follow each other; what is bytes stays as it is."""
+    """Encode texts, joined where they follow each other; bytes stay as they are."""
     pieces: List[bytes] = []
     strings: List[str] = []
     for text in texts:
@@ -950,14 +954,6 @@ def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     if strings:
         pieces.append("".join(strings).encode())
     return pieces
-
-
-def _escape_long(text: str) -> str:
-    """What the expression does, in one pass per character: 10 MB of quotes take 0.1 s, not 3 s."""
-    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
-        if char in text:
-            text = text.replace(char, escape)
-    return text if is_unicode(text) else _JSON_UNSAFE_SURROGATE.sub(r"\\ufffd", text)
 
 
 def json_text(value: object) -> str:
@@ -994,16 +990,13 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(text: str) -> str:
-    """Return `text` with U+FFFD for what is not UTF-8: JSON, and a snapshot, hold no more."""
+    """Return `text` with U+FFFD for bytes that are not UTF-8: no JSON or snapshot can hold them."""
     if is_unicode(text):
         return text
     try:
         return utf8(text).decode("utf-8", "replace")
     except UnicodeEncodeError:          # half of a surrogate pair, escaped in JSON
-        return _JSON_UNSAFE_SURROGATE.sub("\ufffd", text)
-
-
-_JSON_UNSAFE_SURROGATE = re.compile("[\ud800-\udfff]")
+        return _SURROGATE.sub("\ufffd", text)
 
 
 _ESCAPE_MARKS = bytes(
@@ -1017,7 +1010,7 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
 
     plus  a `+` is a space, as in forms
     Raises ValueError with the first three bytes that look like an escape and are none.
-    urllib takes 400 ns for an escape, and 100 bytes of memory, while nothing else runs.
+    urllib takes 400 ns and 100 bytes of memory for an escape, and holds the GIL.
     """
     if b"%" not in data:
         return data.replace(b"+", b" ") if plus else data
@@ -1030,6 +1023,9 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
     return binascii.a2b_qp(data.replace(b"=", b"=3D").replace(b"%", b"="))
 
 
+_EPOCH = datetime(1970, 1, 1)
+
+
 def format_time(unix_ns: int) -> str:
     """Return RFC 3339 in UTC with up to 9 fraction digits, trailing zeros removed."""
     seconds, nanos = divmod(unix_ns, NS)
@@ -1038,7 +1034,7 @@ def format_time(unix_ns: int) -> str:
 
 
 def format_local_time(unix_ns: int) -> str:
-    """Return RFC 3339 in the zone of this machine, as Go shows what it read from the clock."""
+    """Return RFC 3339 in the zone of this machine, as Go shows a reading of the clock."""
     offset_s = time.localtime(unix_ns // NS).tm_gmtoff
     if not offset_s:
         return format_time(unix_ns)
@@ -1047,16 +1043,13 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_EPOCH = datetime(1970, 1, 1)
-
-
 _RFC3339 = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
 )
 
 
 def load_json(text: Union[str, bytes]) -> Any:
-    """Return the value of JSON that another has written.  Raises ValueError, for depth as well."""
+    """Return the value of foreign JSON.  Raises ValueError, for depth as well."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -1069,7 +1062,7 @@ def parse_time(text: str) -> int:
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
     moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - datetime(1970, 1, 1)) // timedelta(seconds=1)
+    seconds = (moment - _EPOCH) // timedelta(seconds=1)
     if match.group(8):
         offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
         seconds += -offset if match.group(8) == "+" else offset
@@ -1091,20 +1084,17 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{text}" if minutes else text
 
 
+_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
+_GO_SHORT = {**_JSON_SHORT, "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
+
+
 def go_quote(text: str) -> str:
     """Return `text` in double quotes as Go's %q shows it."""
     return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
 
 
-_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
-_GO_SHORT = {
-    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
-    "\t": "\\t", "\v": "\\v",
-}
-
-
 def _go_escape(match: re.Match[str]) -> str:
-    char = match.group()
+    char = match[0]
     code = ord(char)
     if char in _GO_SHORT:
         return _GO_SHORT[char]
@@ -1120,7 +1110,6 @@ HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refus
 
 
 def is_ip(text: str) -> bool:
-    """True for a literal IPv4 or IPv6 address."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, UnicodeError, ValueError):
             socket.inet_pton(family, text)
@@ -1129,7 +1118,7 @@ def is_ip(text: str) -> bool:
 
 
 def split_url(url: str) -> Tuple[str, str, str]:
-    """Return (scheme in lower case, authority, what follows) of a URL; parts may be empty.
+    """Return (scheme in lower case, authority, rest) of a URL; parts may be empty.
 
     Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
     `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
@@ -1149,7 +1138,7 @@ def split_url(url: str) -> Tuple[str, str, str]:
 
 
 def _authority_error(authority: str) -> str:
-    """Say what is wrong with `user@host:port`; "" if nothing is."""
+    """Return the error of `user@host:port`, or ""."""
     user, _, address = authority.rpartition("@")
     host, port = split_address(address)
     plain = host[1:-1] if host.startswith("[") else host
@@ -1183,7 +1172,7 @@ def split_address(address: str) -> Tuple[str, str]:
 
 
 def _is_name(host: str) -> bool:
-    """True for a name that a resolver can be asked for, and for ""."""
+    """True for a name that a resolver can look up, and for ""."""
     if len(host) > HOST_CHARS_MAX or not host.isprintable():
         return False
     with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
@@ -1243,14 +1232,14 @@ class ConfChangeType(IntEnum):
 
 
 class EntryID(NamedTuple):
-    """Where an entry stands: its term and its index."""
+    """The place of an entry in the log."""
 
     term: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 class HardState(NamedTuple):
-    """What a member must remember across a crash (Raft thesis fig. 3.1)."""
+    """The state that survives a crash (Raft thesis fig. 3.1)."""
 
     term: int = 0
     vote: int = 0
@@ -1283,7 +1272,7 @@ class Request(NamedTuple):
     refresh: Optional[bool] = None
 
     def as_unicode(self) -> Request:
-        """Return the command as every member applies it: without what a snapshot would replace."""
+        """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
             return self
@@ -1305,8 +1294,8 @@ class Entry:
     """One log entry.
 
     request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: the disk has it, so it
-             is not kept any more
+    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
+             cache is dropped
     """
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
@@ -1322,11 +1311,6 @@ class Entry:
         self.request = request
         self.encoded: Optional[bytes] = b""
 
-    @property
-    def id(self) -> EntryID:
-        """Where this entry stands."""
-        return EntryID(self.term, self.index)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entry) and (self.type, self.term, self.index, self.data) == (
             other.type, other.term, other.index, other.data
@@ -1339,7 +1323,7 @@ class Entry:
 class Snapshot(NamedTuple):
     """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
 
-    state  what a store reads in `data`, where that was done already; never encoded
+    state  the decoded `data`, if known (StoreState); never encoded
     """
 
     data: bytes = b""
@@ -1387,7 +1371,8 @@ class Message:
 # ============================================================================
 # base/codec -- The wire codec: etcd's protobuf messages, byte for byte.
 # ----------------------------------------------------------------------------
-# Fields ascend, and a non-nullable field is written even when zero.
+# Fields ascend, and a non-nullable field is written even when zero.  Every decode_x is the inverse
+# of encode_x and raises CodecError.
 # Source: etcd 2.3 raft/raftpb, wal/walpb, snap/snappb, etcdserver/etcdserverpb.
 # ============================================================================
 
@@ -1395,6 +1380,7 @@ class Message:
 _BYTE = [bytes((value,)) for value in range(128)]
 _SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
 Buffer = Union[bytes, bytearray, memoryview]
+Schema = Mapping[int, Tuple[str, int, Callable[[Any], Any]]]    # number: name, wire type, convert
 
 
 def encode_varint(value: int) -> bytes:
@@ -1445,8 +1431,7 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
 
     Raises CodecError for anything that is not protobuf, and for more than `limit` fields: a
-    later one replaces an earlier one, so millions are only work.  Unknown fields are yielded like
-    known ones and skipped by the callers.
+    later one replaces an earlier one, so millions are only work.  Callers skip unknown fields.
     """
     offset, end = 0, len(data)
     for _ in range(limit + 1):
@@ -1476,21 +1461,19 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     raise CodecError(f"more than {limit} fields")
 
 
-def _want(wire_type: int, expected: int, what: str) -> None:
+def check_wire_type(wire_type: int, expected: int, owner: str) -> None:
     if wire_type != expected:
-        raise CodecError(f"{what}: wire type {wire_type}, expected {expected}")
+        raise CodecError(f"{owner}: wire type {wire_type}, expected {expected}")
 
 
-def _decode_known(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]], what: str
-) -> Dict[str, Any]:
-    """Decode the single-valued fields that `schema` names: number -> (name, wire type, convert)."""
+def decode_known(data: Buffer, schema: Schema, owner: str) -> Dict[str, Any]:
+    """Decode the single-valued fields of `schema`."""
     values: Dict[str, Any] = {}
     for number, wire_type, value in decode_fields(data):
         known = schema.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, what)
+            check_wire_type(wire_type, expected, owner)
             values[name] = convert(value)
     return values
 
@@ -1500,7 +1483,6 @@ def _bytes_field(tag: bytes, data: bytes) -> bytes:
 
 
 def encode_hard_state(state: HardState) -> bytes:
-    """raftpb.HardState."""
     return b"\x08%b\x10%b\x18%b" % (
         encode_varint(state.term), encode_varint(state.vote), encode_varint(state.commit)
     )
@@ -1510,12 +1492,11 @@ _HARD_STATE = {1: ("term", 0, int), 2: ("vote", 0, int), 3: ("commit", 0, int)}
 
 
 def decode_hard_state(data: Buffer) -> HardState:
-    """Inverse of encode_hard_state.  Raises CodecError."""
-    return HardState(**_decode_known(data, _HARD_STATE, "HardState"))
+    return HardState(**decode_known(data, _HARD_STATE, "HardState"))
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
+    """Data is left out when empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -1528,7 +1509,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_entry_head(entry: Entry) -> bytes:
-    """What comes before the data in encode_entry()."""
+    """Return the part of encode_entry() before the data."""
     head = encode_entry(Entry(entry.type, entry.term, entry.index))
     return b'%b"%b' % (head, encode_varint(len(entry.data))) if entry.data else head
 
@@ -1539,15 +1520,14 @@ _PLAIN_ENTRY = re.compile(b'\x08\0\x10%b\x18%b"%b' % ((_VARINT,) * 3))
 
 
 def decode_entry(data: Buffer) -> Entry:
-    """Inverse of encode_entry.  Raises CodecError."""
-    plain = _PLAIN_ENTRY.match(data)    # what most are: 2 us instead of 7
+    plain = _PLAIN_ENTRY.match(data)    # the usual form: 2 us instead of 7
     if plain is not None:
         term, index, size = map(_varint_value, plain.groups())
         if size == len(data) - plain.end():
             entry = Entry(0, term, index, bytes(data[plain.end():]))
             entry.encoded = bytes(data)
             return entry
-    return Entry(**_decode_known(data, _ENTRY, "Entry"))
+    return Entry(**decode_known(data, _ENTRY, "Entry"))
 
 
 @functools.lru_cache(maxsize=1_024)     # of terms and sizes
@@ -1555,13 +1535,7 @@ def _varint_value(data: bytes) -> int:
     return decode_varint(data, 0)[0]
 
 
-def entry_size(entry: Entry) -> int:
-    """Bytes of encode_entry(entry), close enough for flow control (never less)."""
-    return len(entry.data) + 40
-
-
 def encode_conf_change(change: ConfChange) -> bytes:
-    """raftpb.ConfChange."""
     head = b"\x08%b\x10%b\x18%b" % (
         encode_varint(change.id), encode_varint(change.type), encode_varint(change.node_id)
     )
@@ -1574,17 +1548,16 @@ _CONF_CHANGE = {
 
 
 def decode_conf_change(data: Buffer) -> ConfChange:
-    """Inverse of encode_conf_change.  Raises CodecError."""
-    return ConfChange(**_decode_known(data, _CONF_CHANGE, "ConfChange"))
+    return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
 def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """raftpb.Snapshot; None is the empty one that every Message carries."""
+    """None is the empty snapshot that every Message carries."""
     return b"".join(encode_snapshot_parts(snapshot))
 
 
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Do encode_snapshot() without a copy of its data."""
+    """Encode a snapshot without a copy of its data."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
     before, after = encode_snapshot_around(
@@ -1596,7 +1569,7 @@ def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
 def encode_snapshot_around(
     size: int, voters: Iterable[int], snapshot_id: EntryID
 ) -> Tuple[bytes, bytes]:
-    """Return what stands before and after the `size` bytes of data in a raftpb.Snapshot."""
+    """Return the parts of a raftpb.Snapshot before and after its `size` bytes of data."""
     conf_state = b"".join(b"\x08" + encode_varint(voter) for voter in voters)
     metadata = b"%b\x10%b\x18%b" % (
         _bytes_field(b"\x0a", conf_state), encode_varint(snapshot_id.index),
@@ -1610,16 +1583,10 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped.  Raises CodecError."""
-    values: Dict[str, Any] = {}
-    for number, wire_type, value in decode_fields(data):
-        if number == 1:
-            _want(wire_type, 2, "Snapshot")
-            values["data"] = bytes(value)
-        elif number == 2:
-            _want(wire_type, 2, "Snapshot")
-            values.update(_decode_known(value, _SNAPSHOT_METADATA, "SnapshotMetadata"))
-    return Snapshot(**values)
+    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    values = decode_known(data, _SNAPSHOT, "Snapshot")
+    metadata = values.pop("metadata", b"")
+    return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
@@ -1629,7 +1596,7 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
         if number == 1 and wire_type == 0:
             voters.append(value)
         elif number == 1:
-            _want(wire_type, 2, "ConfState")
+            check_wire_type(wire_type, 2, "ConfState")
             offset = 0
             while offset < len(value):
                 voter, offset = decode_varint(value, offset)
@@ -1639,10 +1606,10 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
     return tuple(voters)
 
 
-_SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_SNAPSHOT: Schema = {1: ("data", 2, bytes), 2: ("metadata", 2, bytes)}
+_SNAPSHOT_METADATA: Schema = {
     1: ("voters", 2, _decode_voters), 2: ("index", 0, int), 3: ("term", 0, int),
 }
-
 
 SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
 
@@ -1662,12 +1629,11 @@ def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
 
 
 def encode_message(message: Message) -> bytes:
-    """raftpb.Message; the snapshot is written even when empty."""
     return b"".join(encode_message_parts(message))
 
 
 def encode_message_parts(message: Message) -> List[bytes]:
-    """Do encode_message() without a copy of what is long."""
+    """Encode a message, with no copy of long data; the snapshot is written even when empty."""
     parts = [
         b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
             encode_varint(message.type), encode_varint(message.to),
@@ -1692,14 +1658,12 @@ def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
     return snapshot if snapshot.index else None
 
 
-_MESSAGE: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_MESSAGE: Schema = {
     1: ("type", 0, int), 2: ("to", 0, int), 3: ("sender", 0, int), 4: ("term", 0, int),
     5: ("log_term", 0, int), 6: ("index", 0, int), 8: ("commit", 0, int),
     9: ("snapshot", 2, _snapshot_or_none), 10: ("reject", 0, bool), 11: ("reject_hint", 0, int),
     12: ("context", 2, bytes),
 }
-
-
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
@@ -1709,7 +1673,7 @@ _PLAIN_MESSAGE = re.compile(
 
 
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
-    """Return the message if it is one of numbers alone, as most answers are: 3 us, not 13."""
+    """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
     if plain is None or plain.group(8) == b"\1":
         return None
@@ -1722,26 +1686,15 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def finish(steps: Generator[None, None, _Result]) -> _Result:
-    """Do all of a work in steps at once; return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
-
-
 def decode_message(data: Buffer) -> Message:
-    """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
     return finish(decode_message_steps(data))
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Do decode_message() in steps of 1 ms at most, or of one entry."""
+    """Decode a message in steps of 1 ms at most, or of one entry.
+
+    Raises CodecError, also for a type that no etcd knows.
+    """
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -1751,7 +1704,7 @@ def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
 
 
 STEP_ENTRIES = 200                  # of a peer's message, decoded or checked in one step
-STEP_BYTES = 1 << 18                # ... or as much data, or more with the last of them
+STEP_BYTES = 1 << 18                # of data in one step, or more with the last entry
 
 
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
@@ -1760,7 +1713,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
-            _want(wire_type, 2, "Message")
+            check_wire_type(wire_type, 2, "Message")
             entries.append(decode_entry(value))
             work += STEP_BYTES // STEP_ENTRIES + len(value)
             if work > STEP_BYTES:
@@ -1773,7 +1726,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, "Message")
+            check_wire_type(wire_type, expected, "Message")
             values[name] = convert(value)
     return Message(entries=entries, **values)
 
@@ -1781,7 +1734,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given.
+    """All fields are written, PrevExist and Refresh only when given.
 
     val, prev_value  the texts encoded, in pieces, where that is known
     """
@@ -1792,7 +1745,7 @@ def encode_request(
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        b"\x22", encode_varint(sum(map(len, val))), *val,   # no copy more than needed
+        b"\x22", encode_varint(sum(map(len, val))), *val,
         b"\x28", _BYTE[request.dir],
         b"\x32", encode_varint(sum(map(len, prev_value))), *prev_value,
         b"\x38", encode_varint(request.prev_index),
@@ -1810,7 +1763,6 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """The part of encode_request that says what is done to which key."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -1818,9 +1770,9 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """encode_request of a Request with nothing but a value: 0.8 us instead of 2.3.
+    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
 
-    target  its encode_target
+    target  encode_target() of it
     """
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
@@ -1830,7 +1782,6 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Return `value` as 64-bit signed arithmetic leaves it: wrapped around."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 
@@ -1838,7 +1789,7 @@ def _text(value: Buffer) -> str:
     return text_of(bytes(value))
 
 
-_REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_REQUEST: Schema = {
     1: ("id", 0, int), 2: ("method", 2, _text), 3: ("path", 2, _text), 4: ("val", 2, _text),
     5: ("dir", 0, bool), 6: ("prev_value", 2, _text), 7: ("prev_index", 0, int),
     8: ("prev_exist", 0, bool), 9: ("expiration", 0, wrap_int64), 10: ("wait", 0, bool),
@@ -1846,14 +1797,17 @@ _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-
+_LONG_REQUEST: Schema = {
+    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
+}
+LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
 
 
 def _decode_plain_put(data: bytes) -> Optional[Request]:
-    """Return the command if it is a PUT of a value and nothing else: 2 us instead of 12."""
+    """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
     if head is None or not data.endswith(_PLAIN_REST):
         return None
@@ -1871,7 +1825,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
 
     A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.  Raises CodecError.
+    Request has an upper-case method name there.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
@@ -1880,9 +1834,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     return None if values is None else Request(**values)
 
 
-def _request_fields(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]]
-) -> Optional[Dict[str, Any]]:
+def _request_fields(data: Buffer, schema: Schema) -> Optional[Dict[str, Any]]:
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -1890,21 +1842,17 @@ def _request_fields(
         raise CodecError("Request: method is not a string")
     if bytes(nested[:1]) == b"\x08":
         data = nested
-    return _decode_known(data, schema, "Request")
-
-
-_LONG_TEXTS = {4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
-LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
+    return decode_known(data, schema, "Request")
 
 
 def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]:
     """Do decode_request() in steps of some ms; long texts become LongText, all are Unicode."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
     if values is None:
         return None
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
-        if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
+        if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
             text: LongText = yield from long_text_steps(value)
             values[name] = text
         else:
@@ -1914,37 +1862,33 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
 
 
 def decode_request_head(data: bytes) -> Optional[Request]:
-    """Do decode_request() without the texts, however long they are.  Raises CodecError."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
-    if values is None:
-        return None
-    return Request(**{**values, "val": "", "prev_value": ""})
+    """Do decode_request() without the texts, at once even if they are long."""
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
+    return None if values is None else Request(**{**values, "val": "", "prev_value": ""})
 
 
 def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
     """Do encode_request() of long texts in steps of some ms."""
-    texts: Dict[bytes, List[bytes]] = {}
-    for tag, text in ((b"\x22", request.val), (b"\x32", request.prev_value)):
-        pieces = []
+    texts: List[List[bytes]] = [[], []]
+    for pieces, text in zip(texts, (request.val, request.prev_value)):
         for start in range(0, len(text), LONG_REQUEST_BYTES):
             pieces.append(utf8(text[start:start + LONG_REQUEST_BYTES]))
             if len(pieces) % 8 == 0:
                 yield
-        texts[tag] = pieces
-    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, *texts)
     yield                               # the copy took some ms
     return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:
-    """etcdserverpb.Metadata, the identity in every WAL file."""
+    """Encode the identity in every WAL file (etcdserverpb.Metadata)."""
     return b"\x08%b\x10%b" % (encode_varint(member_id), encode_varint(cluster_id))
 
 
 def decode_metadata(data: Buffer) -> Tuple[int, int]:
-    """Return (member_id, cluster_id).  Raises CodecError."""
+    """Return (member_id, cluster_id)."""
     schema = {1: ("member_id", 0, int), 2: ("cluster_id", 0, int)}
-    values = _decode_known(data, schema, "Metadata")
+    values = decode_known(data, schema, "Metadata")
     return values.get("member_id", 0), values.get("cluster_id", 0)
 
 
@@ -1971,7 +1915,7 @@ def check_url(url: str) -> str:
 
 
 def usable_urls(urls: Iterable[str]) -> List[str]:
-    """Return those of `urls` that check_url takes; they may come from an older or other program."""
+    """Return the `urls` that check_url accepts; an older or another program may have sent them."""
     usable: List[str] = []
     for url in urls:
         with contextlib.suppress(ValueError):
@@ -1980,7 +1924,7 @@ def usable_urls(urls: Iterable[str]) -> List[str]:
 
 
 def check_advertised_url(url: str) -> str:
-    """Return check_url(url), or raise ValueError if nobody could connect to it."""
+    """Return check_url(url), or raise ValueError if no client could connect to it."""
     checked = check_url(url)
     host, port = url_address(checked)
     if not host or not port:
@@ -1994,7 +1938,6 @@ def parse_urls(text: str) -> Tuple[str, ...]:
 
 
 def is_https(url: str) -> bool:
-    """True if the URL asks for TLS."""
     return url.startswith("https:")
 
 
@@ -2011,7 +1954,7 @@ WILDCARD_HOSTS = ("0.0.0.0", "::")
 
 
 def is_local(url: str) -> bool:
-    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    """True if `url` leads each client to its own machine: loopback, or a wildcard."""
     host = url_address(url)[0]
     is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
     return is_loopback or host in WILDCARD_HOSTS
@@ -2058,7 +2001,6 @@ class Progress:
 
     @property
     def is_paused(self) -> bool:
-        """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
             return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
@@ -2083,7 +2025,6 @@ class Progress:
         self.inflights.clear()
 
     def sent(self, last: int) -> None:
-        """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
             self.inflights.append(last)
@@ -2320,7 +2261,6 @@ class RaftLog:
         return entries
 
     def data_bytes(self, low: int, high: int) -> int:
-        """Return the bytes of data in the entries low <= index < high."""
         return sum([len(entry.data) for entry in self.slice(low, high)])
 
     def conf_changes(self, high: int) -> List[int]:
@@ -2390,7 +2330,6 @@ class RaftLog:
         self.commit = index
 
     def applied_to(self, index: int) -> None:
-        """Note that the state machine has everything up to `index`."""
         if not self.applied <= index <= self.commit:
             raise InvariantError(
                 f"applied {index} is out of range [{self.applied}, commit {self.commit}]"
@@ -2681,11 +2620,9 @@ class PendingReads:
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
@@ -2874,7 +2811,6 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Advance the logical clock by one tick."""
         if self.role is RaftRole.LEADER:
             self._tick_heartbeat()
         else:
@@ -3240,15 +3176,15 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
 
 
 class Ready(NamedTuple):
-    """What the server must do now, in this order where the order matters.
+    """The next work of the server, in this order where the order matters.
 
-    snapshot    came in: save it, then give it to the state machine
+    snapshot    received: save it, then give it to the state machine
     entries     append to the WAL; they may rewrite a suffix that was handed out before
     hard_state  write it behind the entries; None if unchanged since the last Ready
     must_sync   the above needs an fsync before `held` may leave
     messages    may be sent at once, before anything is written
     held        may be sent only when this Ready and all before it are durable
-    mark        give it back to persisted() when this Ready is durable
+    mark        goes to persisted() when this Ready is durable
     """
 
     hard_state: Optional[HardState]
@@ -3264,7 +3200,7 @@ _FRESH = HardState()
 
 
 class RawNode:
-    """The face of a Raft for the server and the simulator.  Thread: reactor.
+    """The interface of a Raft for the server and the simulator.  Thread: reactor.
 
     The cycle: step, tick, propose -> ready() -> write and sync -> persisted(mark) ->
     committed_entries() -> apply (apply_conf_change for conf changes) -> applied_to(index).
@@ -3275,10 +3211,10 @@ class RawNode:
         self, config: RaftConfig, *, hard_state: HardState = _FRESH,
         snapshot: Optional[Snapshot] = None, entries: Sequence[Entry] = (), applied: int = 0,
     ) -> None:
-        """Restart from what the disk holds; without arguments: a joiner that knows nobody.
+        """Restart from the state on disk; without arguments: a joiner that knows no other member.
 
         snapshot  only its index, term and voters are used
-        applied   the state machine is there already (0: at the snapshot)
+        applied   index of the state machine (0: at the snapshot)
 
         Raises InvariantError if hard_state.commit lies behind the last entry.
         """
@@ -3312,18 +3248,7 @@ class RawNode:
         raft.replication.set_voters(decode_conf_change(entry.data).node_id for entry in entries)
         return node
 
-    @property
-    def snapshot_source(self) -> Callable[[], Optional[Snapshot]]:
-        """Called for a follower whose entries are compacted; None: not ready, asked again."""
-        return self.raft.replication.snapshot_source
-
-    @snapshot_source.setter
-    def snapshot_source(self, source: Callable[[], Optional[Snapshot]]) -> None:
-        """Set by the server before the first tick."""
-        self.raft.replication.snapshot_source = source
-
     def tick(self, count: int = 1) -> None:
-        """Let `count` ticks pass: election timer, or heartbeats of a leader."""
         for _ in range(count):
             self.raft.tick()
 
@@ -3336,9 +3261,9 @@ class RawNode:
         self.raft.step(Message(MsgType.HUP))
 
     def transfer_leader(self, to: int) -> None:
-        """Leader: have `to` campaign once its log is complete; gives up after E ticks.
+        """Leader: let `to` campaign once its log is complete, and refuse proposals meanwhile.
 
-        Proposals are refused meanwhile.
+        Gives up after election_ticks.
         """
         self.raft.step(Message(MsgType.TRANSFER_LEADER, sender=to))
 
@@ -3365,9 +3290,9 @@ class RawNode:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
-        """Say why no healthy member sends this message to us, or "".
+        """Return the reason why no healthy member sends this message to us, or "".
 
-        Whatever passes leaves a log that can be read, and a next term that can be written.
+        A message without one leaves a log that can be read, and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -3406,46 +3331,40 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Make an applied ConfChange entry count; return the voters.
-
-        To be called once for each such entry before applied_to() passes it, with node_id=0 if
-        the state machine refused it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
+        voters.  To be called once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
 
     def read_index(self, context: bytes) -> None:
-        """Ask how far the store must be for a read to see all that is acknowledged now.
+        """Request the index at which a read sees every write that is acknowledged now.
 
-        The answer comes through confirmed_reads(), or never: then ask again with another context.
+        The answer comes through confirmed_reads(), or never: then try again with another context.
         """
         self.raft.step(Message(MsgType.READ_INDEX, entries=[Entry(data=context)]))
 
     def confirmed_reads(self) -> List[Tuple[bytes, int]]:
-        """Return (context, index) of the questions that were answered since the last call."""
+        """Return (context, index) of the reads that were confirmed since the last call."""
         confirmed, self.raft.reads.confirmed = self.raft.reads.confirmed, []
         return confirmed
 
     def report_unreachable(self, id: int) -> None:
-        """A message to member `id` could not be delivered."""
         self.raft.replication.unreachable(id)
 
     def report_snapshot(self, id: int, ok: bool) -> None:
-        """The MsgSnap to member `id` was sent completely (`ok`), or failed."""
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
     def commit_unsent(self) -> bool:
-        """True if a patient leader has not told everybody of its commit index."""
+        """True if a follower may not know the commit index (RaftConfig.defer_commit)."""
         return self.raft.replication.commit_unsent
 
     def broadcast_commit(self) -> None:
-        """Tell everybody now."""
         if self.raft.replication.commit_unsent:
             self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
-        """Tell whether ready() has something to hand out."""
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
@@ -3457,21 +3376,19 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out what is to be written and sent, and move on."""
         raft = self.raft
         if self._is_append_due:
-            raft.replication.send_due()     # one MsgApp for all who are due, with all since
+            raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
         before, now = self._hard_state, HardState(raft.term, raft.vote, raft.log.commit)
         must_sync = bool(entries) or snapshot is not None or now[:2] != before[:2]
-        if now == before:
-            return Ready(None, entries, snapshot, must_sync, messages, held, mark)
         self._hard_state = now
-        return Ready(now, entries, snapshot, must_sync, messages, held, mark)
+        changed = now if now != before else None
+        return Ready(changed, entries, snapshot, must_sync, messages, held, mark)
 
     def persisted(self, mark: Mark) -> None:
-        """The Ready with this mark and all before it are durable."""
+        """Note that the Ready with this mark and all before it are durable."""
         if self.raft.log.stable_to(mark):
             self.raft.on_stable()
 
@@ -3480,7 +3397,6 @@ class RawNode:
         return self.raft.log.committed(max_entries)
 
     def applied_to(self, index: int) -> None:
-        """The state machine has everything up to `index`."""
         self.raft.log.applied_to(index)
 
     def compact(self, index: int) -> None:
@@ -3488,15 +3404,11 @@ class RawNode:
         self.raft.log.compact(index)
 
     def status(self) -> Status:
-        """Return a copy of what this member knows, for statistics."""
         raft = self.raft
         progress = raft.progress if raft.role is RaftRole.LEADER else {}
         return Status(
             raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {
-                member: (seen.match_index, seen.next_index, seen.state.name)
-                for member, seen in progress.items()
-            },
+            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
         )
 
 
@@ -3506,7 +3418,6 @@ def _is_contiguous(message: Message) -> bool:
 
 
 def _append_violation(message: Message) -> str:
-    """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]
@@ -3527,40 +3438,28 @@ def _snapshot_violation(message: Message) -> str:
 
 
 # ============================================================================
-# store/events -- Nodes of the key tree, and events: what a change is.
+# store/events -- Nodes of the key tree, events, and their JSON.
 # ----------------------------------------------------------------------------
 # Paths are internal and clean: `/1/foo` is the user's `/foo`.  Time is passed in.
 # ============================================================================
 
 
-EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
-TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 LONG_VALUE_CHARS = 4_096            # of a value: above, it is kept as the JSON that is sent
 SHOWN_VALUE_CHARS = 4_096           # of a value in the text of an error; above: cut
-SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
-SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
-SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
-SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
-LISTING_BLOCK_NODES = 100           # encoded at once
-LISTING_BLOCK_CHARS = 1 << 16       # ... unless their values are longer together
-LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
-LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
-LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 Texts = Iterator[Union[str, bytes]]     # JSON in pieces, of which the long ones are shared
-_READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file, replaced as a whole by every write: who holds one may keep it.
+    """A file.  Immutable: every write replaces it as a whole.
 
     value           the text; None only in the node of a delete or expire event
     created_index,
     modified_index  store indexes
     expires_ns      unix nanoseconds; 0: permanent
 
-    The store knows a node by its path; the node does not.  64 bytes on CPython 3.11.
+    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
     """
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
@@ -3575,13 +3474,13 @@ class Node:
         self.expires_ns = expires_ns
 
     def ttl_s(self, now_ns: int) -> int:
-        """Return the seconds left, rounded up; 0 or less once it is over, 0 if permanent."""
+        """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
         return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
 
 
 class LongNode(Node):
-    """A file whose long value is kept as it is shown: as JSON, which every value becomes at least
-    once, but which takes up to 60 ns a character.
+    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
+    the encoding takes up to 60 ns a character.
     """
 
     __slots__ = ("json",)
@@ -3596,11 +3495,10 @@ class LongNode(Node):
 
     @property
     def value(self) -> str:  # type: ignore[override]
-        """The text: 10 MB take some ms."""
+        """The text; 10 MB take some ms."""
         return text_of_long(self.json)
 
     def has_value(self, value: Value) -> bool:
-        """True if this is its value."""
         if isinstance(value, str):
             value = long_text(value) if len(value) > LONG_VALUE_CHARS else ()
         if value == self.json or sum(map(len, value)) != sum(map(len, self.json)):
@@ -3609,7 +3507,6 @@ class LongNode(Node):
 
 
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
-    """Return the node of a file."""
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
             return Node(value, created_index, modified_index, expires_ns)
@@ -3618,12 +3515,11 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
 
 
 def stored_value(node: Node) -> Value:
-    """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
 def value_excerpt(value: Value) -> str:
-    """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
+    """Return a value for the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
     return text if is_all else text[:SHOWN_VALUE_CHARS] + "..."
@@ -3646,53 +3542,46 @@ class Directory(Node):
 
 
 def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
-    """Return the JSON of a node in an event before and after the place of its `nodes`.
+    """Return the JSON of a node in an event before and after its `nodes`, or its long value.
 
     key  already encoded; `""` is the root, which has neither key nor indexes
     """
-    members = [] if key == '""' else [f'"key":{key}']
-    if node.value is not None:
-        members.append(f'"value":{json_string(node.value)}')
-    if node.children is not None:
-        members.append('"dir":true')
-    if node.expires_ns:
-        members.append(f'"expiration":"{format_time(node.expires_ns)}"')
+    members = "" if key == '""' else f',"key":{key}'
+    expires = f',"expiration":"{format_time(node.expires_ns)}"' if node.expires_ns else ""
     if ttl_s:
-        members.append(f'"ttl":{ttl_s}')
-    tail = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
+        expires += f',"ttl":{ttl_s}'
+    indexes = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
     if node.created_index:
-        tail += f',"createdIndex":{node.created_index}'
-    return "{" + ",".join(members), tail + "}"
+        indexes += f',"createdIndex":{node.created_index}'
+    if isinstance(node, LongNode):
+        return f'{{{members[1:]},"value":"', f'"{expires}{indexes}}}'
+    if node.value is not None:
+        members += f',"value":{json_string(node.value)}'
+    if node.children is not None:
+        members += ',"dir":true'
+    return f"{{{(members + expires)[1:]}", indexes + "}"
 
 
 def _node_texts(key: str, node: Node, ttl_s: int) -> Texts:
-    """The JSON of a file in pieces, with no copy of a long value."""
-    if not isinstance(node, LongNode):
-        yield _node_json(key, node, ttl_s)
-        return
-    expires = ""
-    if node.expires_ns:
-        ttl = f',"ttl":{ttl_s}' if ttl_s else ""
-        expires = f',"expiration":"{format_time(node.expires_ns)}"{ttl}'
-    yield f'{{"key":{key},"value":"'
-    yield from node.json
-    yield (
-        f'"{expires},"modifiedIndex":{node.modified_index}'
-        f',"createdIndex":{node.created_index}}}'
-    )
+    """Yield the JSON of a file in pieces, with no copy of a long value."""
+    head, tail = _node_ends(key, node, ttl_s)
+    yield head
+    if isinstance(node, LongNode):
+        yield from node.json
+    yield tail
 
 
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
     if node.value is None or node.expires_ns:
         return "".join(_node_ends(key, node, ttl_s))
-    return (                            # what most nodes are: 0.7 us instead of 1.7
+    return (                            # the usual node: 0.7 us instead of 1.7
         f'{{"key":{key},"value":{json_string(node.value)},'
         f'"modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
     )
 
 
 class Event:
-    """What one operation did to one key; never changed after it was made.
+    """The effect of one operation on one key.  Immutable.
 
     action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
     key       full internal path
@@ -3700,8 +3589,8 @@ class Event:
     prev      as it was before, or None
     index     store index of the change; for a get, the current one
     ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or just over
-    refresh   True: kept in the history, but announced to nobody
+    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
+    refresh   True: kept in the history, without a notification of watchers
     Source: etcd 2.3 store/event.go.
     """
 
@@ -3733,9 +3622,9 @@ class Event:
         return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line that clients get, ending in a newline: made once, shared by all.
+        """Return the line for clients, ending in a newline: encoded once, shared by all.
 
-        The namespace (`/1`) is taken off the keys.
+        The keys are without the namespace (`/1`).
         """
         if self._json is None:
             if self._is_long:
@@ -3745,7 +3634,6 @@ class Event:
         return self._json
 
     def client_json(self) -> bytes:
-        """Return the same in one piece."""
         return b"".join(self.client_pieces())
 
     def history_texts(self) -> Texts:
@@ -3759,7 +3647,7 @@ class Event:
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
-        if (                            # what most events are: 1.6 us instead of 2.3
+        if (                            # the usual event: 1.6 us instead of 2.3
             prev is not None and prev.value is not None and node.value is not None
             and not (node.expires_ns or prev.expires_ns)
             and _JSON_UNSAFE.search(f"{key}{node.value}{prev.value}") is None
@@ -3777,7 +3665,6 @@ class Event:
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
 
     def _texts(self, key: str) -> Texts:
-        """What _text() returns, in pieces."""
         key = json_string(key)
         yield f'{{"action":"{self.action}","node":'
         yield from _node_texts(key, self.node, self.ttl_s)
@@ -3791,10 +3678,20 @@ class Event:
 # ============================================================================
 
 
-def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; only surrogates (bytes that are no UTF-8) make code points differ.
+SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SLICE_CHARS = 1 << 18      # of text in a slice, or more with the last node
+SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
+LISTING_BLOCK_NODES = 100           # encoded at once
+LISTING_BLOCK_CHARS = 1 << 16       # of the values of a block; above: node by node
+LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
+LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
+LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
-    True if there may have been some.
+
+def _sort_bytewise(paths: List[str]) -> bool:
+    """Sort as Go does; True if not all is ASCII.
+
+    Only surrogates (bytes that are not UTF-8) sort differently as code points.
     """
     is_plain = all(map(str.isascii, paths))
     paths.sort(key=None if is_plain else utf8)
@@ -3802,14 +3699,13 @@ def _sort_bytewise(paths: List[str]) -> bool:
 
 
 def parent_path(path: str) -> str:
-    """Return the directory that `path` lies in."""
     return path[:path.rfind("/")] or "/"
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """The JSON of nodes, commas between; "" if one of them is more than a file with plain text.
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
 
-    Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
+    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
     """
     if LongNode in set(map(type, nodes)):
         return ""
@@ -3826,46 +3722,45 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
 
 
 class TreeWalk:
-    """A walk over the tree as it was when the walk began, while the tree goes on changing.
+    """A walk over the tree as of the start of the walk, while the tree goes on changing.
 
-    The store calls keep() before the first change of a path; the walk then takes that image
-    instead of the node it finds.  Nothing is copied but what changes.
+    The store calls keep() before each change of a path; the walk then takes that image instead
+    of the node in the tree.  Only changed nodes cost memory.
 
-    walks  all that are under way; this one is among them until end()
+    walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_before", "_lost")
+    __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
         self._walks = walks
-        self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
-        self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+        self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
+        self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
 
     def keep(self, path: str, node: Optional[Node]) -> None:
         """Remember `node` as the image of `path`, unless an earlier change did."""
-        if path not in self._before:
-            self._before[path] = node
+        if path not in self._images:
+            self._images[path] = node
             if node is not None:
-                self._lost.setdefault(parent_path(path), []).append(path)
+                self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Be complete, or give up: the changes of the tree are of no interest any more."""
+        """Stop to keep images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
-        self._before, self._lost = {}, {}
+        self._images, self._kept = {}, {}
 
     def _image(self, path: str) -> Optional[Node]:
-        """The node at the start of the walk."""
-        return self._before[path] if path in self._before else self._nodes[path]
+        return self._images[path] if path in self._images else self._nodes[path]
 
     def _children(self, path: str) -> List[str]:
-        """The paths that may have been children at the start; later ones have the image None."""
+        """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._lost:
-            paths = list(dict.fromkeys(paths + self._lost[path]))
+        if path in self._kept:
+            paths = list(dict.fromkeys(paths + self._kept[path]))
         return paths
 
 
@@ -3875,7 +3770,7 @@ class SnapshotWalk(TreeWalk):
     __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
-        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
+        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
         slice: List[Union[str, bytes]] = []
         chars = 0
         for text in itertools.chain(
@@ -3892,7 +3787,7 @@ class SnapshotWalk(TreeWalk):
     def _pieces(self) -> Texts:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         stack = [iter(("/",))]
         comma = ""
@@ -3936,29 +3831,25 @@ class SnapshotWalk(TreeWalk):
 
 
 class _Level:
-    """A directory of which a listing has begun: what follows, and what comes before and after."""
+    """A directory whose listing has begun: its remaining items, and the JSON around them."""
 
     __slots__ = ("items", "comma", "tail")
 
     def __init__(self, items: Iterator[Union[str, Tuple[str, Node]]], tail: str) -> None:
         self.items = items
-        self.comma = ',"nodes":['
+        self.comma = ',"nodes":['       # "," behind the first visible child
         self.tail = tail
-
-    def end(self) -> str:
-        """Return the end of the directory's JSON; one without visible children has no `nodes`."""
-        return "]" + self.tail if self.comma == "," else self.tail
 
 
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state that it shows
+    index   store index of the state in it
     chunks  of the answer so far, none of them huge
-    done    all of it is there
+    done    the answer is complete
     cacheable  the answer holds as long as the index does: nothing in it expires
 
-    With `recursive` all that is visible, all the way down, else the children.
+    Shows the visible children, with `recursive` all visible nodes below.
     """
 
     __slots__ = (
@@ -3982,7 +3873,6 @@ class Listing(TreeWalk):
         self._texts = self._walk(path, nodes[path])
 
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
-        """Go on for about `amount` nodes."""
         until = self.work_done + amount
         texts: List[Union[str, bytes]] = []
         for text in self._texts:
@@ -3997,7 +3887,7 @@ class Listing(TreeWalk):
     def _walk(self, path: str, node: Node) -> Texts:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
@@ -4006,52 +3896,45 @@ class Listing(TreeWalk):
             level = levels[-1]
             for item in level.items:
                 if isinstance(item, str):
-                    if item:
-                        yield level.comma + item
-                        level.comma = ","
-                    else:
-                        yield ""
+                    yield level.comma + item if item else ""
+                    level.comma = "," if item else level.comma
                     continue
                 path, node = item
-                if isinstance(node, LongNode):
-                    yield level.comma
-                    yield from self._long_texts(path, node)
-                    level.comma = ","
-                    continue
                 head, tail = self._ends(path, node)
                 text, level.comma = level.comma + head, ","
-                if node.children is None or not self._recursive:
-                    yield text + tail
-                    continue
-                yield text
-                levels.append(_Level(self._items(path), tail))
-                break
+                if node.children is not None and self._recursive:
+                    yield text
+                    levels.append(_Level(self._items(path), tail))
+                    break
+                if isinstance(node, LongNode):
+                    yield text
+                    yield from node.json
+                    text = ""
+                yield text + tail
             else:
-                levels.pop()
-                yield level.end()
+                levels.pop()            # without visible children there is no `nodes`
+                yield "]" + level.tail if level.comma == "," else level.tail
         yield "}\n"
 
-    def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.json)
-        yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
-
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
-        """What comes before and after the place of a node's children."""
+        """Return the JSON of a node before and after its children, or its long value."""
         self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
+        if isinstance(node, LongNode):
+            self.work_done += 1 + len(node.json)
+        else:
+            self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield what is visible in a directory: the text of a block of files, else one node.
+        """Yield the visible children: the text of a block of files, else single nodes.
 
-        Some text may be empty, to allow a pause.
+        A text may be empty, to allow a pause.
         """
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
                 block = [child for child in block if not child.startswith("_", name_at)]
-            if self._before:
+            if self._images:
                 block = [child for child in block if self._image(child) is not None]
                 nodes = [self._image(child) for child in block]
             else:
@@ -4065,7 +3948,7 @@ class Listing(TreeWalk):
                 yield from zip(block, files)
 
     def _blocks(self, path: str) -> Iterator[List[str]]:
-        """Yield the children of a directory, hidden ones too, a few at a time."""
+        """Yield the children of a directory, hidden ones too, in blocks."""
         paths: Iterator[str]
         children = self._children(path)
         if self._sorted and len(children) > LISTING_SORT_RUN:
@@ -4094,6 +3977,9 @@ class Listing(TreeWalk):
 # ============================================================================
 
 
+TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
+
+
 class EventHistory:
     """The last `capacity` events, one per store index, for watches that begin in the past.
 
@@ -4116,14 +4002,13 @@ class EventHistory:
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
-        """Add the newest event; a full history forgets its oldest."""
         self.events.append(event)
         self._back += 1
         if self._back == self.capacity:
             self._back = 0
 
     def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on that a watch of `path` would be told.
+        """Yield the events from index `since` on for a watch of `path`.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -4148,7 +4033,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot; the events are those of the first next().
+        """Yield the EventHistory object of a snapshot, as of the first next().
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
@@ -4160,24 +4045,23 @@ class EventHistory:
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
-            yield f"{comma}null" if slot is None else comma
-            if slot is not None:
-                yield from slot.history_texts()
+            yield comma
+            yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
         yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
-        """Take over the events of a ring, oldest first, as far as there is room."""
+        """Take over the events of another ring, oldest first."""
         self.events = collections.deque(events, maxlen=self.capacity)
         same = capacity == self.capacity        # then every event keeps its slot
         self._back = (back if same else len(self.events)) % self.capacity
 
 
 class Watcher:
-    """One watch; deliver(event) is called for each event it is told: for one, or a stream.
+    """One watch: deliver(event) is called for one event, or with `stream` for each.
 
-    lost  called instead when the watch ends because events are gone that it should have had
+    lost  called instead if the history has lost events for this watch, which ends it
     """
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
@@ -4195,36 +4079,33 @@ class Watcher:
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Deliver nothing more.  At any time, also from deliver; twice does no harm."""
+        """Stop delivery, now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """Who watches what, and the history of events.
+    """The registered watchers, and the history of events.
 
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
     def __init__(self, history: EventHistory, stats: StoreStats) -> None:
         self.history = history
-        self._stats = stats             # its `watchers` is ours
+        self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
-        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
-        self._room: float = math.inf    # how many may be told in this turn
-
-    backlog = 0                            # watchers in _due
-    watched_bytes = 0                   # of the paths of registered watchers
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
+        self._budget: float = math.inf  # notifications left in this turn
+        self.backlog = 0                # watchers in _due
+        self.watched_bytes = 0          # of the paths of registered watchers
 
     @property
     def paths(self) -> Iterator[str]:
-        """What is watched."""
         return iter(self._groups)
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
         group = self._groups.get(watcher.path)
         if group is not None and watcher in group:
@@ -4235,10 +4116,10 @@ class WatcherHub:
                 del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
-        """Serve `watcher` from the history, then register it if it wants more.
+        """Serve `watcher` from the history; register it if it is a stream, or not served.
 
-        Differs from etcd: a stream that finds something in the history gets all of it and is
-        then told of new events; etcd sends one event and then nothing, ever.
+        Differs from etcd: a stream gets all its events of the history and then new ones; etcd
+        sends one event of the history, and no other event ever.
         """
         history = self.history
         if watcher.since <= history.last_index:
@@ -4258,21 +4139,21 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
 
-        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        Before the first call there is no limit.
         """
-        self._room = WATCHERS_TOLD_MAX
+        self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
-            self._tell()
+            self._notify_due()
 
     def catch_up(self, seen: int) -> None:
-        """The events after index `seen` came with a snapshot: tell the watchers of them.
+        """Notify the watchers of the events after index `seen`, which came with a snapshot.
 
-        Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
+        A watcher that would miss events is closed.  Differs from etcd, which notifies no watcher.
         """
-        self._room = math.inf           # first what they were told of before
-        self._tell()
+        self._budget = math.inf         # first the backlog
+        self._notify_due()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -4285,10 +4166,10 @@ class WatcherHub:
                 self.watch(watcher)
 
     def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
-        """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
+        """Record `event`; unless it is a refresh, notify the watchers of its key and all above.
 
-        removed  paths that the event took away, parents first: theirs are told before, deepest
-                 first, so a stream on exactly the key is told twice; clients of etcd know it so
+        removed  paths that the event removed, parents first: their watchers come first, deepest
+                 path first, so a stream on exactly the key gets the event twice, as in etcd
         """
         self.history.append(event)
         if not self._groups or event.refresh:
@@ -4311,10 +4192,10 @@ class WatcherHub:
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
         index, every = event.index, exact or forced
-        told = [w for w in group if index >= w.since and (every or w.recursive)]
-        if not told:
+        notified = [w for w in group if index >= w.since and (every or w.recursive)]
+        if not notified:
             return
-        once = [watcher for watcher in told if not watcher.stream]
+        once = [watcher for watcher in notified if not watcher.stream]
         if len(once) == len(group):
             del self._groups[path]
         else:
@@ -4322,43 +4203,42 @@ class WatcherHub:
                 del group[watcher]
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
-        self._due.append((event, collections.deque(told)))
-        self.backlog += len(told)
-        self._tell()
+        self._due.append((event, collections.deque(notified)))
+        self.backlog += len(notified)
+        self._notify_due()
 
-    def _tell(self) -> None:
-        """Tell whom there is room for; more if events come faster than that."""
+    def _notify_due(self) -> None:
+        """Notify watchers within the budget, and beyond it while the backlog is too long."""
         while self._due:
-            event, told = self._due[0]
-            while told:
-                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
+            event, watchers = self._due[0]
+            while watchers:
+                if self._budget <= 0 and self.backlog <= WATCHERS_MAX:
                     return
-                watcher = told.popleft()
+                watcher = watchers.popleft()
                 self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
-                    self._room -= 1
+                    self._budget -= 1
                     if not watcher.stream:
                         watcher._hub = None
                     watcher.deliver(event)
-            if self._due and self._due[0][1] is told:
+            if self._due and self._due[0][1] is watchers:
                 self._due.popleft()
 
 
 class TtlHeap:
-    """Which path expires next; entries that no longer hold are dropped when they come up.
+    """The paths that expire, soonest first; stale entries are dropped when they reach the top.
 
-    Ties go by path, so that every member expires keys in the same order (etcd leaves it open).
+    Ties go by path, so that every member expires keys in the same order (in etcd it varies).
     """
 
     def __init__(self) -> None:
-        self._expires_ns: Dict[str, int] = {}           # the truth: path -> unix ns
-        self._heap: List[Tuple[int, str]] = []          # every pair of the truth, and stale ones
+        self._expires_ns: Dict[str, int] = {}           # path -> unix ns
+        self._heap: List[Tuple[int, str]] = []          # all of these, and stale ones
 
     def __len__(self) -> int:
         return len(self._expires_ns)
 
     def set(self, path: str, expires_ns: int) -> None:
-        """Let `path` expire at `expires_ns`; 0: never."""
         if not expires_ns:
             self._expires_ns.pop(path, None)
         elif self._expires_ns.get(path) != expires_ns:
@@ -4370,9 +4250,9 @@ class TtlHeap:
             heapq.heapify(self._heap)
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return when entry number `count` is due, stale ones included, or `until_ns` if earlier.
+        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
 
-        Looks at about as many entries, in the order of the heap.
+        Visits about as many entries, in the order of the heap.
         """
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
@@ -4395,9 +4275,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; they travel with the snapshot.
+    """Counters of operations on this member; snapshots contain them.
 
-    Attributes are the JSON members in snake_case, made in their order.
+    Attributes are the JSON members in snake_case, and in their order.
     Source: etcd 2.3 store/stats.go.
     """
 
@@ -4413,11 +4293,10 @@ class StoreStats:
         self.watchers = 0               # registered now; kept by WatcherHub
 
     def json(self) -> str:
-        """Return the object of /v2/stats/store."""
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot; watchers stay as they are."""
+        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
@@ -4439,16 +4318,16 @@ class NodeTree:
     second string: the dict and the parent's children hold the same path.  100,000 keys of 10
     characters with 64-byte values take 370 bytes each.
 
-    A directory takes what is below it out of reach at once, but its nodes stay for a while, dead.
+    The removal of a directory detaches the nodes below it at once, and frees them over many turns.
     """
 
     def __init__(self) -> None:
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
-        self._dying: List[Dict[str, None]] = []         # children of dead ones, yet to be removed
-        self._old: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []    # trees before become()
-        self._room: float = math.inf                    # nodes that this turn may remove
+        self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
+        self._unfreed: List[Dict[str, None]] = []       # children of removed directories
+        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []   # earlier trees
+        self._budget: float = math.inf                  # nodes that this turn may free
         self._nodes: Dict[str, Node] = {                # no path without its parents
             "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
             "/0": Directory(0, 0, 0, {}),
@@ -4456,84 +4335,82 @@ class NodeTree:
         }
 
     def __len__(self) -> int:
-        """The number of nodes, directories included, and those out of reach."""
         return len(self._nodes)
 
     @property
     def accepts_changes(self) -> bool:
-        """True if a change may be applied in this turn; False: after the next tidy()."""
-        return not self._dead and self._room > 0
+        """True if a change may be applied in this turn; False: after the next collect_garbage()."""
+        return not self._detached and self._budget > 0
 
     @property
     def has_garbage(self) -> bool:
-        """True if tidy() has something to do."""
-        return bool(self._dead) or bool(self._old) and not self._old[0][1]
+        return bool(self._detached) or bool(self._replaced) and not self._replaced[0][1]
 
-    def tidy(self) -> None:
-        """Remove REMOVED_NODES_MAX nodes at most until the next call.
+    def collect_garbage(self) -> None:
+        """Free REMOVED_NODES_MAX nodes at most until the next call.
 
-        More may go at one index, with a directory: what is below it is out of reach at once, but
-        removed in this call and those of the next turns.  As long as this was never called,
-        all is removed at once.
+        A removed directory with more is freed in this call and those of the next turns.  Before
+        the first call there is no limit.
         """
-        self._room = REMOVED_NODES_MAX
-        self._bury()
-        if self._old and not self._old[0][1]:       # and no walk reads it any more
-            nodes = self._old[0][0]
+        self._budget = REMOVED_NODES_MAX
+        self._free_detached()
+        if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
+            nodes = self._replaced[0][0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
                 nodes.popitem()
             if not nodes:
-                del self._old[0]
+                del self._replaced[0]
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
-        """Be another tree; tidy() frees this one."""
-        self._dead, self._dying = (), []
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+        self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
-            self._old.append((self._nodes, self._walks))
+            self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
         self._nodes, self._ttl = nodes, ttl
 
-    def _drop(self, path: str) -> None:
-        """Remove one node; what was below it dies."""
+    def _free(self, path: str) -> None:
+        """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
-        self._room -= 1
+        self._budget -= 1
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
             self._ttl.set(path, 0)
         if node.children:
-            self._dying.append(node.children)   # emptied: events of the past must not hold it
+            self._unfreed.append(node.children)     # emptied: no event of the past may hold it
 
-    def _bury(self) -> None:
-        """Remove dying nodes, as many as there is room for."""
-        dying = self._dying
-        while dying and self._room > 0:
-            children = dying[-1]
+    def _free_detached(self) -> None:
+        while self._unfreed and self._budget > 0:
+            children = self._unfreed[-1]
             if children:
-                self._drop(children.popitem()[0])
+                self._free(children.popitem()[0])
             else:
-                dying.pop()
-        if not dying:
-            self._dead = ()
+                self._unfreed.pop()
+        if not self._unfreed:
+            self._detached = ()
 
-    def _found(self, path: str) -> Optional[Node]:
-        """The node at `path` that can be reached."""
-        return None if path.startswith(self._dead) else self._nodes.get(path)
+    def _reachable(self, path: str) -> Optional[Node]:
+        return None if path.startswith(self._detached) else self._nodes.get(path)
 
     def _to_change(self, path: str) -> Optional[Node]:
-        """The same; what is dead has gone before anything changes."""
-        if self._dead:
-            room, self._room = self._room, math.inf
-            self._bury()
-            self._room = room
+        """Return the node at `path`, after all detached nodes are freed."""
+        if self._detached:
+            budget, self._budget = self._budget, math.inf
+            self._free_detached()
+            self._budget = budget
         return self._nodes.get(path)
 
 
 # ============================================================================
-# store/tree -- The store: the key tree and the operations on it.
+# store/tree -- The store: the operations on the key tree.
 # ----------------------------------------------------------------------------
 # Time is passed in.
 # ============================================================================
+
+
+EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
+SNAPSHOT_PROGRESS_NODES = 20_000    # read between two reports of progress
+_READ_ONLY = frozenset(("/", "/0", "/1"))
 
 
 def _number(members: Mapping[str, Any], name: str) -> int:
@@ -4559,11 +4436,11 @@ def _unquote(string: str) -> str:
 def _read_tree(
     text: str, progress: Callable[[float, int], None]
 ) -> Tuple[Dict[str, Node], int]:
-    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+    """Return the nodes of a snapshot by path, and the end of their JSON in `text`.
 
-    Reads node after node, which Go writes in one order of members, instead of the nested
-    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
-    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    Reads node after node, as Go writes their members in one order, instead of the nested objects:
+    keys may be deeper than json.loads goes, and its 100,000 dicts would take four times the memory
+    of the nodes.  A quote inside a string is escaped, so no string looks like a node.
     """
     nodes: Dict[str, Node] = {}
     end = len('{"Root":')
@@ -4572,7 +4449,7 @@ def _read_tree(
         end = match.end()
         _, path, created, modified, expires, _, value, children = match.groups()
         path, created_index = _unquote(path), int(created)
-        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        modified_index = created_index if modified == created else int(modified)    # share the int
         expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
         if children is None:
             nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
@@ -4616,21 +4493,21 @@ def _read_event_node(members: Mapping[str, Any]) -> Node:
 
 
 class StoreState(NamedTuple):
-    """What a snapshot says, read and checked: to become it takes a store no time."""
+    """A decoded and checked snapshot, which a store installs in no time."""
 
     nodes: Dict[str, Node]
     ttl: TtlHeap
     current_index: int
     stats: Dict[str, int]
     events: List[Event]                 # the history, oldest first
-    back: int                           # of its ring
+    back: int                           # of the history's ring
     capacity: int
 
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> StoreState:
-        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
             nodes, end = _read_tree(text, progress)
@@ -4659,7 +4536,6 @@ class StoreState(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The cluster version in it; "": not decided."""
         node = self.nodes.get("/0/version")
         return (node.value if node is not None else None) or ""
 
@@ -4671,7 +4547,7 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     """Return the slots of the history's ring, and the text from `end` on without them.
 
-    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS, end) + len(_SLOTS)
@@ -4689,9 +4565,9 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
 
 
 class Store(NodeTree):
-    """The key tree and what changes it.
+    """The key tree, its watchers and counters.
 
-    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    now_ns      unix nanoseconds, to show the rest of a ttl
     expires_ns  unix nanoseconds; 0: permanent
     current_index  number of changes so far; every change makes one event
 
@@ -4713,16 +4589,17 @@ class Store(NodeTree):
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
     def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Sequence[bytes]:
-        """Return the line that answers the GET of a file, in pieces; none for a directory: see
-        listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+        """Return the answer to the GET of a file, in pieces; () for a directory: see listing().
+
+        A hot path.  recursive is only counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
-        if self._dead and path.startswith(self._dead):
+        if self._detached and path.startswith(self._detached):
             node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
-            raise self._failed("gets", self._missing(path))
+            raise self._count_failure("gets", self._not_found(path))
         self.stats.gets_success += 1
         if node.children is not None:
             return ()
@@ -4734,13 +4611,13 @@ class Store(NodeTree):
     def listing(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
     ) -> Listing:
-        """Begin the answer to the GET of a directory: of this moment, to be made in slices.
+        """Begin the answer to the GET of a directory, as of now; its work() makes it in slices.
 
-        Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
+        Not counted.  Raises KeyNotFound, NotDir, also for a file.
         """
-        node = self._found(path)
+        node = self._reachable(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is None:
             raise NotDir(path[2:], self.current_index)
         return Listing(
@@ -4750,12 +4627,12 @@ class Store(NodeTree):
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._found(path)
+        node = self._reachable(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
-        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._found(path)
+        """Return (name, is directory) of each child, hidden ones too."""
+        node = self._reachable(path)
         if node is None or not node.children:
             return []
         return [
@@ -4770,7 +4647,7 @@ class Store(NodeTree):
         """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
 
         since  0: from the next change on
-        lost   called if a recover() leaves out events that this watch should have had; it is over
+        lost   called at the end of the watch if a snapshot skips events for it
 
         Events of the history are delivered before this returns.  Raises EventIndexCleared.
         Source: etcd 2.3 store/watcher_hub.go, watch.
@@ -4792,25 +4669,22 @@ class Store(NodeTree):
     ) -> Event:
         """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
 
-        refresh  keep the value of the file that must be there, and tell no watcher
+        refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
         old = self._to_change(path)
         if old is None:
             if refresh:
-                raise self._failed("sets", self._missing(path))
+                raise self._count_failure("sets", self._not_found(path))
         elif path in _READ_ONLY:
-            raise self._failed("sets", RootReadOnly("/", self.current_index))
+            raise self._count_failure("sets", RootReadOnly("/", self.current_index))
         elif old.children is not None:
-            raise self._failed("sets", NotFile(path[2:], self.current_index))
+            raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        try:
-            event = self._place(
-                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-            )
-        except NotDir as error:
-            raise self._failed("sets", error) from None
+        event = self._put_new(
+            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+        )
         self.stats.sets_success += 1
         return event
 
@@ -4818,21 +4692,17 @@ class Store(NodeTree):
         self, path: str, *, dir: bool = False, value: Value = "", unique: bool = False,
         expires_ns: int = 0, now_ns: int,
     ) -> Event:
-        """Make a new file or directory at `path`, or below it under a number (unique).
+        """Make a new file or directory at `path`, or with `unique` below it under a number.
 
         Raises NodeExists, NotDir, RootReadOnly.
         """
         if unique:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
-            raise self._failed("create", RootReadOnly("/", self.current_index))
+            raise self._count_failure("create", RootReadOnly("/", self.current_index))
         if self._to_change(path) is not None:
-            raise self._failed("create", NodeExists(path[2:], self.current_index))
-        try:
-            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
-        except NotDir as error:
-            self.stats.sets_fail += 1           # etcd counts this one in both
-            raise self._failed("create", error) from None
+            raise self._count_failure("create", NodeExists(path[2:], self.current_index))
+        event = self._put_new("create", path, None, None if dir else value, expires_ns, now_ns)
         self.stats.create_success += 1
         return event
 
@@ -4847,7 +4717,7 @@ class Store(NodeTree):
         """
         old = self._to_change(path)
         if old is None:
-            raise self._failed("update", self._missing(path))
+            raise self._count_failure("update", self._not_found(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
         if path in _READ_ONLY:
             raise RootReadOnly("/", self.current_index)
@@ -4858,8 +4728,8 @@ class Store(NodeTree):
         index, children = self.current_index + 1, old.children
         stored = Directory(old.created_index, old.modified_index, expires_ns, children)
         shown = Directory(old.created_index, index, expires_ns, children)
-        self._put(path, old, stored)
-        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+        self._put_node(path, old, stored)
+        return self._publish(Event("update", path, shown, old, index, now_ns, refresh))
 
     def compare_and_swap(
         self, path: str, *, prev_value: Value = "", prev_index: int = 0, value: Value = "",
@@ -4872,9 +4742,9 @@ class Store(NodeTree):
             self.stats.compare_and_swap_success += 1        # as etcd counts
             raise RootReadOnly("/", self.current_index)
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except EtcdError as error:
-            raise self._failed("compare_and_swap", error) from None
+            raise self._count_failure("compare_and_swap", error) from None
         self.stats.compare_and_swap_success += 1
         return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
 
@@ -4890,12 +4760,12 @@ class Store(NodeTree):
             raise RootReadOnly("/", self.current_index)
         old = self._to_change(path)
         if old is None:
-            raise self._failed("delete", self._missing(path))
+            raise self._count_failure("delete", self._not_found(path))
         if old.children is not None and not recursive:
             if not dir:
-                raise self._failed("delete", NotFile(path[2:], self.current_index))
+                raise self._count_failure("delete", NotFile(path[2:], self.current_index))
             if old.children:
-                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+                raise self._count_failure("delete", DirNotEmpty(path[2:], self.current_index))
         self.stats.delete_success += 1
         return self._remove("delete", path, old, now_ns)
 
@@ -4906,28 +4776,28 @@ class Store(NodeTree):
         Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
         """
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except (CompareFailed, NotFile):
             self.stats.compare_and_delete_success += 1      # as etcd counts
             raise
         except EtcdError as error:
-            raise self._failed("compare_and_delete", error) from None
+            raise self._count_failure("compare_and_delete", error) from None
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        self.tidy()
+        self.collect_garbage()
 
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
         while True:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
-            if path.startswith(self._dead):
+            if path.startswith(self._detached):
                 self._ttl.set(path, 0)
                 continue
             self.stats.expire_count += 1
@@ -4935,25 +4805,24 @@ class Store(NodeTree):
 
     @property
     def has_ttl(self) -> bool:
-        """True if any node expires."""
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
+        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
-        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+        """Yield the snapshot as of the first next(), in slices of some ms.
 
-        The store may change between slices; the snapshot does not see it.  Close the generator
-        to give up.  Raises InvariantError if another walk is under way.
+        Changes between slices are not in it.  Close the generator to give up.  Raises
+        InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
             raise InvariantError("a snapshot walk is under way")
         walk = SnapshotWalk(self._nodes, self._walks)
         stats = copy.copy(self.stats)
-        stats.watchers = 0                      # they are no part of the state
+        stats.watchers = 0                      # not a part of the state
         end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
         try:
             yield from walk.chunks(self.hub.history.pieces(), end)
@@ -4961,56 +4830,57 @@ class Store(NodeTree):
             walk.end()
 
     def save(self) -> bytes:
-        """Return a whole snapshot at once."""
         return b"".join(self.snapshot_chunks())
 
     def count_files(self, directory: str) -> int:
-        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        """Return the number of files below `directory`, at any depth; reads every node."""
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
-        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
             del self._nodes[path]
         (self._nodes[directory].children or {}).clear()
         for path, value in files.items():
             self._make_parents(path, self.current_index)
-            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
+            self._put_node(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
-        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
+        """Install the snapshot `data`.  Raises ValueError, before any change, if it is not one.
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
-
-        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
         self.install(StoreState.read(data, progress))
 
     def install(self, state: StoreState) -> None:
-        """Take over a state, whose only owner this store is from now on.
+        """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Nodes already over leave with the next delete_expired.
-        Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
         if self.current_index > seen:
             self.hub.catch_up(seen)
 
-    def _place(
+    def _put_new(
         self, action: str, path: str, old: Optional[Node], value: Optional[Value],
         expires_ns: int, now_ns: int, refresh: bool = False,
     ) -> Event:
-        """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
+        """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
         if old is None:
-            self._make_parents(path, index)
+            try:
+                self._make_parents(path, index)
+            except NotDir:
+                self.stats.sets_fail += 1
+                self.stats.create_fail += action == "create"    # etcd counts it in both
+                raise
         if expires_ns < EXPIRES_NS_MIN:
             expires_ns = 0
         node = (
@@ -5018,23 +4888,23 @@ class Store(NodeTree):
             else file_node(value, index, index, expires_ns)
         )
         if self._walks or expires_ns or (old is not None and old.expires_ns):
-            self._put(path, old, node)
+            self._put_node(path, old, node)
         else:
             self._nodes[path] = node
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
         self, action: str, path: str, old: Node, value: Value, expires_ns: int, now_ns: int,
         refresh: bool,
     ) -> Event:
-        """Give the file `old` a value and a TTL; it stays the same key."""
+        """Give the file `old` a value and a TTL, keeping its created index."""
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self._put(path, old, node)
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        self._put_node(path, old, node)
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
-    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node
@@ -5042,7 +4912,7 @@ class Store(NodeTree):
             self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
         missing = [path]
         while True:
             path = parent_path(path)
@@ -5057,7 +4927,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
-            self._put(path, None, Directory(index, index, 0, children))
+            self._put_node(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
     def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
@@ -5065,43 +4935,43 @@ class Store(NodeTree):
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
             children = self._nodes[below].children or ()
-            if len(removed) + len(children) > self._room:
+            if len(removed) + len(children) > self._budget:
                 removed = self._watched_below(path)
                 break
             removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
-        self._drop(path)
+        self._free(path)
         if old.children:
-            self._dead += (path + "/",)
-            self._bury()
+            self._detached += (path + "/",)
+            self._free_detached()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
-        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+        return self._publish(Event(action, path, shown, old, index, now_ns), removed)
 
     def _watched_below(self, path: str) -> List[str]:
-        """The nodes at and below `path` that somebody watches, parents first."""
+        """Return the watched nodes at and below `path`, parents first."""
         below = path + "/"
         watched = [
             name for name in self.hub.paths
-            if (name == path or name.startswith(below)) and self._found(name) is not None
+            if (name == path or name.startswith(below)) and self._reachable(name) is not None
         ]
         return sorted(watched, key=lambda name: name.count("/"))
 
-    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+    def _publish(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
         self.hub.notify(event, removed)
         return event
 
-    def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
-        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+    def _checked_file(self, path: str, prev_value: Value, prev_index: int) -> Node:
+        """Return the file at `path` if it passes the comparison.  Raises as compare_and_swap."""
         node = self._to_change(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is not None:
             raise NotFile(path[2:], self.current_index)
         wrong = []
@@ -5115,8 +4985,8 @@ class Store(NodeTree):
             raise CompareFailed(" ".join(wrong), self.current_index)
         return node
 
-    def _missing(self, path: str) -> EtcdError:
-        """The error for a path that is not there: names its first missing part, or a file."""
+    def _not_found(self, path: str) -> EtcdError:
+        """Return the error for a missing path; it names the first missing part, or a file."""
         end = path.find("/", 1)
         while end > 0:
             node = self._nodes.get(path[:end])
@@ -5127,54 +4997,35 @@ class Store(NodeTree):
             end = path.find("/", end + 1)
         return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
 
-    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
-        """Count a failure of `verb` and hand the error back."""
+    def _count_failure(self, verb: str, error: EtcdError) -> EtcdError:
         name = verb + "_fail"
         setattr(self.stats, name, getattr(self.stats, name) + 1)
         return error
 
 
 # ============================================================================
-# disk/files -- Files and directories as the log and the snapshots use them.
+# disk/files -- File operations of the log and the snapshots.
 # ============================================================================
 
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
-_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
-_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
-    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
-    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
-        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
-)
 
-
-class RecordType(IntEnum):
-    """walpb.Record types."""
-
-    METADATA = 1
-    ENTRY = 2
-    STATE = 3
-    CRC = 4
-    SNAPSHOT = 5
-
-
-# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
-# may be moved, or the working directory changed, before the lock is freed.
+# Path as given -> real path, which a moved link or another working directory may change later.
+# POSIX locks do not exclude other members of the same process.
 _locked_paths: Dict[str, str] = {}
 
 
 class OsDisk:
     """Every file operation of log and snapshots; the simulator has another one.
 
-    A handle is what create and open_append return.  Nothing is durable before fsync or
-    fdatasync of the handle, no name before fsync_dir of its directory.  Raises OSError.
+    Data are durable after fsync or fdatasync of the handle, names after fsync_dir of their
+    directory.  Raises OSError.
     """
 
-    read_only = False           # True: a log is read as it is, and not repaired
+    read_only = False           # True: a log is read without repairs
 
     def makedirs(self, path: str) -> None:
-        """Make a directory and its parents, mode 0700."""
         os.makedirs(path, mode=0o700, exist_ok=True)
 
     def listdir(self, path: str) -> List[str]:
@@ -5185,41 +5036,36 @@ class OsDisk:
             return []
 
     def read(self, path: str) -> bytes:
-        """Return a whole file."""
         with open(path, "rb") as file:
             return file.read()
 
     def create(self, path: str, mode: int = 0o600) -> int:
-        """Make an empty file, replacing one that is there; return a handle for appending."""
+        """Make an empty file, or empty the existing one; return a handle for appending."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading and appending to a file that is there."""
+        """Return a handle for reading and appending to an existing file."""
         return os.open(path, os.O_RDWR | os.O_APPEND)
 
     def read_open(self, handle: int) -> bytes:
-        """Return the whole file of a handle; its lock stays, as nothing is closed."""
+        """Return the whole file of a handle; as no descriptor is closed, the lock stays."""
         with open(handle, "rb", closefd=False) as file:
             file.seek(0)
             return file.read()
 
     def write(self, handle: int, data: bytes) -> None:
-        """Append all of `data`."""
         written = os.write(handle, data)
         while written < len(data):
             data = data[written:]
             written = os.write(handle, data)
 
     def fdatasync(self, handle: int) -> None:
-        """Make the contents durable."""
         _fdatasync(handle)
 
     def fsync(self, handle: int) -> None:
-        """Make contents and attributes durable."""
         os.fsync(handle)
 
     def close(self, handle: int) -> None:
-        """Close a handle."""
         os.close(handle)
 
     def truncate(self, handle: int, size: int) -> None:
@@ -5228,22 +5074,19 @@ class OsDisk:
         os.fsync(handle)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a file over whatever has the new name."""
         os.replace(old, new)
 
     def unlink(self, path: str) -> None:
-        """Remove a file."""
         os.unlink(path)
 
     def fsync_dir(self, path: str) -> None:
-        """Make the names in a directory durable."""
         fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.
 
-        A POSIX lock, as etcd 2 takes: it is lost when any descriptor of the file is closed in
-        this process, so a locked file must not be read again.
+        A POSIX lock, as in etcd 2: it is lost when any descriptor of the file is closed in this
+        process, so a locked file must not be opened again.
         """
         real = os.path.realpath(path)
         if real in _locked_paths.values():
@@ -5262,7 +5105,6 @@ class OsDisk:
         _locked_paths.pop(path, None)
 
     def is_locked(self, path: str) -> bool:
-        """Tell whether this process holds the lock of a file."""
         return os.path.realpath(path) in _locked_paths.values()
 
 
@@ -5270,13 +5112,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def _needs_space(
-    path: str, undo: Callable[[], None], codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR)
+def disk_full_as_error(
+    path: str, undo: Callable[[], None] = _nothing,
+    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
-    """Run what writes; if the disk is full, or no file can be opened, undo() it and raise
-    DiskFull: it can be repeated.
+    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
-    Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
+    Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
     """
     try:
         yield
@@ -5288,7 +5130,6 @@ def _needs_space(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-_LOG_START = EntryID(0, 0)
 _fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 OS_DISK = OsDisk()
 
@@ -5298,16 +5139,34 @@ OS_DISK = OsDisk()
 # ============================================================================
 
 
+_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
+_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
+    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
+        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+)
+
+
+class RecordType(IntEnum):
+    """walpb.Record types."""
+
+    METADATA = 1
+    ENTRY = 2
+    STATE = 3
+    CRC = 4
+    SNAPSHOT = 5
+
+
 class WalContents(NamedTuple):
-    """What a log holds behind its snapshot: entries ascend and have no gap."""
+    """The contents of a log behind its snapshot: entries ascend and have no gap."""
 
     metadata: bytes
     hard_state: HardState
     entries: List[Entry]
-    snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
+    snapshots: List[EntryID]            # of every snapshot record, {0, 0} included
 
 
-LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
+LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
@@ -5323,9 +5182,8 @@ class WalEncoder:
 
     def record(self, kind: int, data: bytes) -> bytes:
         """Return the frame of one record; the chain includes its data."""
-        self.crc = crc = crc32c(data, self.crc)
-        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(crc), encode_varint(len(data)))
-        return self._frame(head + data)
+        self.crc = crc32c(data, self.crc)
+        return self._frame_head(kind, len(data)) + data
 
     def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
         """Return the frames of entries and, unless it is empty, a hard state."""
@@ -5346,7 +5204,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Return the same in pieces, none of which is copied, in steps of CRC_STEP_BYTES.
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
 
         256 KB take 0.5 ms less than by batch().
         """
@@ -5363,25 +5221,25 @@ class WalEncoder:
                 crc = crc32c(block, crc)
                 summed += len(block)
             self.crc = crc
-            size = len(head) + len(entry.data)
-            start = b"%b%b\x1a%b" % (
-                _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
-            parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
+            start = self._frame_head(RecordType.ENTRY, len(head) + len(entry.data))
+            parts += start, head, entry.data
         if state:
             parts.append(self.record(RecordType.STATE, state))
         return parts
 
+    def _frame_head(self, kind: int, size: int) -> bytes:
+        """Return the frame of a record up to its `size` bytes of data."""
+        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(self.crc), encode_varint(size))
+        return (len(head) + size).to_bytes(8, "little") + head
+
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
-        return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
-
-    @staticmethod
-    def _frame(record: bytes) -> bytes:
+        record = _RECORD_HEADS[RecordType.CRC] + encode_varint(self.crc)
         return len(record).to_bytes(8, "little") + record
 
 
 class WalRecord(NamedTuple):
-    """One record of a file: kind (RecordType), stored checksum, data, and where it ends."""
+    """One record of a file: kind (RecordType), stored checksum, data, and its end."""
 
     kind: int
     crc: int
@@ -5389,47 +5247,46 @@ class WalRecord(NamedTuple):
     end: int
 
 
-RunTaker = Callable[["WalDecoder", List[Entry], bytes], None]   # entries; hard state, or b""
+RunHandler = Callable[["WalDecoder", List[Entry], bytes], None]     # entries; hard state, or b""
 
 
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
     Reads 2.x frames and the padded ones of 3.x, also mixed.  `end` is the offset behind the last
-    record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
-    leaves it, CrcMismatch for everything else that is wrong.
+    record that its reader has handled.  Raises TornTail if the file ends as a crash during a write
+    leaves it, CrcMismatch for any other damage.
 
     The checksum covers neither lengths nor types: a wrong length shows as the record is whole
     without it, a wrong type in the shape of the data (see _WalReader).
     """
 
     def __init__(
-        self, path: str, data: bytes, crc: int,
-        take_run: Optional[RunTaker] = None,
+        self, path: str, data: bytes, crc: int, handle_run: Optional[RunHandler] = None
     ) -> None:
         self.path = path
         self.data = data
         self.crc = crc
         self.end = 0
-        self._take_run = take_run       # gets the plain records in a row that _run finds
+        self._handle_run = handle_run   # gets each run of plain records that _run finds
 
     def __iter__(self) -> Iterator[WalRecord]:
         size = len(self.data)
         while self.end < size:
-            if self._take_run is not None and self._run(self._take_run):
+            if self._handle_run is not None and self._run(self._handle_run):
                 continue
-            record = self._record(self.end)
+            record = self._record()
             if record is None:
                 return
             self._check(record)
             yield record
             self.end = record.end
 
-    def _run(self, take: RunTaker) -> bool:
-        """Hand out normal entries in a row, and the last hard state between them; False: none.
+    def _run(self, handle: RunHandler) -> bool:
+        """Decode normal entries in a row, and the last hard state between them; False: none.
 
-        They share one checksum: that of the last record continues all before.  3 us an entry
-        instead of 15.  What is not exactly as expected is left to the way of single records.
+        One checksum is compared: that of the last record continues all before.  3 us an entry
+        instead of 15.  Any other form is left to _record().
         """
         data, offset = self.data, self.end
         stop = offset + CRC_BLOCK_BYTES
@@ -5464,22 +5321,22 @@ class WalDecoder:
         if not parts or crc32c(b"".join(parts), self.crc) != decode_varint(crc, 0)[0]:
             return False
         try:
-            take(self, entries, state)
+            handle(self, entries, state)
         except CodecError as error:
             raise self.damage(str(error)) from None
         self.crc, self.end = decode_varint(crc, 0)[0], offset
         return True
 
-    def damage(self, what: str) -> CrcMismatch:
-        """Return the error for a record at `end` that is not what was written."""
+    def damage(self, reason: str) -> CrcMismatch:
+        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
-            f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
+            f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
         )
 
-    def _record(self, offset: int) -> Optional[WalRecord]:
-        """Return the record at `offset`; None for the zeros of a preallocated tail."""
-        data = self.data
+    def _record(self) -> Optional[WalRecord]:
+        """Return the record at `end`; None for the zeros of a preallocated tail."""
+        data, offset = self.data, self.end
         if offset + 8 > len(data):
             raise self._torn("inside a length")
         length, padding = _wal_frame(data, offset)
@@ -5487,12 +5344,12 @@ class WalDecoder:
             raise self.damage("impossible length")
         end = offset + 8 + length + padding
         if not length or end > len(data):
-            self._bad_length(offset, length)
+            self._check_tail(length)
             return None
         try:
             return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
         except CodecError as error:
-            raise self._bad_record(offset, end, str(error)) from None
+            raise self._bad_record(end, str(error)) from None
 
     def _check(self, record: WalRecord) -> None:
         if record.kind == RecordType.CRC:
@@ -5502,15 +5359,15 @@ class WalDecoder:
             return
         crc = crc32c(record.data, self.crc)
         if crc != record.crc:
-            raise self._bad_record(self.end, record.end, "walpb: crc mismatch")
+            raise self._bad_record(record.end, "walpb: crc mismatch")
         self.crc = crc
 
-    def _bad_length(self, offset: int, length: int) -> None:
-        """A length that is 0 or points past the end: is this the tail, or damage?
+    def _check_tail(self, length: int) -> None:
+        """Tell the tail from damage, after a length that is 0 or points past the end.
 
-        To cut where acknowledged records follow would lose them.
+        A cut before acknowledged records would lose them.
         """
-        data = self.data
+        data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
         whole = _intact_length(data, offset + 8, self.crc)
@@ -5518,13 +5375,13 @@ class WalDecoder:
             raise self.damage("impossible length")
         raise self._torn("inside a record")
 
-    def _bad_record(self, offset: int, end: int, what: str) -> WalError:
-        """A wrong record: torn if it is the last, and a sector of it was never written (3.4)."""
+    def _bad_record(self, end: int, reason: str) -> WalError:
+        """Return the error of a bad record: torn if it is the last and lacks a sector (3.4)."""
         if not self.data[end:].strip(b"\0"):
-            for sector in range(-(-offset // 512) * 512, end, 512):
+            for sector in range(-(-self.end // 512) * 512, end, 512):
                 if not self.data[sector:min(sector + 512, end)].strip(b"\0"):
                     return self._torn("in a sector that was never written")
-        return self.damage(what)
+        return self.damage(reason)
 
     def _torn(self, where: str) -> TornTail:
         return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
@@ -5539,19 +5396,15 @@ def _wal_frame(data: bytes, offset: int) -> Tuple[int, int]:
     return length, top & 7 if top == 0x80 | -length % 8 else -1
 
 
+_RECORD = {1: ("kind", 0, int), 2: ("crc", 0, int), 3: ("data", 2, bytes)}
+
+
 def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
-    kind = crc = 0
-    payload = b""
-    for number, wire_type, value in decode_fields(data):
-        if number in (1, 2):
-            _want(wire_type, 0, "Record")
-            kind, crc = (value, crc) if number == 1 else (kind, value)
-        elif number == 3:
-            _want(wire_type, 2, "Record")
-            payload = value
+    values = decode_known(data, _RECORD, "Record")
+    kind = values.get("kind", 0)
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")
-    return kind, crc, payload
+    return kind, values.get("crc", 0), values.get("data", b"")
 
 
 def _intact_length(data: bytes, start: int, crc: int) -> int:
@@ -5570,18 +5423,18 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or one another."""
+    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
-        record = _loose_record(data, match.start() - 8)
-        following = record and _loose_record(data, record.end)
+        record = _unchecked_record(data, match.start() - 8)
+        following = record and _unchecked_record(data, record.end)
         if record and following and crc32c(following.data, record.crc) == following.crc:
             return True
     return False
 
 
-def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
+def _unchecked_record(data: bytes, offset: int) -> Optional[WalRecord]:
     length, padding = _wal_frame(data, offset)
     end = offset + 8 + length
     if length < 4 or padding < 0 or end + padding > len(data):
@@ -5609,12 +5462,11 @@ class SnapshotFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the file is called."""
         return f"{self.id.term:016x}-{self.id.index:016x}.snap"
 
     @property
     def head(self) -> bytes:
-        """What stands in the file before the pieces."""
+        """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
@@ -5635,30 +5487,30 @@ class Snapshotter:
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
 
     def write(self, file: SnapshotFile) -> None:
-        """Write a snapshot whose checksum is known, like save().
+        """Do save() for a snapshot with a known checksum.
 
-        Differs from etcd: it has another name until it is complete, so load() on another thread
-        never sees half of it.
+        Differs from etcd: an incomplete file has another name, so load() on another thread never
+        reads half of it.
         """
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(temporary)
         try:
-            with _needs_space(path, lambda: disk.unlink(temporary)):
+            with disk_full_as_error(path, lambda: disk.unlink(temporary)):
                 for piece in (file.head, *file.pieces):
                     disk.write(handle, piece)
             disk.fsync(handle)
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+        with disk_full_as_error(path, codes=NO_DESCRIPTOR):
             disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
 
-        valid  the snapshots that the log knows; files of others are passed over
+        valid  the snapshots in the log; other files are skipped
         """
         log = package_logger("snap")
         for name in reversed(self.disk.listdir(self.directory)):
@@ -5677,7 +5529,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
+        """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -5707,7 +5559,7 @@ class Snapshotter:
         try:
             return decode_snapshot_file(self.disk.read(path))
         except FileNotFoundError:
-            return None                 # purged meanwhile
+            return None                 # purged in the meantime
         except CodecError as error:
             package_logger("snap").error(
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
@@ -5719,7 +5571,7 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")
@@ -5731,9 +5583,9 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
 def purge_files(
     directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
 ) -> List[str]:
-    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked.
+    """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also what a crash left under a temporary name.  Returns the paths removed.  Raises OSError.
+    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -5763,9 +5615,9 @@ class DataDir(NamedTuple):
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
-    """Make a data directory usable: layout, modes, a test write; move the layout of 2.0.0.
+    """Make a data directory usable: layout, modes, a test write; migrate the layout of 2.0.0.
 
-    Raises StartError if it is not ours, not a directory, or not writable.
+    Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
     paths = DataDir(
@@ -5779,31 +5631,27 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             f"error listing data dir: {data_dir} ({error.strerror}); -data-dir must name a"
             " directory that this user may read and write"
         ) from None
-    _classify(data_dir, names)
-    what = "member"
+    check_layout(data_dir, names)
+    kind = "member"
     try:
-        os.makedirs(data_dir, mode=0o700, exist_ok=True)
-        os.makedirs(member, mode=0o700, exist_ok=True)
-        _touch(data_dir)
-        _touch(member)
+        make_dirs((member, data_dir))
+        check_writable(data_dir)
+        check_writable(member)
         _migrate(paths, names)
-        os.makedirs(paths.snap, mode=0o700, exist_ok=True)
-        what = "WAL"
-        os.makedirs(paths.wal, mode=0o700, exist_ok=True)
-        _touch(paths.wal)
-        for path in (paths.wal, paths.snap, member, data_dir):
-            with contextlib.suppress(PermissionError):  # a parent that we may not list
-                fsync_dir(os.path.dirname(path) or ".")
+        make_dirs((paths.snap,))
+        kind = "WAL"
+        make_dirs((paths.wal,))
+        check_writable(paths.wal)
     except OSError as error:
         raise StartError(
-            f"cannot write to {what} directory: {error}; give the directory to this user, or"
+            f"cannot write to {kind} directory: {error}; give the directory to this user, or"
             " choose another -data-dir"
         ) from None
     return paths
 
 
 def absent_dirs(*paths: str) -> List[str]:
-    """Return those of `paths` and of the directories above that do not exist, deepest first."""
+    """Return the missing ones of `paths` and of the directories above, deepest first."""
     found: Set[str] = set()
     for path in paths:
         while path and not os.path.exists(path):
@@ -5813,7 +5661,7 @@ def absent_dirs(*paths: str) -> List[str]:
 
 
 def make_dirs(paths: Sequence[str]) -> None:
-    """Make what absent_dirs() returned, as data directories.  Raises OSError."""
+    """Make data directories, given deepest first as by absent_dirs().  Raises OSError."""
     for path in reversed(paths):
         os.makedirs(path, mode=0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):  # a parent that we may not list
@@ -5821,13 +5669,13 @@ def make_dirs(paths: Sequence[str]) -> None:
 
 
 def remove_dirs(paths: Iterable[str]) -> None:
-    """Remove those of `paths`, deepest first, that are empty."""
+    """Remove the empty ones of `paths`, given deepest first."""
     for path in paths:
         with contextlib.suppress(OSError):
             os.rmdir(path)
 
 
-def _classify(data_dir: str, names: Set[str]) -> None:
+def check_layout(data_dir: str, names: Set[str]) -> None:
     if {"member", "proxy"} <= names:
         raise StartError(
             f"invalid datadir. Both member and proxy directories exist. Remove the one in"
@@ -5840,7 +5688,7 @@ def _classify(data_dir: str, names: Set[str]) -> None:
         )
 
 
-def _touch(path: str) -> None:
+def check_writable(path: str) -> None:
     probe = os.path.join(path, ".touch")
     with open(probe, "wb"):
         pass
@@ -5848,9 +5696,9 @@ def _touch(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """etcd 2.0.0 kept wal and snap at the top.
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
 
-    The log moves last: as long as it is at the top, a crash leaves work for the next start.
+    The log moves last: as long as it is at the top, the next start continues after a crash.
     """
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
@@ -5871,6 +5719,9 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 # ============================================================================
 
 
+_LOG_START = EntryID(0, 0)
+
+
 class Cut(NamedTuple):
     """The next segment: its file name and the bytes it begins with."""
 
@@ -5882,7 +5733,7 @@ class Wal:
     """The write-ahead log: a directory of segments, each continuing the checksum of the last.
 
     encode, encode_snapshot, segment_full and encode_cut belong to the reactor's thread and touch
-    no file; write, cut, release_to and close to the wal thread and touch nothing else.
+    no file; write, cut, release_to and close belong to the wal thread and touch only files.
     Source: etcd 2.3 wal/wal.go; file formats in wal/walpb.
     """
 
@@ -5895,8 +5746,8 @@ class Wal:
         self._segment_bytes = segment_bytes
         self._encoder = WalEncoder()
         self._hard_state = HardState()          # as last encoded
-        self._last_index = 0                    # of the last entry encoded
-        self._sequence = 0                      # of the segment that encode() fills
+        self._last_index = -1                   # of the last entry encoded; -1: no segment yet
+        self._sequence = -1                     # of the segment that encode() fills
         self._size = 0                          # bytes handed out for it
         self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
         self._end = 0                           # bytes written to the newest of them
@@ -5913,11 +5764,8 @@ class Wal:
             raise WalError(f"wal: file already exists: {directory} holds a log")
         wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
         disk.makedirs(directory)
-        encoder = wal._encoder
-        head = encoder.chain() + encoder.record(RecordType.METADATA, metadata)
-        head += encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(EntryID(0, 0)))
-        wal._size = len(head)
-        wal.cut(Cut(_wal_name(0, 0), head))
+        name, head = wal.encode_cut()
+        wal.cut(Cut(name, head + wal.encode_snapshot(_LOG_START)))
         return wal
 
     @classmethod
@@ -5927,15 +5775,14 @@ class Wal:
     ) -> Tuple[Wal, WalContents]:
         """Read the log behind the snapshot `start`, and get ready to append.
 
-        A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
-        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text says what to do.
+        A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
+        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text names the remedy.
         """
         names = _segments_from(directory, start.index, disk)
         reader = _WalReader(directory, start, disk)
-        held = cls._lock(directory, names, disk)
+        size = 0
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(cls._unlock, directory, held, disk)
-            size = 0
+            held = cls._lock(directory, names, disk, cleanup)
             for name, handle in held:
                 size = reader.read(name, handle, last=name == names[-1])
             contents = reader.contents()
@@ -5950,27 +5797,26 @@ class Wal:
 
     @classmethod
     def _lock(
-        cls, directory: str, names: List[str], disk: OsDisk
+        cls, directory: str, names: List[str], disk: OsDisk, cleanup: contextlib.ExitStack
     ) -> List[Tuple[str, int]]:
+        """Open and lock segments, which `cleanup` unlocks."""
         held: List[Tuple[str, int]] = []
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(cls._unlock, directory, held, disk)
-            for name in names:
-                path = os.path.join(directory, name)
-                # To close a descriptor frees the lock of a member in this process: do not open one.
-                handle = None if disk.is_locked(path) else disk.open_append(path)
-                if handle is None or not _lock_or_close(disk, path, handle):
-                    raise FileLocked(
-                        f"open wal error: file already locked: {path} belongs to a running member;"
-                        " stop it, or give this one another -data-dir"
-                    )
-                held.append((name, handle))
-            on_failure.pop_all()
+        cleanup.callback(cls._unlock, directory, held, disk)
+        for name in names:
+            path = os.path.join(directory, name)
+            # To close a descriptor frees the lock of a member in this process: do not open one.
+            handle = None if disk.is_locked(path) else disk.open_append(path)
+            if handle is None or not _lock_or_close(disk, path, handle):
+                raise FileLocked(
+                    f"open wal error: file already locked: {path} belongs to a running member;"
+                    " stop it, or give this one another -data-dir"
+                )
+            held.append((name, handle))
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, also when one of them cannot be closed without an error."""
+        """Free each of the files, even if the close of one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -5978,23 +5824,18 @@ class Wal:
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
-        """Tell whether a log was begun there."""
         return any(map(_WAL_NAME.fullmatch, disk.listdir(directory)))
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots that the log knows of; only their files may be used.
+        """Return the snapshots in the log; only their files may be used.
 
-        Looks at frames only: open() checks all it needs.  Raises FileLocked if it is in use.
+        Reads frames without their checksums, which open() checks.  Raises FileLocked.
         """
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
-        held = Wal._lock(directory, names, disk)
-        try:
-            return [
-                found for _, handle in held for found in _scan_snapshots(disk.read_open(handle))
-            ]
-        finally:
-            Wal._unlock(directory, held, disk)
+        with contextlib.ExitStack() as cleanup:
+            held = Wal._lock(directory, names, disk, cleanup)
+            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
     # -- reactor's side ----------------------------------------------------
 
@@ -6005,7 +5846,7 @@ class Wal:
     def encode_steps(
         self, hard_state: Optional[HardState], entries: Sequence[Entry]
     ) -> Generator[None, None, List[bytes]]:
-        """Do encode() in steps of some ms, into pieces; nothing else is encoded meanwhile."""
+        """Do encode() in steps of some ms, into pieces; no other encode may come between."""
         state = b""
         if entries:
             self._last_index = entries[-1].index
@@ -6022,22 +5863,20 @@ class Wal:
         return data
 
     def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
-        """Return the frame that makes a snapshot's file usable; to be synced before it exists."""
+        """Return the frame that makes a snapshot's file usable; it is synced before the file."""
         data = self._encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(snapshot_id))
         self._size += len(data)
         self._last_index = max(self._last_index, snapshot_id.index)
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment.
+        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
 
-        Also once there is a new snapshot: a start reads from the segment that holds its index,
-        some 3 us an entry.
+        A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
         return self._size >= self._segment_bytes // (SEGMENT_PARTS if after_snapshot else 1)
 
     def encode_cut(self) -> Cut:
-        """Begin the next segment: everything encoded from now on belongs into it."""
         self._sequence += 1
         encoder = self._encoder
         head = encoder.chain() + encoder.record(RecordType.METADATA, self._metadata)
@@ -6051,23 +5890,19 @@ class Wal:
     def write(self, *data: bytes, sync: bool) -> None:
         """Append to the newest segment.
 
-        Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
-        written any more.
+        Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
-        try:
+        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
             for piece in data:
                 self._disk.write(handle, piece)
-        except OSError:
-            with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
-                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the present segment and begin the next; it gets its name when it is durable.
+        """Sync the current segment and begin the next, which gets its name when it is durable.
 
         Raises as write() does.
         """
@@ -6075,15 +5910,15 @@ class Wal:
         if self._held:
             disk.fsync(self._held[-1][1])
         path = os.path.join(directory, cut.name)
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(path + ".tmp")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(disk.close, handle)
-            with _needs_space(path, _nothing):
+            with disk_full_as_error(path):
                 disk.write(handle, cut.head)
             disk.fsync(handle)
             disk.rename(path + ".tmp", path)
-            with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            with disk_full_as_error(path, codes=NO_DESCRIPTOR):
                 disk.fsync_dir(directory)   # opens it
             if not disk.lock(path, handle):
                 raise FileLocked(f"open wal error: file already locked: {path}")
@@ -6094,21 +5929,19 @@ class Wal:
         self._end = len(cut.head)
 
     def release_to(self, index: int) -> None:
-        """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
-        firsts = [_wal_position(name)[1] for name, _ in self._held]
-        following = next((i for i, first in enumerate(firsts) if first >= index), len(firsts))
-        keep_from = max(following - 1, 0)
+        """Unlock the segments that a snapshot at `index` replaces, so that they can be purged."""
+        earlier = sum(_wal_position(name)[1] < index for name, _ in self._held)
+        keep_from = max(earlier - 1, 0)         # the last of them holds `index`
         self._unlock(self.directory, self._held[:keep_from], self._disk)
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; harmless a second time."""
+        """Release all files; has no effect a second time."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
 
 def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
-    """Lock a file; if that fails, close its handle."""
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(disk.close, handle)
         if disk.lock(path, handle):
@@ -6118,7 +5951,7 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6132,7 +5965,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
 
 
 class _WalReader:
-    """Collects what the segments say, in order."""
+    """Collects the contents of the segments, in order."""
 
     def __init__(self, directory: str, start: EntryID, disk: OsDisk) -> None:
         self.crc = 0
@@ -6140,7 +5973,7 @@ class _WalReader:
         self._start = start
         self._disk = disk
         self._metadata = b""
-        self._headed = False                # the present file has its metadata
+        self._headed = False                # the current file has its metadata
         self._hard_state = HardState()
         self._entries: List[Entry] = []
         self._snapshots: List[EntryID] = []
@@ -6149,11 +5982,11 @@ class _WalReader:
     def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._take_run)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._add_run)
         self._headed, torn = False, ""
         try:
             for record in decoder:
-                self._take(decoder, record)
+                self._add_record(decoder, record)
         except TornTail as error:
             torn = str(error)
         if not self._headed:
@@ -6172,10 +6005,10 @@ class _WalReader:
         return decoder.end
 
     def contents(self) -> WalContents:
-        """Return what was read.  Raises WalError if it does not fit the snapshot.
+        """Return the log behind the snapshot.  Raises WalError if they do not fit.
 
-        The state may be older than the snapshot: a crash came between the file of a received
-        snapshot and the frames behind it.  No vote of the snapshot's term was given then.
+        The state may be older than the snapshot: after a crash between the file of a received
+        snapshot and the frames behind it.  Then this member has not voted in the snapshot's term.
         """
         start = self._start
         if start not in self._snapshots:
@@ -6206,39 +6039,38 @@ class _WalReader:
         self._disk.close(broken)
         log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
 
-    def _take(self, decoder: WalDecoder, record: WalRecord) -> None:
+    def _add_record(self, decoder: WalDecoder, record: WalRecord) -> None:
         data = record.data
         try:
             if record.kind == RecordType.ENTRY:
-                self._take_entry(decoder, _wal_entry(data))
+                self._add_entry(decoder, _wal_entry(data))
             elif record.kind == RecordType.STATE:
-                self._take_state(data)
+                self._set_state(data)
             elif record.kind == RecordType.METADATA:
                 if not data or (self._metadata and self._metadata != data):
                     raise decoder.damage("wal: conflicting metadata found")
                 self._metadata, self._headed = data, True
             elif record.kind == RecordType.SNAPSHOT:
-                self._take_snapshot(_decode_walpb_snapshot(data))
+                self._add_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
 
-    def _take_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
-        first = entries[0].index - self._start.index if entries else 0
-        if first > 0:                   # the usual case: behind the snapshot
-            self._take_entry(decoder, entries[0])
+    def _add_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
+        if entries and entries[0].index > self._start.index:    # the usual case
+            self._add_entry(decoder, entries[0])
             self._entries += entries[1:]
         else:
             for entry in entries:
-                self._take_entry(decoder, entry)
+                self._add_entry(decoder, entry)
         if state:
-            self._take_state(state)
+            self._set_state(state)
 
-    def _take_state(self, data: bytes) -> None:
+    def _set_state(self, data: bytes) -> None:
         self._hard_state = decode_hard_state(data)
         if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
             raise CodecError("not a hard state")
 
-    def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
+    def _add_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
         if entry.index <= start:
             self._start_term = entry.term if entry.index == start else 0
@@ -6252,10 +6084,10 @@ class _WalReader:
         del self._entries[position:]
         self._entries.append(entry)
 
-    def _take_snapshot(self, snapshot_id: EntryID) -> None:
-        """A snapshot that came from a leader replaces a log that has another entry in its place.
+    def _add_snapshot(self, snapshot_id: EntryID) -> None:
+        """Note a snapshot.  It replaces a log with another entry in its place: a leader sent it.
 
-        A log that begins behind it is a backup by etcdctl, which writes the entries first.
+        Entries before the record of their snapshot come from a backup by etcdctl.
         """
         self._snapshots.append(snapshot_id)
         if snapshot_id == self._start and self._start_term not in (0, snapshot_id.term):
@@ -6281,7 +6113,7 @@ def _wal_position(name: str) -> Tuple[int, int]:
 
 
 def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
-    """Return the names of the segments that hold what follows `index`, in order."""
+    """Return the names of the segments that hold the entries behind `index`, in order."""
     names = []
     for name in disk.listdir(directory):
         if _WAL_NAME.fullmatch(name):
@@ -6305,7 +6137,7 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
     """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
-    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    values = decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
     snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
     known = _encode_walpb_snapshot(snapshot_id)
     if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):
@@ -6319,20 +6151,22 @@ def _decode_walpb_snapshot(data: bytes) -> EntryID:
 
 
 class BadRequest(ValueError):
-    """A request that is not HTTP; the text is the body of the answer, status says which."""
+    """A message that is not HTTP; the answer has this status, and the text for its body."""
 
     def __init__(self, text: str = "400 Bad Request", status: int = 400) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Http2Knock(BadRequest):
-    """The client speaks HTTP/2 without having asked whether we do: a gRPC client, most likely."""
+class Http2Preface(BadRequest):
+    """The connection begins with the preface of HTTP/2: most likely a gRPC client."""
 
 
 class HttpHead:
-    """The parsed request line and headers.  Shared by all requests with the same head bytes:
-    `parsed` is where a handler may keep what it derived from them."""
+    """The parsed request line and headers, shared by all requests with the same head bytes.
+
+    `parsed` holds the parameters that a handler has derived from them.
+    """
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -6359,12 +6193,14 @@ class HttpHead:
         self.parsed: Any = None
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)")
-_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00\r\n]*)")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE = re.compile(rb"(%b+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)" % _TOKEN)
+_REQUEST_START = re.compile(rb"%b{1,32}( |\Z)" % _TOKEN)
+_HEADER = re.compile(rb"(%b+):([^\x00\r\n]*)" % _TOKEN)
 
 
 def _list_header(headers: Dict[str, str], name: str) -> List[str]:
-    """Return the elements of a header that is a list, in lower case; [] if it is absent."""
+    """Return the elements of a list header in lower case; [] without that header."""
     text = headers.get(name, "")
     if len(text) > SHORT_HEADER_BYTES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6395,8 +6231,8 @@ def _content_length(headers: Dict[str, str]) -> int:
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     """Return lower-case name -> value; repeated headers are joined by a comma.
 
-    Raises BadRequest for anything else than `token: value` (no folding, RFC 9112 §5), and for
-    two Hosts: a proxy before us may have looked at the other one (§3.2).
+    Raises BadRequest for a line that is not `token: value` (no folding, RFC 9112 §5), and for
+    two Hosts: a proxy before this server may have routed by the other one (§3.2).
     """
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
@@ -6417,18 +6253,15 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
-_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
-
-
 def check_start(data: Union[bytes, bytearray]) -> None:
-    """Raise BadRequest if no head can begin like this, however it goes on."""
+    """Raise BadRequest if no request line begins with `data`."""
     line = data[:64].lstrip(b"\r\n")
     if line and not _REQUEST_START.match(line):
         raise BadRequest()
 
 
 class HeadFinder:
-    """Finds the end of a head in a buffer that grows, and looks at no byte of it twice.
+    """Finds the end of a head in a growing buffer, in linear time.
 
     Lines may end without CR, as those of simple health checks do (RFC 9112 §2.2).
     """
@@ -6440,9 +6273,9 @@ class HeadFinder:
         self._has_line = False          # a request line that is not too long is among them
 
     def find(self, data: bytearray) -> Optional[Tuple[int, int]]:
-        """Return the end of the head in `data`, and where what follows it begins; None: not yet.
+        """Return the end of the head and the start of the body in `data`; None: not complete.
 
-        Raises BadRequest if the head is too long.  After a result, the next head is looked for.
+        Raises BadRequest if the head is too long.  After a result the search begins again.
         """
         start = max(self._seen - 2, 0)
         end, blank = data.find(b"\n\r\n", start), 3
@@ -6464,13 +6297,13 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    """Return the lines of a head, whose line ends have a CR or not."""
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
-    """Parse a request's head without its final empty line.  Raises BadRequest."""
+    """Parse the head of a request, without its final empty line.  Raises BadRequest."""
     check_start(raw)
     if raw.count(b"\n") >= HEADER_LINES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6483,7 +6316,7 @@ def parse_head(raw: bytes) -> HttpHead:
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
-            raise Http2Knock()
+            raise Http2Preface()
         raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
     headers = parse_header_lines(lines[1:])
     if minor == b"1" and "host" not in headers:
@@ -6497,7 +6330,10 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Parse an answer's head without its final empty line: status, headers.  Raises BadRequest."""
+    """Return (status, headers) of the head of an answer, without its final empty line.
+
+    Raises BadRequest.
+    """
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -6509,25 +6345,27 @@ def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: |\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_SIZE_BYTES_MAX = 4_096       # of that line, extensions and all
+_CHUNK_SIZE_BYTES_MAX = 4_096       # of a chunk's size line with its extensions; above: refused
 
 
 class ChunkedDecoder:
     """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
 
-    __slots__ = ("done", "chunks", "_buffer", "_left", "_trailers")
+    __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
         self.done = False
         self.chunks = 0                 # begun so far
-        self._buffer = bytearray()
+        self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the body bytes now known; after the last chunk `done` is set and the rest of
-        the input waits in `rest`.  Raises BadRequest."""
-        buffer, body, at = self._buffer, [], 0
+        """Return the next bytes of the body.  Raises BadRequest.
+
+        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
+        """
+        buffer, body, at = self.rest, [], 0
         buffer += data
         while self._trailers is None and at < len(buffer):
             if not self._left:
@@ -6551,17 +6389,12 @@ class ChunkedDecoder:
             self._skip_trailers(self._trailers)
         return b"".join(body)
 
-    @property
-    def rest(self) -> bytes:
-        """Input behind the end of the body."""
-        return bytes(self._buffer)
-
     def _size_line(self, at: int) -> int:
-        """Begin the chunk whose size stands at `at`; return how long that line is, 0: not all."""
-        line = _CHUNK_SIZE.match(self._buffer, at, at + _CHUNK_SIZE_BYTES_MAX)
+        """Begin the chunk whose size line is at `at`; return the line's length, 0: incomplete."""
+        line = _CHUNK_SIZE.match(self.rest, at, at + _CHUNK_SIZE_BYTES_MAX)
         if line is None:
             until = at + _CHUNK_SIZE_BYTES_MAX
-            if self._buffer.find(b"\n", at, until) >= 0 or len(self._buffer) >= until:
+            if self.rest.find(b"\n", at, until) >= 0 or len(self.rest) >= until:
                 raise BadRequest()
             return 0
         size = int(line.group(1), 16)
@@ -6573,117 +6406,105 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check them, and forget them."""
-        found = finder.find(self._buffer)
+        """Check the trailers and drop them."""
+        found = finder.find(self.rest)
         if found is None:
             return
         end, stop = found
-        trailers = bytes(self._buffer[:end])
+        trailers = bytes(self.rest[:end])
         if stop - end != 4 or trailers.count(b"\n") > HEADER_LINES_MAX:
             raise BadRequest()
         parse_header_lines(trailers.split(b"\r\n")[1:])
-        del self._buffer[:stop]
+        del self.rest[:stop]
         self.done = True
 
 
 class Http2Refusal:
     """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
-    The answer is an error of gRPC, which its user gets to see; only then GOAWAY asks for
-    HTTP/1.1.  Sent alone, that would be one failed connection more to try again, and silence.
+    The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
+    HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
 
-    _PREFACE_END = b"SM\r\n\r\n"        # what follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # nobody may send larger ones unasked; above: the end
+    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
+    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
     _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-    _UNIMPLEMENTED = b"12"              # a status of gRPC
-    _HTTP_1_1_REQUIRED = 0xD
 
     __slots__ = ("done", "_buffer", "_greeted", "_sentence")
 
     def __init__(self, sentence: str) -> None:
-        self.done = False               # all is said: close
+        self.done = False               # the connection is to be closed
         self._buffer = b""
         self._greeted = False
         self._sentence = sentence.encode("ascii")
 
     def feed(self, data: bytes) -> bytes:
-        """Return what to send, after `data` has come."""
+        """Return the bytes to send after `data` has arrived."""
         self._buffer += data
-        answers = []
+        answer = b""
         if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
             self._greeted = True
-            answers.append(self._frame(self._SETTINGS, 0, 0, b""))
+            answer = self._frame(self._SETTINGS, 0, 0)
             if not self._buffer.startswith(self._PREFACE_END):
-                answers.append(self._goodbye(0))
+                answer += self._goodbye(0)
             self._buffer = self._buffer[len(self._PREFACE_END):]
         while self._greeted and not self.done and len(self._buffer) >= 9:
             size = int.from_bytes(self._buffer[:3], "big")
             if size > self._FRAME_BYTES_MAX:
-                answers.append(self._goodbye(0))
-            elif len(self._buffer) >= 9 + size:
-                frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-                answers.append(self._answer(frame))
-            else:
+                return answer + self._goodbye(0)
+            if len(self._buffer) < 9 + size:
                 break
-        return b"".join(answers)
+            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
+            answer += self._answer(frame)
+        return answer
 
     def _answer(self, frame: bytes) -> bytes:
-        kind, is_ack = frame[3], frame[4] & 1
-        stream = int.from_bytes(frame[5:9], "big") & 0x7FFF_FFFF
-        if kind == self._HEADERS:
-            return self._refuse(stream) + self._goodbye(stream)
+        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
+        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
+            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+                b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
+                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
+            )) + self._goodbye(stream & 0x7FFF_FFFF)
         if kind == self._GOAWAY:
             return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not is_ack:
+        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
             return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""                      # of a request that is answered, or of no interest
-
-    def _refuse(self, stream: int) -> bytes:
-        """Headers that are trailers as well: `:status 200`, as gRPC wants it, and the error."""
-        block = b"\x88" + b"".join(
-            b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
-                (b"content-type", b"application/grpc"), (b"grpc-status", self._UNIMPLEMENTED),
-                (b"grpc-message", self._sentence),
-            )
-        )
-        return self._frame(self._HEADERS, 0x4 | 0x1, stream, block)    # END_HEADERS, END_STREAM
+        return b""
 
     def _goodbye(self, last_stream: int) -> bytes:
         self.done = True
-        payload = struct.pack(">II", last_stream, self._HTTP_1_1_REQUIRED) + self._sentence
-        return self._frame(self._GOAWAY, 0, 0, payload)
+        http_1_1_required = 0xD
+        return self._frame(self._GOAWAY, 0, 0, struct.pack(
+            ">II", last_stream, http_1_1_required) + self._sentence)
 
     @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + struct.pack(
             ">BBI", kind, flags, stream) + payload
 
 
 # ============================================================================
-# net/workers -- Clocks, timers, complaints, and threads for work that may block.
+# net/workers -- Clocks, timers, a throttled log, and threads for calls that block.
 # ============================================================================
 
 
-COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
-
-
-TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
+REPEAT_SECONDS = 30.0               # between two log lines about the same fault
+TIMERS_SWEPT_MIN = 256              # waiting timers; above: cancelled ones are removed
 
 
 class Clock(NamedTuple):
-    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+    """The source of time.  No other code reads a clock: a test can pass its own."""
 
     now: Callable[[], float]            # monotonic seconds, for deadlines and durations
-    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+    wall_ns: Callable[[], int]          # unix nanoseconds, for clients and for expiry
 
 
 SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
 
 
 class Timer:
-    """One call at a later time; cancel() makes it do nothing."""
+    """A call at a later time, unless it is cancelled before."""
 
     __slots__ = ("callback", "args")
 
@@ -6692,60 +6513,50 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it was made already."""
         self.callback = None
         self.args = ()
 
 
-class Complaints:
-    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+class ThrottledLog:
+    """Logs the errors that every attempt would repeat, each at most once in 30 s."""
 
     def __init__(self, package: str, now: Callable[[], float]) -> None:
         self._log = package_logger(package)
         self._now = now
-        self._said: Dict[str, float] = {}
+        self._logged: Dict[str, float] = {}     # fault -> monotonic time
 
-    def say(self, text: str, about: str = "") -> None:
-        """Log `text` as an error, unless as much was said a short time ago.
-
-        about  what makes two texts the same; "": the text itself
-        """
-        now, about = self._now(), (about or text)[:256]
-        if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+    def error(self, text: str, fault: str = "") -> None:
+        """Log `text`, unless an error with the same `fault` (default: text) is recent."""
+        now, fault = self._now(), (fault or text)[:256]
+        if now - self._logged.get(fault, -REPEAT_SECONDS) < REPEAT_SECONDS:
             return
-        if len(self._said) >= 1_000:
-            self._said.clear()
-        self._said[about] = now
+        if len(self._logged) >= 1_000:
+            self._logged.clear()
+        self._logged[fault] = now
         self._log.error("%s", text)
 
 
 class WorkKind(NamedTuple):
-    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
-    holds up no other.
-
-    threads      at work at a time
-    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
-    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
-    """
+    """A kind of blocking calls with its own threads, so that a hanging kind delays no other."""
 
     name: str
-    threads: int
-    waiting_max: int
-    is_awaited: bool
+    threads: int                        # at most
+    waiting_max: int                    # calls that wait for a thread; above: WorkersBusy
+    is_awaited: bool                    # stop() waits for the calls under way
 
 
 FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
 NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
 PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
-PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's requests to the members
 
 
 class WorkersBusy(OSError):
-    """As many calls of this kind wait as may."""
+    """Too many calls of this kind wait."""
 
 
 def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
-    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    """Return (None, result) of work(*args), or (its exception, None)."""
     try:
         return None, work(*args)
     except Exception as error:
@@ -6755,7 +6566,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 class Workers:
     """The threads for one kind of calls that block.
 
-    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    They are daemons: a hanging call ends with the process.  Thread: reactor.
     """
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
@@ -6769,7 +6580,7 @@ class Workers:
         self, work: Callable[..., Any], args: Tuple[Any, ...],
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        """Call work(*args) on a thread; then done(error, result) on the reactor's."""
         kind = self._kind
         if self._unfinished >= kind.threads + kind.waiting_max:
             self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
@@ -6788,7 +6599,7 @@ class Workers:
                     self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
 
     def stop(self) -> None:
-        """Take no more calls; those that are awaited are finished first."""
+        """Take no more calls; wait for those under way if their kind is awaited."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads if self._kind.is_awaited else ():
@@ -6799,7 +6610,7 @@ class Workers:
             pass
 
     def _serve(self, call: Any) -> bool:
-        """Make one call, and keep nothing of it; False: it was the last."""
+        """Make one call; False: stop().  In its own frame, which keeps nothing of the call."""
         if call is None:
             return False
         work, args, done = call
@@ -6819,9 +6630,9 @@ class Workers:
 # ============================================================================
 
 
-QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
-QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
-AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
+QUICK_SECONDS = 0.000_200           # a short wait, falling asleep and waking included
+QUICK_WAITS_MIN = 8                 # short ones in a row, after which waits begin awake
+AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
                                     # their queued calls, their replies; above: the next turn
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
@@ -6843,11 +6654,10 @@ _READY = tuple(
 
 
 class Reactor:
-    """The loop that owns all state: sockets, timers, and what other threads post.
+    """The loop whose thread owns all state, with its sockets, timers and posted calls.
 
-    One turn: poll, serve ready sockets, run due timers, run what was posted, on_turn(), flush
-    (DESIGN: order inside one turn).  Thread: all methods from the reactor's own, except
-    call_soon_threadsafe and stop.
+    One turn: poll, serve ready sockets, run due timers, run posted calls, on_turn(), flush.
+    Thread: the reactor's own, except for call_soon_threadsafe and stop.
     """
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
@@ -6855,36 +6665,40 @@ class Reactor:
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
-        self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
+        self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
         self.slowest_turn_s = 0.0
-        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
+        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
-        self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
+        self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
-        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
+        self._timers_max = TIMERS_SWEPT_MIN     # above: remove the cancelled ones
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
         self._flushes: List[Callable[[], None]] = []
-        # What clients cause: it gets CLIENTS_SECONDS of each part of a turn, then has to wait.
+        # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
         self._urgent = select.epoll()           # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
-        self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
+        # flush_soon(flush) calls it at the end of this turn; flush_in_turn(flush) then or at the
+        # end of a later one, within the time for clients.
+        self.flush_soon = self._flushes.append
+        self.flush_in_turn = self._client_flushes.append
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
         self._wake_out = open(wake_out, "wb", buffering=0)
-        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
+        self._wake_lock = threading.Lock()      # a leaf: _wake_out is open during a write
         self._workers: Dict[WorkKind, Workers] = {}
-        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # (host, port) -> callbacks
         self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -6926,13 +6740,13 @@ class Reactor:
             self._polling = False
             with self._wake_lock:
                 if not self._wake_out.closed:
-                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
+                    self._wake_out.write(b"\0")     # a full pipe wakes the reactor as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        """Run `work(*args)` on a thread for its kind, then done(error, result) in the reactor."""
         if kind not in self._workers:
             self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
         self._workers[kind].submit(work, args, done)
@@ -6940,10 +6754,9 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
 
-        All that want the same at a time share one question: a name whose server hangs takes one
-        thread, however often it is asked for.
+        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
         """
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
@@ -6969,8 +6782,8 @@ class Reactor:
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
 
-        A socket must be unregistered before it is closed.  patient: if many are ready, this one
-        may have to wait for a later turn, but not longer than others that may.
+        A socket must be unregistered before it is closed.  patient: if many sockets are ready,
+        this one may wait for a later turn, in the order in which they became ready.
         """
         descriptor = sock.fileno()
         self._epoll.register(descriptor, _EPOLL_EVENTS[events])
@@ -6981,7 +6794,7 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
-        """Change what a registered socket waits for."""
+        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -6989,7 +6802,7 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: HasFileno) -> None:
-        """Stop watching `sock`."""
+        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -7001,16 +6814,8 @@ class Reactor:
         self._epoll.unregister(descriptor)
 
     def call_in_turn(self, callback: Callable[..., None], *args: Any) -> None:
-        """Call in this turn or a later one, in order, as far as the time for clients goes."""
-        self._in_line.append((callback, args))
-
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn."""
-        self._flushes.append(flush)
-
-    def flush_in_turn(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
-        self._client_flushes.append(flush)
+        """Call in this turn or a later one, in order, within the time for clients."""
+        self._client_calls.append((callback, args))
 
     def run(self) -> None:
         """Turn until stop()."""
@@ -7019,7 +6824,7 @@ class Reactor:
             self._turn(self._poll())
 
     def close(self) -> None:
-        """Release threads and sockets, when all others are closed."""
+        """Release threads and pipes; all sockets are closed before."""
         for workers in self._workers.values():
             workers.stop()
         self._epoll.close()
@@ -7039,8 +6844,9 @@ class Reactor:
             wait_s = self._timers[0][0] - self._turned_at
             if wait_s < 0.0:
                 wait_s = 0.0
-        self._polling = True            # first this, then the look at _posted: no lost wake-up
-        if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
+        self._polling = True            # set before _posted is read: no wake-up is lost
+        if (self._posted or self._flushes or self._late or self._client_calls
+                or self._client_flushes):
             wait_s = 0.0
         if self._late:
             events = self._urgent.poll(0.0)
@@ -7050,7 +6856,7 @@ class Reactor:
         return events
 
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
-        """Wait for a socket; awake at first, where that has paid lately.
+        """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
@@ -7092,19 +6898,19 @@ class Reactor:
         if self._timers and self._timers[0][0] <= served:
             self._run_timers(served)
             timed = called = clock()
-        if self._posted or self._in_line:
+        if self._posted or self._client_calls:
             for _ in range(len(self._posted)):
                 posted, args = self._posted.popleft()
                 posted(*args)
-            if self._in_line:
-                self._serve_line(clock() + CLIENTS_SECONDS)
+            if self._client_calls:
+                self._run_client_calls(clock() + CLIENTS_SECONDS)
             called = clock()
         self.on_turn()
         done = clock()
-        while self._flushes:
-            flushes, self._flushes = self._flushes, []
-            for flush in flushes:
+        if self._flushes:
+            for flush in self._flushes:     # and those added meanwhile
                 flush()
+            self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
@@ -7119,23 +6925,23 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
-        """Serve the sockets that the last turn had no time for, before any other is looked at."""
+        """Serve the sockets that the last turn had no time for."""
         late = self._late
         while late and self.now() <= until:
             descriptor, mask = late.popitem(last=False)
             self._callbacks[descriptor](_READY[mask])
 
-    def _serve_line(self, until: float) -> None:
-        line = self._in_line
-        for _ in range(len(line)):      # what is added meanwhile is for the next turn
-            callback, args = line.popleft()
+    def _run_client_calls(self, until: float) -> None:
+        calls = self._client_calls
+        for _ in range(len(calls)):     # those added meanwhile belong to the next turn
+            callback, args = calls.popleft()
             callback(*args)
             if self.now() > until:
                 return
 
     def _flush_clients(self, until: float) -> None:
         flushes, count = self._client_flushes, 0
-        for flush in flushes:           # what is added meanwhile belongs to this turn
+        for flush in flushes:           # and those added meanwhile
             flush()
             count += 1
             if not count % CLOCK_STRIDE and self.now() > until:
@@ -7155,32 +6961,32 @@ class Reactor:
         self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
-        self._wake_in.read(4096)        # what is left makes it ready again
+        self._wake_in.read(4096)        # the rest makes it ready again
 
 
 # ============================================================================
-# net/budgets -- Budgets: the time of long works in a turn, and the memory of connections.
+# net/budgets -- Budgets: time for long work in a turn, and memory for the buffers of connections.
 # ============================================================================
 
 
 class SlicedWork:
-    """Long works in steps, all together for TURN_S of a turn, each for a while in its turn.
+    """Long work in steps: TURN_S of each turn in all, shared by round robin.
 
-    What is short is done at once.  Thread: reactor.
+    Short work is done at once.  Thread: reactor.
     """
 
     TURN_S = 0.005
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._works: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
-        self._turn = -1                 # of the reactor, and what was spent in it
-        self._spent_s = 0.0
+        self._queue: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
+        self._turn = -1                 # of the reactor
+        self._spent_s = 0.0             # in that turn
         self._is_posted = False
 
     def add(self, steps: Generator[None, None, Any], done: Callable[[Any], None]) -> None:
-        """Do a work; then call done(result of the generator), which may be before add() returns."""
-        self._works.append((steps, done))
+        """Run the generator, then done(its result), perhaps before add() returns."""
+        self._queue.append((steps, done))
         if not self._is_posted:
             self._go()
 
@@ -7189,78 +6995,74 @@ class SlicedWork:
         reactor = self._reactor
         if self._turn != reactor.turns:
             self._turn, self._spent_s = reactor.turns, 0.0
-        while self._works and self._spent_s < self.TURN_S:
-            steps, done = self._works.popleft()
+        while self._queue and self._spent_s < self.TURN_S:
+            steps, done = self._queue.popleft()
             started = reactor.now()
             try:
                 next(steps)
-                self._works.append((steps, done))
+                self._queue.append((steps, done))
             except StopIteration as stop:
                 done(stop.value)
             self._spent_s += reactor.now() - started
-        if self._works and not self._is_posted:
+        if self._queue and not self._is_posted:
             self._is_posted = True
             reactor.call_soon(self._go)
 
 
-class Holder(Protocol):
-    """A connection, as far as HeldBytes knows it."""
+class BufferOwner(Protocol):
+    """A connection with buffers in memory."""
 
-    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds in memory; a piece may be of several at a time."""
-
-    def close(self) -> None:
-        """Let go of all."""
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]: ...
+    def close(self) -> None: ...
 
 
-class HeldBytes:
-    """What the connections of a member hold together: replies that nobody takes, and requests of
-    which bytes are missing.
+class BufferBudget:
+    """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Pieces that several share count once, so it takes a look at all to know; that is due when as
-    much has come as there was room for.  If it is too much, the connections go that have not
-    moved for the longest.  Thread: reactor.
+    Connections may share buffers, and a shared one counts once, so only a walk over all of them
+    finds the sum.  A walk begins when the connections have received as many bytes as there was
+    room for after the last.  Above the limit it closes those with the longest time since their
+    last progress.  Thread: reactor.
     """
 
-    LOOK_PIECES = 10_000                # in one turn: 3 ms
+    TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._holders: Dict[Holder, float] = {}     # and when they moved last (monotonic)
-        self._grown = 0                 # bytes since the last look
-        self._room = HELD_BYTES_MAX     # as of the last look
-        self._look: Iterator[None] = iter(())
-        self._looking = False
-        self._complaints = Complaints("http", reactor.now)
+        self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
+        self._grown = 0                 # bytes since the begin of the last walk
+        self._room = HELD_BYTES_MAX     # after the last walk
+        self._walk: Iterator[None] = iter(())
+        self._is_walking = False
+        self._log = ThrottledLog("http", reactor.now)
 
-    def hold(self, connection: Holder, grown: int, *, moved: bool = False) -> None:
-        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
-        if moved or connection not in self._holders:
-            self._holders[connection] = self._reactor.now()
+    def grow(self, connection: BufferOwner, grown: int, *, moved: bool = False) -> None:
+        """Count bytes that a connection keeps.  moved: its client has read some."""
+        if moved or connection not in self._owners:
+            self._owners[connection] = self._reactor.now()
         self._grown += grown
-        if self._grown >= self._room and not self._looking:
-            self._looking, self._grown = True, 0
-            self._look = self._look_at_all()
+        if self._grown >= self._room and not self._is_walking:
+            self._is_walking, self._grown = True, 0
+            self._walk = self._close_excess()
             self._reactor.call_soon(self._go_on)
 
-    def forget(self, connection: Holder) -> None:
-        """The connection is closed."""
-        self._holders.pop(connection, None)
+    def forget(self, connection: BufferOwner) -> None:
+        self._owners.pop(connection, None)
 
     def _go_on(self) -> None:
-        for _ in self._look:
+        for _ in self._walk:
             self._reactor.call_soon(self._go_on)
             return
-        self._looking = False
+        self._is_walking = False
 
-    def _look_at_all(self) -> Iterator[None]:
-        """Close what is too much; those that moved last are kept, one of them in any case."""
-        kept = closed = looked = 0
+    def _close_excess(self) -> Iterator[None]:
+        """Keep the connections with the latest progress, at least one; close the others."""
+        kept = closed = walked = 0
         seen: Set[int] = set()
-        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+        for connection in sorted(self._owners, key=self._owners.__getitem__, reverse=True):
             pieces = {id(piece): len(piece) for piece in connection.pieces()}
             if not pieces:
-                self._holders.pop(connection, None)
+                self._owners.pop(connection, None)
                 continue
             size = sum(pieces[piece] for piece in pieces if piece not in seen)
             if kept and kept + size > HELD_BYTES_MAX:
@@ -7269,14 +7071,14 @@ class HeldBytes:
             else:
                 kept += size
                 seen.update(pieces)
-            looked += len(pieces)
-            if looked > self.LOOK_PIECES:
-                looked = 0
+            walked += len(pieces)
+            if walked > self.TURN_PIECES:
+                walked = 0
                 yield
         self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
         if closed:
             text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
-            self._complaints.say(
+            self._log.error(
                 f"{text}: {closed}, whose clients did not read replies or finish requests", text
             )
 
@@ -7293,7 +7095,7 @@ _STATUS_LINES = {
 
 
 class Channel(Protocol):
-    """A connection, as far as its requests and their replies know it."""
+    """The part of a connection that its requests and their replies use."""
 
     reactor: Reactor
     remote: str
@@ -7305,20 +7107,11 @@ class Channel(Protocol):
     closed: bool
 
     @property
-    def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
-
-    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Queue bytes for the end of this turn."""
-
-    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close."""
-
-    def flush(self) -> None:
-        """Send what is queued."""
-
-    def close(self) -> None:
-        """Drop the socket; a waiting request's on_close is called."""
+    def scheme(self) -> str: ...
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None: ...
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HttpRequest:
@@ -7331,51 +7124,24 @@ class HttpRequest:
         self.body = body
         self.connection = connection
         self.body_too_large = False
-        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+        self.body_file: Optional[IO[bytes]] = None      # with a body that is too large for memory
 
-    @property
-    def method(self) -> str:
-        """Method, as sent."""
-        return self.head.method
-
-    @property
-    def target(self) -> str:
-        """Request target, as sent, latin-1."""
-        return self.head.target
-
-    @property
-    def path(self) -> str:
-        """Percent-decoded path (text_of)."""
-        return self.head.path
-
-    @property
-    def query(self) -> str:
-        """Raw query without `?`, latin-1."""
-        return self.head.query
-
-    @property
-    def headers(self) -> Dict[str, str]:
-        """Lower-case name -> value."""
-        return self.head.headers
-
-    @property
-    def remote(self) -> str:
-        """Client address, `ip:port`."""
-        return self.connection.remote
-
-    @property
-    def scheme(self) -> str:
-        """`https` if the request came through TLS, else `http`."""
-        return self.connection.scheme
+    # Attributes of the head and the connection, read in C: a GET reads four of them.
+    method = cast(str, property(attrgetter("head.method")))
+    target = cast(str, property(attrgetter("head.target")))     # as sent, latin-1
+    path = cast(str, property(attrgetter("head.path")))         # percent-decoded (text_of)
+    query = cast(str, property(attrgetter("head.query")))       # as sent, without `?`, latin-1
+    headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
+    remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
+    scheme = cast(str, property(attrgetter("connection.scheme")))
 
     @property
     def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client goes away before the reply."""
+        """Called when the client closes the connection before the reply."""
         return self.connection.on_close
 
     @on_close.setter
     def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        """Ask for that call; None: no more."""
         self.connection.on_close = callback
 
     def _head_bytes(
@@ -7389,18 +7155,17 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date
-        return (
-            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
-        )
+        date = f"Date: {self.connection.reactor.http_date}\r\n"
+        return f"{status_line}{kind}{headers}{date}{framing}{closing}\r\n".encode("latin-1")
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+        """Send a reply; to HEAD without its body.
 
-        more  of the body, never copied
+        headers  further raw lines, each with its CRLF
+        more     pieces of the body that are never copied
         """
         size = len(body) + sum(map(len, more))
         framing = "" if status == 204 else f"Content-Length: {size}\r\n"
@@ -7412,10 +7177,7 @@ class HttpRequest:
         self.connection.finish(data, self.head.keep_alive, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body; only if the head takes_raw.
-
-        more  of the body, never copied
-        """
+        """Send a ready-made head and body; only if the head takes_raw."""
         self.connection.finish(data, True, more)
 
     def start_stream(
@@ -7424,7 +7186,7 @@ class HttpRequest:
     ) -> StreamReply:
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
-        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        A reply without body (HEAD, 204, 304) is completed by end().
         """
         bodyless = self.head.method == "HEAD" or status in (204, 304)
         chunked = bool(self.head.minor) and length is None and not bodyless
@@ -7432,7 +7194,7 @@ class HttpRequest:
         if length is not None and status != 204:
             framing = f"Content-Length: {length}\r\n"
         if not (chunked or bodyless or length is not None):
-            self.head = closing_head(self.head)        # the end of the body is that of all
+            self.head = closing_head(self.head)        # the connection's end is the body's end
         reply = StreamReply(self, chunked=chunked)
         if not reply.closed:
             self.connection.send(self._head_bytes(status, content_type, headers, framing))
@@ -7443,8 +7205,7 @@ Handler = Callable[[HttpRequest], None]
 
 
 class StreamReply:
-    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
-    HTTP/1.0: until close)."""
+    """A reply whose body is written in pieces: chunked, of known length, or until close."""
 
     __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
 
@@ -7460,15 +7221,15 @@ class StreamReply:
 
     @property
     def pending(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the socket has not taken yet."""
         return self._connection.pending
 
     def when_read(self, callback: Callable[[], None]) -> None:
-        """Call once, as soon as the client has taken everything that is pending."""
+        """Call once, as soon as the socket has taken all pending bytes."""
         self._connection.on_drain = callback
 
     def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
-        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        """Queue one piece, of which `more` is never copied; False: the reply has ended."""
         if self.closed:
             return False
         size = len(data) + sum(map(len, more))
@@ -7502,7 +7263,7 @@ class StreamReply:
 
 
 def closing_head(head: HttpHead) -> HttpHead:
-    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    """Return a copy of `head` for the last request of its connection."""
     closing = HttpHead(head.method, head.target, head.minor, head.headers)
     closing.keep_alive = closing.takes_raw = False
     closing.parsed = head.parsed
@@ -7514,32 +7275,28 @@ def closing_head(head: HttpHead) -> HttpHead:
 # ============================================================================
 
 
-HANDSHAKE_SECONDS_MAX = 10.0        # until its first byte, and from then to its end; then closed
-CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
+HANDSHAKE_SECONDS_MAX = 10.0        # to its first byte, and from there to its end; then closed
+CERTIFICATE_CHECK_SECONDS = 1.0     # between two checks of the files for changes
 
 
 class TlsSocket(ssl.SSLSocket):
-    """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
+    """A non-blocking TLS socket that raises BlockingIOError, as a plain one does."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """Raise SSLCertVerificationError with the names in the certificate as `names`."""
+        """Add the names in a refused certificate to the error, as `names`."""
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            error.names = self._names_shown()       # type: ignore[attr-defined]
+            # Python 3.9 does not tell them: names is None.
+            chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
+            error.names = [str(name) for _, name in    # type: ignore[attr-defined]
+                           chain[0].get_info().get("subjectAltName", ())] if chain else None
             raise
 
-    def _names_shown(self) -> Optional[List[str]]:
-        """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
-        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
-        if not chain:
-            return None
-        return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
-
     def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
-        """Return what has arrived, up to about `size` bytes; b"" at the end.
+        """Return up to about `size` received bytes; b"" at the end.
 
-        All that OpenSSL has decrypted is taken, since no selector would tell of the rest.
+        This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
         data = b""
         pieces: List[bytes] = []
@@ -7557,21 +7314,21 @@ class TlsSocket(ssl.SSLSocket):
         return b"".join(pieces)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send as much as goes at once; after BlockingIOError, send at least the same again."""
+        """Send without blocking; after BlockingIOError, repeat with at least the same bytes."""
         try:
             return super().send(data, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError(errno.EAGAIN, "cannot send yet") from None
 
     def shutdown(self, how: int) -> None:
-        """Say goodbye in TLS first: a reply that ends without it might have been cut off."""
+        """End TLS first: without its close_notify a reply might have been cut off."""
         with contextlib.suppress(OSError, ValueError):
             self.unwrap()
         super().shutdown(how)
 
 
 def _covers(kind: str, name: str, host: str) -> bool:
-    """Tell whether a name of a certificate, perhaps with `*` for its first label, is of `host`."""
+    """Tell whether a name of a certificate, perhaps a wildcard, covers `host`."""
     if kind == "IP Address":
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
@@ -7583,13 +7340,13 @@ def _covers(kind: str, name: str, host: str) -> bool:
 
 
 class TlsContext:
-    """How one side of this member speaks TLS; certificates are read again when they change.
+    """The TLS settings of one side; certificates are read again when they change.
 
     server  True to accept connections, False to make them
     now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
-    Raises StartError if the files cannot be used; later, the last usable ones stay in use.
+    Raises StartError for unusable files; later, the last usable ones stay in use.
     """
 
     def __init__(
@@ -7599,7 +7356,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
-        self._refused = self._seen          # the last that could not be used, and was logged
+        self._refused = self._seen          # the last that was logged as unusable
         self._checked = now()
         self._context = self._load()
 
@@ -7630,7 +7387,7 @@ class TlsContext:
             raise ssl.SSLError(0, f"the client certificate is for {shown}, not for {host}")
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
-        """What tells that a file was changed or replaced."""
+        """Return time, inode and size of each file, which change with it."""
         found: List[Optional[Tuple[int, int, int]]] = []
         for path in self._files:
             if isinstance(path, str) and path and path not in self._files[-2:]:
@@ -7642,7 +7399,7 @@ class TlsContext:
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
-        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
+        """Use the changed files; retry unreadable ones later, as descriptors may be short."""
         log = package_logger("tls")
         try:
             self._context = self._load()
@@ -7680,12 +7437,12 @@ _default_tls: List[TlsContext] = []
 
 
 def default_tls() -> TlsContext:
-    """Return how to reach others without settings: the system's authorities decide."""
+    """Return the client settings for all other cases: the system's authorities decide."""
     if _default_tls:
         return _default_tls[0]
     context = TlsContext(TlsFiles(), server=False)
     with contextlib.suppress(OSError), open(os.devnull, "rb"):
-        _default_tls.append(context)    # else its authorities could not be read either: not kept
+        _default_tls.append(context)    # without a free descriptor it has no authorities: not kept
     return context
 
 
@@ -7718,7 +7475,7 @@ def _ssl_words(error: Exception) -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Have `context` show this certificate.  Raises StartError."""
+    """Load a certificate and its key into `context`.  Raises StartError."""
     check_readable(cert_file)
     check_readable(key_file)
     asked: List[bool] = []
@@ -7730,20 +7487,19 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     try:
         context.load_cert_chain(cert_file, key_file, password=passphrase)
     except (OSError, ValueError) as error:
-        what = _encrypted_key(key_file) if asked else _pair_error(cert_file, key_file, error)
-        raise StartError(f"cannot use {cert_file} and its key {key_file}: {what}") from None
-
-
-def _encrypted_key(path: str) -> str:
-    plain = f"{os.path.splitext(path)[0]}-plain.pem"
-    return (
-        f"the key is encrypted, and nobody can be asked for the passphrase; write it without one"
-        f" with `openssl pkey -in {shlex.quote(path)} -out {shlex.quote(plain)}` and name {plain}"
-    )
+        fault = _pair_error(cert_file, key_file, error)
+        if asked:
+            plain = f"{os.path.splitext(key_file)[0]}-plain.pem"
+            fault = (
+                f"the key is encrypted, and nobody can be asked for the passphrase; write it"
+                f" without one with `openssl pkey -in {shlex.quote(key_file)}"
+                f" -out {shlex.quote(plain)}` and name {plain}"
+            )
+        raise StartError(f"cannot use {cert_file} and its key {key_file}: {fault}") from None
 
 
 def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
-    """Say why OpenSSL could not load a certificate and its key, by what the files hold."""
+    """Return why OpenSSL cannot load a certificate and its key, from their content."""
     for path, label, kind in (
         (cert_file, b"CERTIFICATE-----", "x509"), (key_file, b"PRIVATE KEY-----", "pkey"),
     ):
@@ -7768,32 +7524,27 @@ def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
     return f"{_ssl_words(error)}; the files must hold PEM text, whole and unchanged"
 
 
-PEM_BYTES_MAX = 1 << 20             # of a file that is looked at for its labels
-# What OpenSSL says where key and certificate do not fit; the last: they are of different kinds.
+PEM_BYTES_MAX = 1 << 20             # of a file that are searched for labels
+# OpenSSL's reasons for a key of another certificate; the last: they are of different kinds.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 def tls_reason(error: Exception) -> str:
-    """Return one line that says why a TLS connection failed, and what to do where that is known."""
+    """Return one line: why a TLS connection failed, and the remedy if it is known."""
     reason = str(getattr(error, "reason", None) or "")
     verify = getattr(error, "verify_message", "")
     if verify:
         hint = _VERIFY_HINTS.get(verify, "")
         if "mismatch" in verify:
-            hint = _names_hint(getattr(error, "names", None))
+            names: Optional[List[str]] = getattr(error, "names", None)
+            shown = ", ".join(map(go_quote, (names or [])[:NAMES_SHOWN_MAX]))
+            has = f" it has {shown or 'no names, and a CN does not count'};"
+            hint = (f"{has if names is not None else ''} issue one whose subjectAltName has the"
+                    " host of the URL that leads to it")
         return f"the other side's certificate cannot be verified: {verify}{hint}"
     if reason in _TLS_REASONS:
         return _TLS_REASONS[reason]
     return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
-
-
-def _names_hint(names: Optional[List[str]]) -> str:
-    """What to do about a certificate for other names than the one that was wanted."""
-    has = ""
-    if names is not None:
-        shown = ", ".join(map(go_quote, names[:NAMES_SHOWN_MAX]))
-        has = f" it has {shown or 'no names, and a CN does not count'};"
-    return f"{has} issue one whose subjectAltName has the host of the URL that leads to it"
 
 
 NAMES_SHOWN_MAX = 10                # of a certificate, in a log line
@@ -7828,9 +7579,9 @@ _TLS_REASONS = {
 
 
 class Handshake:
-    """A TLS handshake under way; done(error) when it ended, None: `sock` may be used.
+    """A TLS handshake under way; calls done(error) at its end, None: `sock` may be used.
 
-    The socket is not registered with the reactor before and after.  Thread: reactor.
+    The socket is registered with the reactor only for this time.  Thread: reactor.
     """
 
     def __init__(
@@ -7840,12 +7591,13 @@ class Handshake:
         self.sock = sock
         self._reactor = reactor
         self._done = done
-        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._late)
+        late = TimeoutError("TLS handshake timeout")
+        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._end, late)
         reactor.register(
             sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self._step, patient=patient)
 
     def cancel(self) -> None:
-        """Stop without calling done(); the socket stays open.  Once only, before the end."""
+        """Stop without a call of done(); the socket stays open.  Once only, before the end."""
         self._timer.cancel()
         self._reactor.unregister(self.sock)
 
@@ -7860,9 +7612,6 @@ class Handshake:
             self._end(error if isinstance(error, OSError) else OSError(str(error)))
         else:
             self._end(None)
-
-    def _late(self) -> None:
-        self._end(TimeoutError("TLS handshake timeout"))
 
     def _end(self, error: Optional[OSError]) -> None:
         self.cancel()
@@ -7881,7 +7630,7 @@ RESOLV_CONF = "/etc/resolv.conf"
 
 
 def _reason(error: Exception) -> str:
-    """The error's words without Python's decoration."""
+    """Return the text of an error without Python's decoration."""
     if isinstance(error, ssl.SSLError):
         return tls_reason(error)
     if isinstance(error, OSError) and error.strerror:
@@ -7899,7 +7648,7 @@ class SrvRecord(NamedTuple):
 
 
 def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
-    """Return the addresses of the system's name servers; without any, the local one."""
+    """Return the addresses of the system's name servers; the local one if there are none."""
     found: List[Tuple[str, int]] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for words in map(str.split, file):
@@ -7909,12 +7658,12 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
+    """Return the SRV records of `name` from the first name server with a good answer.
 
-    Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
-    the random choice of RFC 2782 would be of no use.  Raises OSError.
+    Sorted by priority, then by falling weight: the order numbers the unnamed members, so the
+    random choice of RFC 2782 would be of no use.  Raises OSError.
     """
-    last: OSError = OSError("no name server to ask")
+    fault = "no name server to ask"
     for address in list(servers) * DNS_TRIES:
         query_id = random.randrange(1 << 16)
         query = _srv_query(query_id, name)
@@ -7924,18 +7673,16 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
                 answer = _ask_tcp(address, query)
             records = _srv_answer(answer)
         except socket.timeout:
-            last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
-            continue
+            fault = f"lookup {name} on {address[0]}: i/o timeout"
         except OSError as error:
-            last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
-            continue
+            fault = f"lookup {name} on {address[0]}: {_reason(error)}"
         except (IndexError, struct.error):
-            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
-            continue
-        if not records:
-            raise OSError(f"lookup {name}: no such host")
-        return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
-    raise last
+            fault = f"lookup {name} on {address[0]}: malformed answer"
+        else:
+            if not records:
+                raise OSError(f"lookup {name}: no such host")
+            return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
+    raise OSError(fault)
 
 
 def _srv_query(query_id: int, name: str) -> bytes:
@@ -7947,7 +7694,7 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(address)           # the kernel drops what comes from anyone else
+        sock.connect(address)           # the kernel drops datagrams from other addresses
         sock.send(query)
         deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
@@ -7965,13 +7712,13 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """The SRV records of a DNS message; [] also if there is no such name.
+    """Return the SRV records of a DNS message; [] for a name that does not exist.
 
     Raises OSError, IndexError or struct.error.
     """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code not in (0, 3):              # 3: there is no such name
+    if code not in (0, 3):              # 3: the name does not exist
         words = {2: "server misbehaving", 5: "query refused"}
         raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12
@@ -8012,12 +7759,13 @@ def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
 # ============================================================================
 
 
-DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
-DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+DIAL_SECONDS = 0.25                 # for an address; then the next is tried beside it
+DIAL_ADDRESSES_MAX = 16             # of one name; the others are not tried
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer, by default; above: cut
 
 
 def dial_order(found: Sequence[Any]) -> List[Any]:
-    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    """Order addresses of getaddrinfo: the families alternate, the first begins (RFC 8305 §4)."""
     first = [info for info in found if info[0] == found[0][0]]
     others = [info for info in found if info[0] != found[0][0]]
     turns = itertools.zip_longest(first, others)
@@ -8025,10 +7773,10 @@ def dial_order(found: Sequence[Any]) -> List[Any]:
 
 
 class Dial:
-    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+    """Connects to the first of several addresses that answers (RFC 8305 §5, without DNS).
 
-    Once done(socket, None); or done(None, error of the first address) when all have failed.
-    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    Calls done(socket, None) once, or done(None, error of the first address) when all have
+    failed; never inside the constructor or after cancel().  The socket is not registered.
     """
 
     def __init__(
@@ -8044,7 +7792,7 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Give all attempts up."""
+        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -8053,7 +7801,7 @@ class Dial:
         self._open.clear()
 
     def _next(self) -> None:
-        """Try the next address; beside the attempts under way, if there are any."""
+        """Try the next address, beside the attempts under way."""
         self._timer.cancel()
         if self._left:
             delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
@@ -8063,7 +7811,7 @@ class Dial:
             self._done(None, self._error)
 
     def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
-        """Begin to connect; False if that has failed already."""
+        """Begin to connect; False: it has failed already."""
         try:
             sock = socket.socket(family, kind, protocol)
         except OSError as error:            # no descriptor left, or no such family here
@@ -8073,13 +7821,13 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             return False
         self._open.add(sock)
         self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
         return True
 
-    def _fail(self, sock: socket.socket, code: int) -> None:
+    def _note_failure(self, sock: socket.socket, code: int) -> None:
         sock.close()
         self._error = self._error or OSError(code, os.strerror(code))
 
@@ -8088,7 +7836,7 @@ class Dial:
         self._open.discard(sock)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             self._next()
         else:
             self.cancel()
@@ -8096,20 +7844,22 @@ class Dial:
 
 
 class HttpCall:
-    """One outgoing request on a connection of its own, without blocking.
+    """One outgoing request on its own connection, without blocking.
 
-    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
-    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
-    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
-    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
-    A Host among the headers goes before that of the url.
+    on_head            (status, headers) once
+    on_data            (bytes) per piece of the body
+    on_done            (error) once at the end, None for a complete body; not after cancel()
+    headers            a Host here replaces that of the url
+    more               further pieces of the body
+    connect_timeout_s  for name look-up and connect
+    idle_timeout_s     for each silence after that; None: no limit
+    answer_max         received bytes of the body; above: cut, and complete
     """
 
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
-        "_room",
+        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
+        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
     )
 
     def __init__(
@@ -8137,54 +7887,43 @@ class HttpCall:
         self._out = [memoryview(piece) for piece in (head + body, *more) if piece]
         self._in = bytearray()
         self._finder = HeadFinder()
-        self._interim = 0               # heads of status 1xx so far
-        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._interim = 0               # answers of status 1xx so far
+        self._left: Optional[int] = None    # bytes of body to come; None: no head yet
         self._chunks: Optional[ChunkedDecoder] = None
-        self._room = answer_max         # bytes of body that are still wanted
+        self._room = answer_max         # bytes of body until it is cut
         self._heard = 0.0
-        self._ended = False
+        self.ended = False              # True after on_done() or cancel()
         self._bodyless = method == "HEAD"
         self._paused = False
         self._events = 0                # that the reactor waits for
         self.connected = False          # from then on the other side may have seen the request
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
-        self._handshake: Optional[Handshake] = None
-        self._dial: Optional[Dial] = None
-        self._look_up: Optional[Timer] = None       # a question to the name servers
+        self._connecting: Union[Timer, Dial, Handshake, None] = None    # the step under way
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
 
-    @property
-    def ended(self) -> bool:
-        """True after on_done, or cancel()."""
-        return self._ended
-
     def cancel(self) -> None:
-        """Drop the connection; no callback comes any more."""
-        self._ended = True
-        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        """Close the connection; no callback comes any more."""
+        self.ended = True
+        # Owners refer to their call, and these to the owner: that cycle must end.
         self._on_head = self._on_data = self._on_done = _ignore
         self._out = []
         self._timer.cancel()
-        if self._dial is not None:
-            self._dial.cancel()
-        if self._look_up is not None:
-            self._look_up.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
         if self._sock is None:
             return
-        if self._handshake is not None:
-            self._handshake.cancel()
-            self._handshake = None
-        elif self._events:
+        if self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
         self._sock = None
 
     def flush(self) -> None:
-        """Send what is left of the request."""
-        if self._ended or self._sock is None:
+        """Send the rest of the request, as much as the socket takes."""
+        if self.ended or self._sock is None:
             return
         try:
             if self._out:
@@ -8199,20 +7938,19 @@ class HttpCall:
         self._watch()
 
     def pause(self) -> None:
-        """Read no more until resume(); the idle time does not count meanwhile."""
-        if not self._ended and not self._paused:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
             self._paused = True
             self._watch()
 
     def resume(self) -> None:
-        """Read again."""
-        if not self._ended and self._paused:
+        if not self.ended and self._paused:
             self._paused = False
             self._heard = self._reactor.now()
             self._watch()
 
     def _watch(self) -> None:
-        """Wait for what comes next: room for the request, or the answer."""
+        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -8226,55 +7964,42 @@ class HttpCall:
         self._events = events
 
     def _resolve(self, host: str, port: int) -> None:
-        """Literal addresses at once; names on a thread, a name server may be slow."""
+        """Dial a literal address at once; look a name up on a thread, as DNS may be slow."""
         hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
             found = [info for host in hosts for info in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
         except (socket.gaierror, UnicodeError):
-            self._look_up = self._reactor.look_up(host, port, self._resolved)
+            self._connecting = self._reactor.look_up(host, port, self._resolved)
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._resolved(None, found)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
-        if self._ended:
-            return
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._connecting = Dial(self._reactor, found, self._dialed)
 
-    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
-        self._dial, self._sock = None, sock
-        if sock is None:
-            self._fail(error or OSError("no address"))
-        elif self._tls is None:
-            self._begin()
-        else:
-            self._shake_hands(self._tls)
-
-    def _shake_hands(self, tls: TlsContext) -> None:
-        assert self._sock is not None
-        try:
-            sock = tls.current.wrap_socket(
-                self._sock, server_hostname=self._host, do_handshake_on_connect=False
-            )
-        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
-            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+    def _dialed(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._connecting, self._sock = None, sock
+        if sock is None or self._tls is None:
+            self._send_request(None if sock else error or OSError("no address"))
             return
-        self._sock = sock
-        self._handshake = Handshake(self._reactor, sock, self._secured)
+        try:
+            secured = self._tls.current.wrap_socket(
+                sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as fault:      # closed already, or an invalid name
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {fault}"))
+            return
+        self._sock = secured
+        self._connecting = Handshake(self._reactor, secured, self._send_request)
 
-    def _secured(self, error: Optional[OSError]) -> None:
-        assert self._sock is not None
-        self._handshake = None
-        if error is None:
-            self._begin()
-        else:
+    def _send_request(self, error: Optional[OSError]) -> None:
+        self._connecting = None
+        if error is not None:
             self._fail(error)
-
-    def _begin(self) -> None:
-        """The connection stands: send the request."""
+            return
         self.connected = True
         self._heard = self._reactor.now()
         self._timer.cancel()
@@ -8284,7 +8009,7 @@ class HttpCall:
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
             self.flush()
-        if mask & selectors.EVENT_READ and not self._ended:
+        if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
     def _watch_idle(self) -> None:
@@ -8320,7 +8045,7 @@ class HttpCall:
             self._fail(OSError(f"malformed HTTP response: {error}"))
 
     def _take_head(self) -> None:
-        """Look for the head of the answer; any number of interim ones may come before it."""
+        """Parse the head of the answer, behind any interim answers."""
         while True:
             found = self._finder.find(self._in)
             if found is None:
@@ -8344,7 +8069,7 @@ class HttpCall:
         else:
             self._left = length if "content-length" in headers else sys.maxsize
         self._on_head(status, headers)
-        if not self._ended:
+        if not self.ended:
             self._take_body(data)
 
     def _take_body(self, data: bytes) -> None:
@@ -8358,7 +8083,7 @@ class HttpCall:
         if data:
             self._on_data(data)
         is_whole = self._chunks.done if self._chunks else not self._left
-        if not self._ended and (is_whole or self._room < 0):
+        if not self.ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -8366,7 +8091,7 @@ class HttpCall:
         self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
 
     def _fail(self, error: Exception) -> None:
-        if not self._ended:
+        if not self.ended:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
@@ -8376,7 +8101,42 @@ class HttpCall:
 
 
 def _ignore(*args: object) -> None:
-    """What a call that is over tells nobody."""
+    """The callback of a call that is over."""
+
+
+class Answer:
+    """The answer to a call: status, headers, and the first body_max bytes of the body."""
+
+    __slots__ = ("status", "headers", "body", "_body_max")
+
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
+        self.status = 0                 # 0: none has arrived
+        self.headers: Dict[str, str] = {}
+        self.body = b""
+
+    def take_head(self, status: int, headers: Dict[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def take_data(self, data: bytes) -> None:
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
+
+
+def fetch(
+    reactor: Reactor, url: str, target: str, done: Callable[[Optional[Exception], Answer], None],
+    *, method: str = "GET", headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+    connect_timeout_s: float, idle_timeout_s: float, body_max: int = ANSWER_BYTES_MAX,
+    tls: Optional[TlsContext] = None,
+) -> HttpCall:
+    """Make a call; done(error, answer) once at its end, unless it is cancelled."""
+    answer = Answer(body_max)
+    return HttpCall(
+        reactor, url, method, target, headers or {}, body=b"".join(body[:1]), more=body[1:],
+        connect_timeout_s=connect_timeout_s, idle_timeout_s=idle_timeout_s, answer_max=body_max,
+        tls=tls, on_head=answer.take_head, on_data=answer.take_data,
+        on_done=lambda error: done(error, answer),
+    )
 
 
 # ============================================================================
@@ -8384,28 +8144,31 @@ def _ignore(*args: object) -> None:
 # ============================================================================
 
 
-DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
+DRAIN_SECONDS = 2.0                 # until a client has closed its end too; above: closed
 
 
 class Service:
-    """What the connections of a listener share, and may ask it for.
+    """The handler, the limits and the state that the connections of a listener share.
 
-    handler gets every complete request.  body_max in bytes: larger bodies arrive as
-    body_too_large.  body_limit(head) may allow less.  memory_max: from there on a body goes to the
-    file that open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all
-    bodies in memory together.  patient: these are clients, who share a part of each turn; members
-    never wait for them.
+    handler     gets every complete request
+    body_max    bytes of a body; a longer one arrives as body_too_large
+    body_limit  (head) -> its own limit, body_max by default
+    memory_max  bytes of a body in memory; a longer one goes to the file that
+                open_spool(first bytes) returns, and is too large without one
+    held_max    bytes of all incomplete bodies in memory
+    patient     the connections are of clients, which share a part of each turn; members never
+                wait for them
     """
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
-        held: Optional[HeldBytes], *, patient: bool,
+        budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
         self.tls = tls
-        self.held = held or HeldBytes(reactor)
+        self.budget = budget or BufferBudget(reactor)
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
         self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
@@ -8416,11 +8179,11 @@ class Service:
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
+        self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
-        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
     def serve(self, sock: socket.socket, remote: str) -> Connection:
-        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
         return connection
@@ -8428,8 +8191,8 @@ class Service:
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
-        Requests only read state or propose, so nothing is half done when one fails; what is
-        applied from the log is not protected like this.
+        Requests only read state or propose, so a failure leaves nothing half done.  Applying
+        entries of the log has no such protection.
         """
         try:
             self.handler(request)
@@ -8438,43 +8201,36 @@ class Service:
         except Exception:
             package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
             if request.connection.streaming:
-                request.connection.close()      # its reply has begun, and cannot be completed
+                request.connection.close()      # its reply cannot be completed
                 return
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    @property
-    def has_partial(self) -> bool:
-        """True if any connection is known to watch_partial()."""
-        return bool(self._partial)
-
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
-        """Remember since when a request is incomplete.  begun: it is another than before."""
-        if partial and begun:
-            self._partial[connection] = self.reactor.now()
-        elif partial:
-            self._partial.setdefault(connection, self.reactor.now())
-        elif self._partial:
-            self._partial.pop(connection, None)
+        """Note the start of an incomplete request.  begun: it is another than before."""
+        if not partial:
+            self.partial.pop(connection, None)
+        elif begun or connection not in self.partial:
+            self.partial[connection] = self.reactor.now()
 
     def watch_unread(self, connection: Connection, taken: int) -> None:
-        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
-        self._partial.pop(connection, None)
+        self.partial.pop(connection, None)
         self.unread.pop(connection, None)
-        self.held.forget(connection)
+        self.budget.forget(connection)
 
     def close_slow(self) -> None:
-        """Close what has been on the way for too long."""
+        """Close connections with a request or a reply that takes too long."""
         now = self.reactor.now()
-        for connection, since in list(self._partial.items()):
+        for connection, since in list(self.partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
         for connection, (since, _) in list(self.unread.items()):
@@ -8489,7 +8245,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_goodbye",
+        "_in_line", "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -8499,17 +8255,17 @@ class Connection:
         self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
         self.streaming = False
         self.pending = 0                # bytes in _out
-        self.busy = False               # a request waits for its reply, or for the end of it
+        self.busy = False               # the reply to a request is not complete
         self.closed = False
         self._service = service
         self._sock = sock
         self._in = bytearray()          # received, not yet parsed
-        self._finder = HeadFinder()     # looks for the end of the next head in it
+        self._finder = HeadFinder()     # of the next head in _in
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []    # pieces of a chunked or large body
         self._body_bytes = 0            # in them, or in _file
-        self._body_max = 0              # of the request under way, as its head deserves
+        self._body_max = 0              # limit for the request under way
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -8517,14 +8273,13 @@ class Connection:
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
-        self._in_line = False           # what is in _in is parsed after the others' turn
+        self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
-        self._goodbye: Optional[Timer] = None       # ends _draining
+        self._drain_timer: Optional[Timer] = None
         self._register(selectors.EVENT_READ, self._receive)
 
     @property
     def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
         return "https" if self._service.tls else "http"
 
     def _register(self, events: int, callback: Callable[[int], None]) -> None:
@@ -8563,23 +8318,23 @@ class Connection:
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
             if (self._in or self._body_bytes) and not self.closed:
-                self._service.held.hold(self, len(data))
+                self._service.budget.grow(self, len(data))
 
     def _end_of_input(self) -> None:
-        """The client sends no more: it waits for its replies, but not for the end of a stream."""
+        """Serve the remaining requests of a client that sends no more; end its streams."""
         self._eof = True
         if self.busy and self.streaming:
             self.close()
         elif self.busy or self._in_line or self._out:
             self._watch(self._events & ~selectors.EVENT_READ)
-            # Requests that wait for room in the output are served when there is some.
+            # Requests that wait for room in the output are served later.
             waits = self.busy or self._in_line or self.pending > OUTPUT_PAUSE_BYTES and self._in
             self._close_after = self._close_after or not waits
         else:
             self.close()
 
     def _process(self) -> None:
-        """Serve the next request, if it is all there; finish() sees to those behind it."""
+        """Serve the next request if it is complete; finish() goes on with those behind it."""
         served = False
         try:
             request = self._next_request() if self._in or self._head else None
@@ -8591,20 +8346,20 @@ class Connection:
         if self.closed:
             return
         partial = bool(self._in or self._head or self._http2) and not self.busy
-        if partial or self._service.has_partial:
+        if partial or self._service.partial:
             self._service.watch_partial(self, partial, begun=served)
         if self._eof and not (self.busy or self._in_line or self._close_after):
-            self._close_after = True        # what is left is no whole request
+            self._close_after = True        # the rest is an incomplete request
             self._flush_soon()
 
     def _line_up(self) -> None:
-        """Parse what is in _in after the others' turn: nobody is served twice before them."""
+        """Parse the rest of _in after all other connections: one request of each in turn."""
         if not self._in_line:
             self._in_line = True
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """The request if `data` is just one, whose head was seen before.  A hot path."""
+        """Return the request if `data` is exactly one with a cached head.  A hot path."""
         end = data.find(b"\r\n\r\n")
         head = self._service.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
@@ -8635,7 +8390,7 @@ class Connection:
             return None
         found = self._finder.find(self._in)
         if found is None:
-            check_start(self._in)       # say so at once instead of waiting for an end
+            check_start(self._in)       # refuse at once instead of waiting for an end
             return None
         end, stop = found
         raw = bytes(self._in[:end])
@@ -8657,22 +8412,18 @@ class Connection:
         return head
 
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
-        """Return the body; None with _head cleared if it is too large, with _head if not all."""
+        """Return the body; None: incomplete, or too large and then _head is cleared."""
         size = head.body_size
         if size > self._body_max:
             self._refuse_body()
             return None
-        if self._body or len(self._in) < size:
-            if size > 1 << 16:
-                return self._gather(size)
+        if not self._body_bytes and len(self._in) >= size:
+            body = bytes(self._in[:size])
+            del self._in[:size]
+            return body
+        if size <= 1 << 16:
             return None
-        body = bytes(self._in[:size])
-        del self._in[:size]
-        return body
-
-    def _gather(self, size: int) -> Optional[bytes]:
-        """Collect a large body in a list: appending to bytes would copy it each time."""
-        left = size - self._body_bytes
+        left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
         if piece and not self._keep(piece):
@@ -8681,36 +8432,35 @@ class Connection:
         return self._join() if self._body_bytes == size else None
 
     def _keep(self, piece: bytes) -> bool:
-        """Keep a piece of a body, not empty; False if there is no room."""
-        self._body_bytes += len(piece)
-        if self._file is not None:
-            return _write_all(self._file, (piece,))
+        """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
         service = self._service
         self._body.append(piece)
+        self._body_bytes += len(piece)
         service.held_bytes += len(piece)
-        if self._body_bytes > service.memory_max:
-            return self._spool()
-        return service.held_bytes <= service.held_max
-
-    def _spool(self) -> bool:
-        """From here on the body goes to a file; False if that cannot be."""
-        first = b"".join([piece[:16] for piece in self._body[:16]])
-        file = self._service.open_spool(first[:16])
-        if file is None or not _write_all(file, self._body):
+        if self._file is None:
+            if self._body_bytes <= service.memory_max:
+                return service.held_bytes <= service.held_max
+            first = b"".join([piece[:16] for piece in self._body[:16]])
+            self._file = service.open_spool(first[:16])
+            if self._file is None:
+                return False
+        try:
+            self._file.writelines(self._body)
+        except OSError:
             return False
-        self._service.held_bytes -= self._body_bytes
-        self._body, self._file = [], file
+        service.held_bytes -= sum(map(len, self._body))
+        self._body = []
         return True
 
     def _join(self) -> bytes:
-        """Return what was kept, unless it is in _file."""
+        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
 
     def _refuse_body(self) -> None:
-        """Forget the body: its request is answered at once."""
+        """Drop the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
 
@@ -8734,8 +8484,8 @@ class Connection:
         return self._join()
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what is not HTTP, and close."""
-        if isinstance(error, Http2Knock):
+        """Answer a message that is not HTTP, and close."""
+        if isinstance(error, Http2Preface):
             self._http2 = Http2Refusal(V3_REFUSAL)
             self._refuse_http2(self._http2)
             return
@@ -8770,7 +8520,7 @@ class Connection:
             size += sum(map(len, more))
         self.pending += size
         if self._events & selectors.EVENT_WRITE:
-            self._service.held.hold(self, size)
+            self._service.budget.grow(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -8781,7 +8531,7 @@ class Connection:
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
         """Queue the end of a reply and go on with the next request, or close.
 
-        Does nothing if no reply is due: a handler that failed has been answered for already.
+        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
         """
         if self.closed or not self.busy:
             return
@@ -8803,7 +8553,7 @@ class Connection:
             self._watch(self._events | selectors.EVENT_READ)
 
     def flush(self) -> None:
-        """Send what is queued, in one call; what the socket does not take waits for it."""
+        """Send the queued bytes in one call; the rest waits until the socket takes more."""
         self._dirty = False
         if self.closed:
             return
@@ -8821,7 +8571,7 @@ class Connection:
                 self._drop_sent(sent)
                 self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
-                self._service.held.hold(self, grown, moved=sent > 0)
+                self._service.budget.grow(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -8841,8 +8591,9 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
-        if self._service.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+        # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
+        if self._service.tls is not None:
+            size, count = len(out[0]), 1
             while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
@@ -8854,13 +8605,13 @@ class Connection:
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
 
     def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds; a piece may be of several connections at a time."""
+        """Yield the buffers in memory; several connections may share one."""
         for piece in (*self._out, self._in, *self._body):
             if piece:
                 yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
-        """Forget what the socket has taken; more is left."""
+        """Remove the bytes that the socket has taken; more are left."""
         first = 0
         while sent >= len(self._out[first]):
             sent -= len(self._out[first])
@@ -8870,7 +8621,7 @@ class Connection:
             self._out[0] = memoryview(self._out[0])[sent:]      # no copy of the rest
 
     def _resume(self) -> None:
-        """Go on with input that waited for its turn, or for room in the output."""
+        """Go on with input that waited for other connections, or for room in the output."""
         self._in_line = False
         if self.closed or self.busy or self._close_after or self.pending > OUTPUT_PAUSE_BYTES:
             return
@@ -8879,7 +8630,7 @@ class Connection:
         self._process()
 
     def _drain(self) -> None:
-        """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
+        """End the output, then read until the client closes: a reset would destroy the reply."""
         if self._draining:
             return
         self._draining = True
@@ -8890,7 +8641,7 @@ class Connection:
             return
         self._in.clear()
         self._watch(selectors.EVENT_READ)
-        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._drain_timer = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -8916,21 +8667,12 @@ class Connection:
         self._in.clear()
         self._refuse_body()
         self.on_drain = None
-        if self._goodbye is not None:
-            self._goodbye.cancel()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         self._service.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
-
-
-def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
-    """Append to a file; False if the disk does not take it."""
-    try:
-        file.writelines(pieces)
-    except OSError:
-        return False
-    return True
 
 
 # ============================================================================
@@ -8938,8 +8680,8 @@ def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
 # ============================================================================
 
 
-class Arrival:
-    """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
+class PendingConnection:
+    """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
         self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
@@ -8949,89 +8691,85 @@ class Arrival:
         self._sock = sock
         self._remote = remote
         self._handshake: Optional[Handshake] = None
-        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._silent)
+        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._expire)
         listener.reactor.register(
-            sock, selectors.EVENT_READ, self._first_bytes, patient=listener.patient)
+            sock, selectors.EVENT_READ, self._read_first_byte, patient=listener.patient)
 
     def close(self) -> None:
-        """Drop the connection."""
-        self._leave()
+        self._detach()
         self._sock.close()
 
-    def _leave(self) -> None:
-        """End the part of this object in the connection's life."""
+    def _detach(self) -> None:
+        """Leave the socket to others."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
 
-    def _silent(self) -> None:
-        self._log("client sent nothing: TLS handshake timeout")
-        self.close()
+    def _expire(self) -> None:
+        self._detach()
+        self._refuse("client sent nothing: TLS handshake timeout")
 
-    def _first_bytes(self, mask: int) -> None:
-        """Plain HTTP gets an answer that it understands; TLS begins with a byte of 22."""
+    def _refuse(self, why: str) -> None:
+        self._listener.log_refusal(self._remote, why)
+        self._sock.close()
+
+    def _read_first_byte(self, mask: int) -> None:
+        """Begin the handshake after a byte of 22; answer a request in plain HTTP as such."""
         try:
             first = self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
             first = b""
-        if not first:
-            self.close()
-        elif first != b"\x16":
-            self._log(_TLS_REASONS["HTTP_REQUEST"])
-            self._leave()
+        self._detach()
+        if first == b"\x16":
+            self._shake_hands()
+        elif first:
+            self._listener.log_refusal(self._remote, _TLS_REASONS["HTTP_REQUEST"])
             connection = self._listener.serve(self._sock, self._remote)
             connection.refuse(BadRequest("Client sent an HTTP request to an HTTPS server.\n"))
         else:
-            self._begin()
+            self._sock.close()
 
-    def _begin(self) -> None:
-        reactor = self._listener.reactor
-        self._timer.cancel()
-        reactor.unregister(self._sock)
+    def _shake_hands(self) -> None:
         try:
             sock = self._tls.current.wrap_socket(
                 self._sock, server_side=True, do_handshake_on_connect=False
             )
-        except OSError:                 # the client is gone: no handshake to wait for
-            self._listener.arrived(self)
+        except OSError:                 # the client has closed the connection
             self._sock.close()
             return
         self._sock = sock
+        self._listener.pending.add(self)
         self._handshake = Handshake(
-            reactor, sock, self._secured, patient=self._listener.patient)
+            self._listener.reactor, sock, self._serve, patient=self._listener.patient)
 
-    def _secured(self, error: Optional[OSError]) -> None:
+    def _serve(self, error: Optional[OSError]) -> None:
         self._handshake = None
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
             if error is not None:
                 raise error
             self._tls.check_peer(self._sock)
-        except ssl.SSLError as refusal:
-            self._log(tls_reason(refusal))
-            self._sock.close()
         except OSError as failure:
-            self._log(str(failure))
-            self._sock.close()
+            is_tls = isinstance(failure, ssl.SSLError)
+            self._refuse(tls_reason(failure) if is_tls else str(failure))
         else:
             self._listener.serve(self._sock, self._remote)
-
-    def _log(self, why: str) -> None:
-        self._listener.complain(self._remote, why)
 
 
 class Listener(Service, http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
-    Bound at construction (OSError if the port is taken), accepting after start().  handler gets
-    every complete request.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
+    Bound at construction (OSError if the port is taken), accepting after start().
+
+    tls   for an https URL; a request in plain HTTP is refused with a sentence
+    kept  descriptors for other purposes: a number, or one part in so many of all, if that is less
     """
 
     allow_reuse_address = os.name == "posix"
@@ -9040,14 +8778,14 @@ class Listener(Service, http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Handler, *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
-        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
+        budget: Optional[BufferBudget] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
-        Service.__init__(self, reactor, handler, body_max, tls, held, patient=patient)
-        self._kept = kept               # of the descriptors, for other purposes
-        self._complaints = Complaints("http", reactor.now)
-        self._arriving: Set[Arrival] = set()            # in the handshake of TLS
+        Service.__init__(self, reactor, handler, body_max, tls, budget, patient=patient)
+        self.pending: Set[PendingConnection] = set()
+        self._kept = kept
+        self._log = ThrottledLog("http", reactor.now)
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
@@ -9056,7 +8794,7 @@ class Listener(Service, http.server.HTTPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of our own name, which may ask a name server."""
+        """Bind without HTTPServer's look-up of the own host name, which may ask a name server."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -9064,18 +8802,18 @@ class Listener(Service, http.server.HTTPServer):
 
     @property
     def bound_url(self) -> str:
-        """The URL with the port that the system chose, if it was 0."""
+        """The URL with the port that the system chose for port 0."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition(":")[0]
         return f"{parts.scheme}://{host}:{self.server_address[1]}"
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._started = True
         self._listen()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def _listen(self) -> None:
+        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
 
@@ -9087,8 +8825,8 @@ class Listener(Service, http.server.HTTPServer):
             self._sweep.cancel()
         self._started = False
         self.server_close()
-        for arrival in list(self._arriving):
-            arrival.close()
+        for pending in list(self.pending):
+            pending.close()
         for connection in list(self._connections):
             connection.flush()
             connection.close()
@@ -9104,14 +8842,14 @@ class Listener(Service, http.server.HTTPServer):
                 return
             try:
                 self._admit(sock, f"{address[0]}:{address[1]}")
-            except OSError:             # the client is gone, or the system has no room for it
+            except OSError:             # the client has left, or the system has no room for it
                 sock.close()
 
     def _admit(self, sock: socket.socket, remote: str) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self.pending)
         # A new descriptor is the lowest that is free: its number tells how many are in use.
         descriptors = descriptors_max(*self._kept)
         free = descriptors - sock.fileno()
@@ -9127,11 +8865,11 @@ class Listener(Service, http.server.HTTPServer):
         elif self.tls is None:
             self.serve(sock, remote)
         else:
-            self._arriving.add(Arrival(self, self.tls, sock, remote))
+            self.pending.add(PendingConnection(self, self.tls, sock, remote))
 
     def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
-        """There are too many connections.  told: say so, where that needs no handshake."""
-        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
+        """Close one connection too many; `told`: after a 503, where that needs no handshake."""
+        self._log.error(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -9140,21 +8878,17 @@ class Listener(Service, http.server.HTTPServer):
         else:
             sock.close()
 
-    def arrived(self, arrival: Arrival) -> None:
-        """The handshake has ended, one way or the other."""
-        self._arriving.discard(arrival)
-
-    def complain(self, remote: str, why: str) -> None:
-        """Log why a connection was refused; the same about one host not again and again."""
+    def log_refusal(self, remote: str, why: str) -> None:
+        """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._complaints.say(
+        self._log.error(
             f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
         )
 
     def _pause(self, error: OSError) -> None:
-        """No descriptor left, most likely: accept again in a second, when some may be free."""
+        """Accept again in a second if the system has no descriptor left."""
         if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
-            return                      # the client is gone already
+            return                      # the client has left already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
@@ -9165,16 +8899,11 @@ class Listener(Service, http.server.HTTPServer):
 
     def _resume(self) -> None:
         if self.socket.fileno() >= 0 and not self._started:
-            self._started = True
             self._listen()
-
-    def _close_slow(self) -> None:
-        self.close_slow()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
-    """Return the address family and address to bind for `url`; an empty host is every interface."""
+    """Return the address family and the address to bind for `url`; without host: all."""
     host, port = url_address(url)
     if not host:
         return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (
@@ -9186,10 +8915,173 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
+# peer/compatibility -- Peers as this member sees them: versions, ids, URLs, reachability.
+# ============================================================================
+
+
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+
+
+class StreamKind(NamedTuple):
+    """One of the two streams that each member holds open to each peer."""
+
+    path: str       # last but one element of the URL path
+    title: str      # its name in the log
+    channel: str    # its name in statistics
+
+
+APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
+MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
+STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
+_PIPELINE = "pipeline"
+
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
+_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
+_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
+
+
+def _parse_id(text: str) -> Optional[int]:
+    """Return the member id of a hex number; None for any other text."""
+    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
+        return None
+    value = int(text, 16)
+    return value if value <= UINT64_MAX else None
+
+
+def _compatibility_error(headers: Mapping[str, str]) -> str:
+    """Return why the two versions in a peer's headers do not fit ours; "": they do.
+
+    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+    """
+    name = headers.get("x-server-from", "")
+    version = headers.get("x-server-version", _UNKNOWN_VERSION)
+    key = major_minor(version)
+    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
+    if key is None or least is None:
+        return f"not a version: remote[{name}]={version}"
+    if key < _OLDEST_PEER_VERSION:
+        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    if least > _OWN_VERSION:
+        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    return ""
+
+
+class PeerStatus:
+    """The result of the last attempt to reach a peer, and the version that it announced last."""
+
+    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
+        self.version = ""               # "": none yet
+        self.active = False
+        self.active_since = 0.0         # unix seconds; 0: inactive
+        self._id = f"{member_id:x}"
+        self._wall_ns = wall_ns
+
+    def activate(self) -> None:
+        """Note that a message went through."""
+        if not self.active:
+            self.active = True
+            self.active_since = self._wall_ns() / NS
+            package_logger("rafthttp").info("the connection with %s became active", self._id)
+
+    def deactivate(self, action: str, source: str, reason: object) -> None:
+        """Note that an action (dial, read, write) on `source` failed; the first is an error."""
+        if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
+            reason = reason.strerror.lower()
+        log = package_logger("rafthttp")
+        level = logging.ERROR if self.active else logging.DEBUG
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        if self.active:
+            self.active = False
+            self.active_since = 0.0
+            log.info("the connection with %s became inactive", self._id)
+
+
+class UrlPicker:
+    """The URLs of a peer.  One is in use until it fails; then the next."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self.update(urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and begin with the first in order.
+
+        Invalid ones are left out: the log of a Go member may hold a port of 99999.
+        """
+        self.urls: List[str] = []               # sorted
+        self._picked = 0
+        for url in sorted(urls):
+            try:
+                self.urls.append(check_url(url))
+            except ValueError as error:
+                package_logger("rafthttp").error("ignored a peer URL: %s", error)
+        if not self.urls:
+            self.urls.append("http://127.0.0.1:0")      # every dial fails
+
+    def pick(self) -> str:
+        return self.urls[self._picked]
+
+    def failed(self, url: str) -> None:
+        """Go on to the next URL if `url` is in use."""
+        if url == self.urls[self._picked]:
+            self._picked = (self._picked + 1) % len(self.urls)
+
+
+class Sent(NamedTuple):
+    """The fate of one message to a peer."""
+
+    to: int
+    channel: str                        # msgappv2, message or pipeline
+    message: Message
+    size: int                           # bytes
+    seconds: float                      # until the system took it; pipeline: until the answer
+    ok: bool                            # False: lost, or dropped
+
+
+class LinkContext(NamedTuple):
+    """The identity and the callbacks that all links of this member share."""
+
+    reactor: Reactor
+    member_id: int
+    cluster_id: str                                 # hex, as in the header
+    headers: Dict[str, str]                         # of every request to a peer
+    dial_timeout_s: float
+    log_error: Callable[[str], None]
+    receive: Callable[[Message, int], Generator[None, None, object]]    # a message; its bytes
+    unreachable: Callable[[int], None]
+    snapshot_done: Callable[[int, bool], None]
+    removed: Callable[[], None]
+    sent: Callable[[Sent], None]
+    round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
+    tls: Optional[TlsContext]                       # None: the defaults, for https peers
+    decoding: SlicedWork
+
+
+ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
+FOREIGN_HINT = (
+    "; two clusters use one peer URL: the member that does not belong there was started with the"
+    " data directory of another one: stop it and correct its -data-dir"
+)
+DOUBLE_HINT = (
+    ": one of the two was started with a copy of the other's data directory; stop it, move that"
+    " directory away, and add it as a member of its own (POST /v2/members,"
+    " -initial-cluster-state existing)"
+)
+
+
+# ============================================================================
 # peer/frames -- Peer frames: messages as bytes on a stream.
 # ----------------------------------------------------------------------------
-# What a peer sends is never trusted: anything but a frame is a CodecError, and no frame is
-# without limit.
+# The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
 # ============================================================================
 
 
@@ -9200,7 +9092,7 @@ _pack_u64 = _U64.pack
 class EntryListEncoder:
     """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
 
-    The last list is remembered: a leader hands one list to all of its followers.
+    The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
     __slots__ = ("_entries", "_data")
@@ -9210,7 +9102,7 @@ class EntryListEncoder:
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
-        """Return the bytes of `entries`, which must not change until forget(), in pieces."""
+        """Return the bytes of `entries` in pieces; the list must not change until forget()."""
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
@@ -9219,19 +9111,18 @@ class EntryListEncoder:
                     parts += (_pack_u64(len(head) + len(entry.data)) + head, entry.data)
                     continue
                 data = entry.encoded or encode_entry(entry)
-                if entry.encoded is not None:       # the disk will want it, too
+                if entry.encoded is not None:       # the log will be written from it, too
                     entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, joined_parts(parts)
         return self._data
 
     def forget(self) -> None:
-        """Let go of the last list."""
         self._entries, self._data = (), []
 
 
 class AppV2Encoder:
-    """msgappv2 frames of one connection: what follows from the last frame is left out.
+    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
@@ -9245,12 +9136,8 @@ class AppV2Encoder:
         self._term = 0
         self._index = 0                 # of the last entry sent
 
-    def encode(self, message: Message) -> bytes:
-        """Return the frame of a MsgApp."""
-        return b"".join(self.parts(message))
-
-    def parts(self, message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(self, message: Message) -> List[bytes]:
+        """Return the frame of a MsgApp in pieces, of which the long ones are not copied."""
         entries = message.entries
         if message.index == self._index and message.log_term == self._term == message.term:
             self._index += len(entries)
@@ -9271,34 +9158,31 @@ class MessageEncoder:
 
     heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
 
-    @classmethod
-    def encode(cls, message: Message) -> bytes:
-        """Return the frame of any message."""
-        return b"".join(cls.parts(message))
-
     @staticmethod
-    def parts(message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
 class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+    """Cuts a stream, fed in any pieces, into frames."""
 
     __slots__ = ("_partial", "_need")
 
     def __init__(self) -> None:
         self._partial = bytearray()
-        self._need = 0                  # bytes in _partial before another look is worth it
+        self._need = 0                  # bytes in _partial for the next step
 
     def feed(self, data: bytes) -> List[Message]:
         """Return the messages now complete.  Raises CodecError; then the stream is lost."""
         return [message for message in self.messages(data) if message is not None]
 
     def messages(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
-        None.  To be exhausted before the next data."""
+        """Do feed() in steps of 1 ms at most, or of one entry; exhaust it before the next data.
+
+        Yields a message, or None between two steps of one.
+        """
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -9319,12 +9203,12 @@ class FrameDecoder:
         self._partial = bytearray(data[offset:])
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        """Consume one frame at `offset`; return its size, which may exceed the data."""
         raise NotImplementedError
 
 
 def _frame_size(data: bytes, offset: int) -> int:
-    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    """Return the length at `offset`; 0 if it is incomplete."""
     if len(data) < offset + 8:
         return 0
     size: int = _U64.unpack_from(data, offset)[0]
@@ -9334,7 +9218,7 @@ def _frame_size(data: bytes, offset: int) -> int:
 
 
 class MessageDecoder(FrameDecoder):
-    """Inverse of MessageEncoder; link heartbeats are dropped."""
+    """Decodes the message stream without its link heartbeats."""
 
     __slots__ = ()
 
@@ -9349,10 +9233,7 @@ class MessageDecoder(FrameDecoder):
 
 
 class AppV2Decoder(FrameDecoder):
-    """Inverse of AppV2Encoder; heartbeats are dropped.
-
-    local_id, remote_id  members at this end and at the sending end of the stream
-    """
+    """Decodes a msgappv2 stream from member `remote_id` to `local_id` without its heartbeats."""
 
     __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
 
@@ -9375,12 +9256,12 @@ class AppV2Decoder(FrameDecoder):
         if kind == 0:
             return 1
         if kind == 1:
-            return self._begin(data, offset)
+            return self._short_head(data, offset)
         if kind == 2:
             return (yield from self._full(data, offset, found))
         raise CodecError(f"unknown frame {kind} on msgappv2")
 
-    def _begin(self, data: bytes, offset: int) -> int:
+    def _short_head(self, data: bytes, offset: int) -> int:
         if len(data) >= offset + 9:
             (count,) = _U64.unpack_from(data, offset + 1)
             if count > MESSAGE_ENTRIES_MAX:
@@ -9426,249 +9307,48 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# peer/compatibility -- What peers must agree on: versions, ids, URLs and their state as seen from here.
-# ============================================================================
-
-
-_STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
-CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
-
-StreamEncoder = Union[AppV2Encoder, MessageEncoder]
-
-
-class StreamKind(NamedTuple):
-    """One of the two streams that each member holds open to each peer."""
-
-    path: str       # last but one element of the URL path
-    title: str      # etcd's name of it in the log
-    channel: str    # and in statistics
-
-
-APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
-MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
-STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`, or None if it is not one."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer that announces none
-
-
-def _parse_id(text: str) -> Optional[int]:
-    """A member id in hex; None if it is not one."""
-    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
-        return None
-    value = int(text, 16)
-    return value if value <= UINT64_MAX else None
-
-
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Why the two versions in a peer's headers do not fit ours, or "".
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
-
-
-def _cause(reason: object) -> str:
-    """An error as etcd words it: `connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror.lower()
-    return str(reason)
-
-
-class PeerStatus:
-    """Whether a peer can be reached, as far as the last attempt tells."""
-
-    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
-        self.active = False
-        self.active_since = 0.0         # unix seconds; 0: inactive
-        self._id = f"{member_id:x}"
-        self._wall_ns = wall_ns
-
-    def activate(self) -> None:
-        """Something went through."""
-        if not self.active:
-            self.active = True
-            self.active_since = self._wall_ns() / NS
-            package_logger("rafthttp").info("the connection with %s became active", self._id)
-
-    def deactivate(self, action: str, source: str, reason: object) -> None:
-        """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
-        log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
-        if self.active:
-            self.active = False
-            self.active_since = 0.0
-            log.info("the connection with %s became inactive", self._id)
-
-
-class UrlPicker:
-    """A peer's URLs, of which one is used until it fails.
-
-    Those that cannot be dialed are left out: the log of a Go member may hold a port of 99999.
-    """
-
-    def __init__(self, urls: Iterable[str]) -> None:
-        self.urls = _usable_urls(urls)          # sorted
-        self._picked = 0
-
-    def pick(self) -> str:
-        """Return the URL to use now."""
-        return self.urls[self._picked]
-
-    def failed(self, url: str) -> None:
-        """Go on to the next URL, if `url` is still the picked one."""
-        if url == self.urls[self._picked]:
-            self._picked = (self._picked + 1) % len(self.urls)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first."""
-        self.urls = _usable_urls(urls)
-        self._picked = 0
-
-
-def _usable_urls(urls: Iterable[str]) -> List[str]:
-    """The valid ones of `urls`, sorted; if there is none, one where every dial fails."""
-    usable: List[str] = []
-    for url in sorted(urls):
-        try:
-            usable.append(check_url(url))
-        except ValueError as error:
-            package_logger("rafthttp").error("ignored a peer URL: %s", error)
-    return usable or ["http://127.0.0.1:0"]
-
-
-class Sent(NamedTuple):
-    """What became of one message to a peer."""
-
-    to: int
-    channel: str                        # msgappv2, message or pipeline
-    message: Message
-    size: int                           # bytes
-    seconds: float                      # until the system took it; pipeline: until the answer
-    ok: bool                            # False: lost, or dropped
-
-
-class LinkContext(NamedTuple):
-    """What all links of this member share: who we are, and whom to tell."""
-
-    reactor: Reactor
-    member_id: int
-    cluster_id: str                                 # hex, as in the header
-    headers: Dict[str, str]                         # of every request to a peer
-    dial_timeout_s: float
-    complain: Callable[[str], None]
-    take: Callable[[Message, int], Generator[None, None, object]]   # a message; its bytes
-    unreachable: Callable[[int], None]
-    snapshot_done: Callable[[int, bool], None]
-    removed: Callable[[], None]
-    sent: Callable[[Sent], None]
-    round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
-    tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
-    work: Optional[SlicedWork] = None               # where messages are decoded
-
-
-ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
-FOREIGN_HINT = (
-    "; two clusters use one peer URL: the member that does not belong there was started with the"
-    " data directory of another one: stop it and correct its -data-dir"
-)
-DOUBLE_HINT = (
-    ": one of the two was started with a copy of the other's data directory; stop it, move that"
-    " directory away, and add it as a member of its own (POST /v2/members,"
-    " -initial-cluster-state existing)"
-)
-
-
-# ============================================================================
-# peer/streams -- Streams between members: the ones that we answer and the ones that we dial.
+# peer/streams -- The streams between two members: the one that this member dials and the one that it answers.
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
 
 
-class Answer:
-    """What is worth keeping of the answer to an HttpCall: body_max bytes, and no more."""
-
-    __slots__ = ("status", "headers", "body", "_body_max")
-
-    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
-        self._body_max = body_max
-        self.status = 0
-        self.headers: Dict[str, str] = {}
-        self.body = b""
-
-    def take_head(self, status: int, headers: Dict[str, str]) -> None:
-        """For on_head."""
-        self.status, self.headers = status, headers
-
-    def take_data(self, data: bytes) -> None:
-        """For on_data."""
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
-
-    def refusal(self, context: LinkContext, member_id: int) -> str:
-        """Why the peer refused a request of ours; what an operator must change is logged."""
-        text = text_of(self.body).strip()
-        if self.status == 404:
-            return f"remote member {member_id:x} could not recognize local member"
-        if self.status == 412 and text == "incompatible version":
-            context.complain(
-                f"request sent was ignored by peer {member_id:x} (server version incompatible)"
-            )
-            return text
-        if self.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
-            theirs = self.headers.get("x-etcd-cluster-id", "")
-            context.complain(
-                f"request sent was ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
-                f" local={context.cluster_id}){FOREIGN_HINT}"
-            )
-            return text
-        if self.status == 412 and text == ID_IN_USE:
-            context.complain(
-                f"request sent was refused by peer {member_id:x}: another process uses our member"
-                f" id {context.member_id:x}{DOUBLE_HINT}"
-            )
-            return text
-        return f"unhandled http status {self.status}"
+def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
+    """Return why the peer refused a request; log the reasons that an operator must remove."""
+    text = text_of(answer.body).strip()
+    if answer.status == 404:
+        return f"remote member {member_id:x} could not recognize local member"
+    if answer.status == 412 and text == "incompatible version":
+        fault = f"ignored by peer {member_id:x} (server version incompatible)"
+    elif answer.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
+        theirs = answer.headers.get("x-etcd-cluster-id", "")
+        fault = (
+            f"ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
+            f" local={context.cluster_id}){FOREIGN_HINT}"
+        )
+    elif answer.status == 412 and text == ID_IN_USE:
+        fault = (
+            f"refused by peer {member_id:x}: another process uses our member"
+            f" id {context.member_id:x}{DOUBLE_HINT}"
+        )
+    else:
+        return f"unhandled http status {answer.status}"
+    context.log_error(f"request sent was {fault}")
+    return text
 
 
 class StreamReader:
-    """A stream that we dial: on it the peer sends to us.  Dials again whenever it ends."""
+    """A stream from a peer, dialed by this member, and dialed again whenever it ends."""
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, picker: UrlPicker,
-        status: PeerStatus, heard_version: Callable[[str], None],
+        status: PeerStatus,
     ) -> None:
         self._context = context
         self._member_id = member_id
         self._kind = kind
         self._picker = picker
         self._status = status
-        self._heard_version = heard_version
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
@@ -9679,8 +9359,8 @@ class StreamReader:
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
-    def hurry(self) -> None:
-        """The peer has just dialed us: it can be reached again."""
+    def retry_soon(self) -> None:
+        """Dial again without back-off: the peer has dialed this member, and so can be reached."""
         if self._call is None and self._retry.callback is not None:
             self._retry.cancel()
             self._backoff.reset()
@@ -9709,66 +9389,57 @@ class StreamReader:
         self._answer.take_head(status, headers)
         version = headers.get("x-server-version", _UNKNOWN_VERSION)
         if "x-server-version" in headers:
-            self._heard_version(version)
+            self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = self._new_decoder()
+            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
+                self._context.member_id, self._member_id)
             self._status.activate()
 
-    def _new_decoder(self) -> FrameDecoder:
-        if self._kind is APP_STREAM:
-            return AppV2Decoder(self._context.member_id, self._member_id)
-        return MessageDecoder()
-
     def _on_data(self, data: bytes) -> None:
+        call = self._call
+        assert call is not None
         if self._decoder is None:
             self._answer.take_data(data)
-            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
-                self._call.cancel()
+            if len(self._answer.body) >= ANSWER_BYTES_MAX:
+                call.cancel()
                 self._on_done(None)
             return
         self._status.activate()
-        call = self._call
         self._unread_bytes += len(data)
-        is_read = False
+        is_decoded = False
 
-        def read(error: Optional[CodecError]) -> None:
-            nonlocal is_read
-            is_read = True
-            if call is None or call is not self._call:
-                return                              # another stream by now
-            if error is not None:
-                self._drop(error)
-            else:
+        def decoded(error: Optional[CodecError]) -> None:
+            nonlocal is_decoded
+            is_decoded = True
+            if call is not self._call:
+                return                              # the stream was closed meanwhile
+            if error is None:
                 self._backoff.reset()
                 call.resume()
+            else:
+                call.cancel()
+                self._on_done(error)
 
-        (self._context.work or SlicedWork(self._context.reactor)).add(
-            self._take(call, self._decoder.messages(data)), read)
-        if not is_read and call is not None:
-            call.pause()                            # until all of this is done
+        self._context.decoding.add(self._receive(call, self._decoder.messages(data)), decoded)
+        if not is_decoded:
+            call.pause()                            # back-pressure, until all of it is decoded
 
-    def _take(
-        self, call: Optional[HttpCall], messages: Iterator[Optional[Message]]
+    def _receive(
+        self, call: HttpCall, messages: Iterator[Optional[Message]]
     ) -> Generator[None, None, Optional[CodecError]]:
-        """Hand on the messages; return what was wrong with the stream."""
+        """Hand the messages on; return the error that makes the rest of the stream useless."""
         try:
             for message in messages:
                 if message is not None:
                     size, self._unread_bytes = self._unread_bytes, 0
-                    yield from self._context.take(message, size)
+                    yield from self._context.receive(message, size)
                 else:
                     yield
                 if self._call is not call:
-                    return None                     # stopped, perhaps by what the message caused
+                    return None                     # closed, perhaps because of the message
         except CodecError as error:
             return error
         return None
-
-    def _drop(self, error: CodecError) -> None:
-        """The peer sends nonsense: a new stream may do better."""
-        if self._call is not None:
-            self._call.cancel()
-        self._on_done(error)
 
     def _on_done(self, error: Optional[Exception]) -> None:
         self._call = None
@@ -9779,17 +9450,15 @@ class StreamReader:
         self._picker.failed(self._url)
         if self._answer.status == 410:
             self._context.removed()
-        reason = error or self._reason()
+        reason = error or ("unsupported stream type" if self._answer.status == 200 else
+                           refusal_of(self._answer, self._context, self._member_id))
         self._status.deactivate("dial", self._kind.title, reason)
-
-    def _reason(self) -> str:
-        if self._answer.status == 200:
-            return "unsupported stream type"
-        return self._answer.refusal(self._context, self._member_id)
 
 
 class StreamWriter:
-    """A stream that the peer has dialed, if it has: on it we send to the peer."""
+    """A stream to a peer, attached while the peer has dialed it."""
+
+    PENDING_BYTES_MAX = OUTPUT_BYTES_MAX    # unsent; above: messages are dropped
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, status: PeerStatus
@@ -9799,34 +9468,33 @@ class StreamWriter:
         self._kind = kind
         self._status = status
         self._reply: Optional[StreamReply] = None
-        self._encoder: StreamEncoder = MessageEncoder()
-        self._frames: List[bytes] = []      # of the offer under way
+        self._encoder: Union[AppV2Encoder, MessageEncoder] = MessageEncoder()
+        self._frames: List[bytes] = []      # since the last flush
         self._frames_bytes = 0
         self._unsent: List[Tuple[Message, int, float]] = []     # size; since when: monotonic
         self._congested = False             # messages are dropped until the peer reads on
         self._queued_bytes = 0              # given to the connection so far
-        self._taken_bytes = 0               # of these, taken by the socket, as last seen
-        self._taken_at = 0.0                # when that number was last seen growing
+        self._taken_bytes = 0               # of these, taken by the socket at the last heartbeat
+        self._taken_at = 0.0                # last heartbeat at which that number had grown
         self._heartbeat: Optional[Timer] = None
 
     @property
     def attached(self) -> bool:
-        """True if the peer has dialed this stream."""
         return self._reply is not None
 
-    def attach(self, reply: StreamReply, encoder: StreamEncoder) -> None:
-        """Use the stream just opened; it replaces the one before."""
+    def attach(self, reply: StreamReply, encoder: Union[AppV2Encoder, MessageEncoder]) -> None:
+        """Use the stream that the peer has opened; it replaces the one before."""
         self.close()
         self._reply = reply
         self._encoder = encoder
         self._queued_bytes, self._taken_bytes = reply.pending, 0    # so far the reply's head
         self._taken_at = self._context.reactor.now()
-        reply.on_close = self._on_close
+        reply.on_close = lambda: self._lost("closed by the peer")
         self._status.activate()
+        self._heartbeat = self._context.reactor.every(LINK_HEARTBEAT_SECONDS, self._beat)
         self._beat()
 
     def close(self) -> None:
-        """Drop the stream, if there is one."""
         reply, self._reply = self._reply, None
         self._frames, self._frames_bytes = [], 0
         self._congested = False
@@ -9837,14 +9505,14 @@ class StreamWriter:
             reply.abort()
 
     def offer(self, message: Message) -> bool:
-        """Queue a message until flush(); False if the peer reads too slowly: it is dropped."""
+        """Queue a message until flush(); False: it is dropped, as the peer reads too slowly."""
         reply = self._reply
         if reply is None:
             return False
-        if self._is_full(reply):
+        if self._is_congested(reply):
             self._context.sent(Sent(self._member_id, self._kind.channel, message, 0, 0.0, False))
             return False
-        parts = self._encoder.parts(message)
+        parts = self._encoder.encode(message)
         size = sum(map(len, parts))
         self._frames += parts
         self._frames_bytes += size
@@ -9861,15 +9529,15 @@ class StreamWriter:
                 self._reply.when_read(self._report)
 
     def _report(self, *, ok: bool = True) -> None:
-        """The connection has taken everything: our messages are sent.  Not ok: it is lost."""
+        """Report the messages as sent, since the socket has taken them; not ok: as lost."""
         unsent, self._unsent = self._unsent, []
         now = self._context.reactor.now()
         for message, size, since in unsent:
             self._context.sent(
                 Sent(self._member_id, self._kind.channel, message, size, now - since, ok))
 
-    def _is_full(self, reply: StreamReply) -> bool:
-        if reply.pending + self._frames_bytes <= _STREAM_PENDING_BYTES_MAX:
+    def _is_congested(self, reply: StreamReply) -> bool:
+        if reply.pending + self._frames_bytes <= self.PENDING_BYTES_MAX:
             self._congested = False
             return False
         if not self._congested:
@@ -9889,7 +9557,7 @@ class StreamWriter:
             self._queued_bytes += reply.pending - before
 
     def _beat(self) -> None:
-        """Keep the stream alive, or give it up when the peer has taken nothing for 5 s."""
+        """Send a heartbeat, or give the stream up when the peer has taken nothing for 5 s."""
         reply = self._reply
         if reply is None:
             return
@@ -9899,13 +9567,8 @@ class StreamWriter:
             self._taken_bytes, self._taken_at = taken, now
         if now - self._taken_at > LINK_TIMEOUT_SECONDS:
             self._lost("i/o timeout")
-            return
-        if reply.pending <= _STREAM_PENDING_BYTES_MAX:
+        elif reply.pending <= self.PENDING_BYTES_MAX:
             self._write(self._encoder.heartbeat)
-        self._heartbeat = self._context.reactor.call_later(LINK_HEARTBEAT_SECONDS, self._beat)
-
-    def _on_close(self) -> None:
-        self._lost("closed by the peer")
 
     def _lost(self, reason: str) -> None:
         self.close()
@@ -9914,7 +9577,7 @@ class StreamWriter:
 
 
 # ============================================================================
-# peer/links -- Posts, probes, and a peer as the sum of its links.
+# peer/links -- A peer as the sum of its links: streams, pipeline, prober.
 # ============================================================================
 
 
@@ -9925,26 +9588,21 @@ class PeerPost:
         self.message = message
         self.body = body                # in pieces
         self.size = sum(map(len, body))
-        self.answer = Answer()
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
-
-    @property
-    def is_snapshot(self) -> bool:
-        """True if the outcome matters to more than reachability."""
-        return self.message.type == MsgType.SNAP
+        self.is_snapshot = message.type == MsgType.SNAP     # its outcome is reported
 
 
 class Pipeline:
-    """Messages that no stream takes: each in a POST of its own, a few at a time."""
+    """Messages to a member by POST: of a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
     ) -> None:
+        self.picker = picker
         self._context = context
         self._member_id = member_id
-        self._picker = picker
         self._status = status
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
@@ -9955,15 +9613,14 @@ class Pipeline:
         """Send, queue or drop a message; a drop is reported."""
         size = sum(post.size for post in self._waiting)
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
-            self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
-            self._full(message)
+            self._drop(message)
             return
         self._congested = False
         self._waiting.append(PeerPost(message, encode_message_parts(message)))
-        self._begin()
+        self._send_waiting()
 
     def stop(self) -> None:
-        """Forget what waits and break off what is under way; a snapshot counts as failed."""
+        """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
         posts = [*self._under_way, *self._waiting]
         self._waiting.clear()
         self._under_way.clear()
@@ -9973,7 +9630,8 @@ class Pipeline:
             if post.is_snapshot:
                 self._context.snapshot_done(self._member_id, False)
 
-    def _full(self, message: Message) -> None:
+    def _drop(self, message: Message) -> None:
+        self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
         if not self._congested:
             self._congested = True
             package_logger("rafthttp").warning(
@@ -9983,7 +9641,7 @@ class Pipeline:
         if message.type == MsgType.SNAP:
             self._context.snapshot_done(self._member_id, False)
 
-    def _begin(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINE_WORKERS:
             post = self._waiting.popleft()
             self._under_way.add(post)
@@ -9991,44 +9649,37 @@ class Pipeline:
 
     def _send(self, post: PeerPost) -> None:
         context = self._context
-        post.url = self._picker.pick()
+        post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception]) -> None:
-            self._done(post, error)
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._answered(post, error, answer)
 
-        post.call = HttpCall(
-            context.reactor, post.url, "POST", "/raft", self._headers, post.body[0],
-            post.body[1:],
-            connect_timeout_s=context.dial_timeout_s,
+        post.call = fetch(
+            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
+            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
-            on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
+    def _answered(self, post: PeerPost, error: Optional[Exception], answer: Answer) -> None:
         context = self._context
         self._under_way.discard(post)
-        ok = error is None and post.answer.status == 204
+        ok = error is None and answer.status == 204
         elapsed_s = context.reactor.now() - post.started
-        context.sent(
-            Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
+        context.sent(Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
         if ok:
             self._status.activate()
         else:
-            self._failed(post, error)
+            if answer.status == 403:
+                context.removed()
+            reason = error or refusal_of(answer, context, self._member_id)
+            self.picker.failed(post.url)
+            self._status.deactivate("write", _PIPELINE, reason)
+            context.unreachable(self._member_id)
         if post.is_snapshot:
             context.snapshot_done(self._member_id, ok)
-        self._begin()
-
-    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
-        if post.answer.status == 403:
-            self._context.removed()
-        reason = error or post.answer.refusal(self._context, self._member_id)
-        self._picker.failed(post.url)
-        self._status.deactivate("write", _PIPELINE, reason)
-        self._context.unreachable(self._member_id)
+        self._send_waiting()
 
 
 class Prober:
@@ -10041,43 +9692,37 @@ class Prober:
         self._context = context
         self._member_id = member_id
         self._picker = picker
-        self._answer = Answer()
-        self._asked = 0.0                           # when the probe was sent
         self._call: Optional[HttpCall] = None
-        self._warn_at = context.reactor.now() + COMPLAINT_SECONDS
-        self._timer = context.reactor.call_later(PROBE_SECONDS, self._probe)
+        self._warn_at = context.reactor.now() + REPEAT_SECONDS
+        self._timer = context.reactor.every(PROBE_SECONDS, self._probe)
 
     def stop(self) -> None:
-        """Ask no more."""
         self._timer.cancel()
         if self._call is not None:
             self._call.cancel()
 
     def _probe(self) -> None:
-        reactor = self._context.reactor
-        self._answer = Answer()
-        self._asked = reactor.now()
-        self._call = HttpCall(
-            reactor, self._picker.pick(), "GET", "/raft/probing", {},
+        context, asked_at = self._context, self._context.reactor.now()
+        if self._call is not None and not self._call.ended:
+            return
+
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._probed(asked_at, None if error else _probed_time(answer))
+
+        self._call = fetch(
+            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
             connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
-            on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
         reactor = self._context.reactor
-        self._call = None
-        self._timer = reactor.call_later(PROBE_SECONDS, self._probe)
-        theirs_ns = None if error else _probed_time(self._answer)
-        now = reactor.now()
+        elapsed_s = reactor.now() - asked_at
         if theirs_ns is None:
-            if now >= self._warn_at:
-                self._warn("the connection to peer %x is unhealthy", self._member_id)
+            self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
-        self._context.round_trip(self._member_id, now - self._asked)
-        one_way_ns = int((now - self._asked) * NS) // 2
-        difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
-        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
+        self._context.round_trip(self._member_id, elapsed_s)
+        difference_ns = reactor.wall_ns() - int(elapsed_s * NS) // 2 - theirs_ns
+        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS:
             sign = "-" if difference_ns < 0 else ""
             self._warn(
                 "the clock difference against peer %x is too high [%s > 1s]", self._member_id,
@@ -10085,15 +9730,17 @@ class Prober:
             )
 
     def _warn(self, text: str, *args: object) -> None:
-        self._warn_at = self._context.reactor.now() + COMPLAINT_SECONDS
-        package_logger("rafthttp").warning(text, *args)
+        now = self._context.reactor.now()
+        if now >= self._warn_at:
+            self._warn_at = now + REPEAT_SECONDS
+            package_logger("rafthttp").warning(text, *args)
 
 
 _PROBED_NOW = re.compile(rb'"Now"\s*:\s*"([0-9TZ:.+-]{1,64})"')
 
 
 def _probed_time(answer: Answer) -> Optional[int]:
-    """The peer's clock in unix ns, or None if the answer is not that of a healthy peer."""
+    """Return the peer's clock in unix ns; None: it is not the answer of a healthy peer."""
     match = _PROBED_NOW.search(answer.body)
     if answer.status != 200 or match is None:
         return None
@@ -10109,21 +9756,20 @@ class Peer:
     def __init__(
         self, context: LinkContext, member_id: int, urls: Iterable[str], lists: EntryListEncoder
     ) -> None:
-        self.id = member_id
+        self.picker = UrlPicker(urls)
         self.status = PeerStatus(member_id, context.reactor.wall_ns)
-        self.version = ""               # as the peer announced it last; "": never
+        self._id = member_id
         self._advertised = ""           # peer URLs, by the process that dialed the streams
         self._context = context
         self._lists = lists
-        self._picker = UrlPicker(urls)
         self._app_writer = StreamWriter(context, member_id, APP_STREAM, self.status)
         self._message_writer = StreamWriter(context, member_id, MESSAGE_STREAM, self.status)
-        self._pipeline = Pipeline(context, member_id, self._picker, self.status)
+        self._pipeline = Pipeline(context, member_id, self.picker, self.status)
         self._readers = [
-            StreamReader(context, member_id, kind, self._picker, self.status, self.heard_version)
+            StreamReader(context, member_id, kind, self.picker, self.status)
             for kind in (APP_STREAM, MESSAGE_STREAM)
         ]
-        self._prober = Prober(context, member_id, self._picker)
+        self._prober = Prober(context, member_id, self.picker)
 
     def offer(self, message: Message) -> None:
         """Send by the channel that fits, or drop and report; complete with flush()."""
@@ -10137,44 +9783,37 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write what was offered."""
+        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
-    def heard_version(self, version: str) -> None:
-        """The peer announced its version."""
-        self.version = version
-
     def other_process(self, advertised: str) -> str:
-        """Return the peer URLs of the process with the peer's streams if they are others, or "".
+        """Return the peer URLs of another process that has this peer's streams, or "".
 
-        `advertised` are those of a process that says it is this peer.  Both may hold what the
-        other does not, and each would count for both.  Who has the URLs that the cluster knows is
-        right: the peer has moved, and the streams are left from before.  Differs from etcd, where
-        streams of the one replace those of the other in turn.
+        advertised  the peer URLs of a process that sends as this peer
+
+        Each of the two may hold entries that the other lacks, and each would count for both.  A
+        process with the URLs that the cluster knows is accepted: the peer has moved, and the
+        streams are those of its old place.  Differs from etcd, where streams of one process
+        replace those of the other in turn.
         """
         is_attached = self._app_writer.attached or self._message_writer.attached
-        is_right = sorted(advertised.split(",")) == self._picker.urls
+        is_right = sorted(advertised.split(",")) == self.picker.urls
         return "" if is_right or advertised == self._advertised or not is_attached else (
             self._advertised
         )
 
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
-        """The peer has dialed one of its streams."""
+        """Use a stream that the peer has dialed."""
         self._advertised = advertised
         for reader in self._readers:
-            reader.hurry()
+            reader.retry_soon()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
             self._message_writer.attach(reply, MessageEncoder())
 
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next dial on."""
-        self._picker.update(urls)
-
     def stop(self) -> None:
-        """Close everything."""
         for reader in self._readers:
             reader.stop()
         self._app_writer.close()
@@ -10183,91 +9822,57 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless it would kill the receiver.
+        """Send a snapshot, unless the receiver is etcd 3.x.
 
-        etcd 3.x needs a bolt database with it and ends itself when it gets none.
+        That needs a bolt database with it, and exits when it gets none.
         """
-        if (major_minor(self.version) or (0, 0)) < (3, 0):
+        version = self.status.version
+        if (major_minor(version) or (0, 0)) < (3, 0):
             self._pipeline.offer(message)
             return
-        self._context.complain(
-            f"cannot send a snapshot to {self.id:x}: etcd {self.version} needs a database that"
+        self._context.log_error(
+            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
             " this member does not have; start it with a copy of another 3.x member's data"
             " directory, or replace it by a 2.3 member"
         )
-        self._context.unreachable(self.id)
-        self._context.snapshot_done(self.id, False)
-
-
-class Remote:
-    """A member of the cluster that our own view of it does not know yet: only POSTs."""
-
-    def __init__(self, context: LinkContext, member_id: int, urls: Iterable[str]) -> None:
-        status = PeerStatus(member_id, context.reactor.wall_ns)
-        self._picker = UrlPicker(urls)
-        self._pipeline = Pipeline(context, member_id, self._picker, status)
-
-    def offer(self, message: Message) -> None:
-        """Send by POST, or drop and report."""
-        self._pipeline.offer(message)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next POST on."""
-        self._picker.update(urls)
-
-    def stop(self) -> None:
-        """Break off what is under way."""
-        self._pipeline.stop()
+        self._context.unreachable(self._id)
+        self._context.snapshot_done(self._id, False)
 
 
 # ============================================================================
-# peer/transport -- The transport: all links, and raft's part of the peer listener.
-# ----------------------------------------------------------------------------
-# Hands every message to a callable.
+# peer/transport -- The transport: the links to all peers, and the paths below /raft of the peer listener.
 # ============================================================================
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
 
 
-def _ignore_sent(sent: Sent) -> None:
-    """Default of Transport's `sent`."""
-
-
-def _ignore_received(sender: int, message: Message, size: int) -> None:
-    """Default of Transport's `received`."""
-
-
-def _ignore_round_trip(member_id: int, seconds: float) -> None:
-    """Default of Transport's `round_trip`."""
-
-
 class MessageInspector:
-    """What may pass from peers to this member: all.  What they send is never trusted."""
+    """The check of messages that peers send; this one lets all of them pass."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be delivered; "": it may."""
+        """Return, in steps, why `message` must not be delivered; "": it may."""
         yield from ()
         return ""
 
     def read_state(self, data: bytes) -> Any:
-        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
         return None
 
 
 class Transport:
-    """All links to other members, and the raft part of the peer listener.
+    """The links to all other members, and the paths below /raft of the peer listener.
 
-    deliver        gets every message of the peers; may call the transport
-    unreachable    gets the id of a member to which messages were lost
-    snapshot_done  gets the id of the receiver and whether it has taken a snapshot
-    removed        called once, a second after a peer says that we were removed from the cluster
-    sent           gets a Sent for every message to a peer, when its fate is known
+    deliver        (message) of a peer; may call the transport
+    unreachable    (member id) after the loss of messages to it
+    snapshot_done  (member id, ok) of the receiver of a snapshot
+    removed        () once, a second after a peer says that the cluster has removed this member
+    sent           (Sent) for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
     inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
-    The first three are called by the reactor, never from inside offer().  Thread: reactor.
+    The reactor calls the first three, outside of offer().  Thread: reactor.
     """
 
     def __init__(
@@ -10275,9 +9880,9 @@ class Transport:
         is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
         unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
         removed: Callable[[], None], election_s: float,
-        sent: Callable[[Sent], None] = _ignore_sent,
-        received: Callable[[int, Message, int], None] = _ignore_received,
-        round_trip: Callable[[int, float], None] = _ignore_round_trip,
+        sent: Callable[[Sent], None] = _ignore,
+        received: Callable[[int, Message, int], None] = _ignore,
+        round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
@@ -10289,24 +9894,26 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._work = SlicedWork(reactor)
-        self._is_reading = False            # a snapshot: one after the other
-        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
-        self._complaints = Complaints("rafthttp", reactor.now)
+        self._decoding = SlicedWork(reactor)
+        self._is_reading_snapshot = False   # one after the other
+        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
+        self._log = ThrottledLog("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
-        self._remotes: Dict[int, Remote] = {}
+        self._remotes: Dict[int, Pipeline] = {}     # to members that are no peers yet
         self._stopped = False
-        self._routes: Dict[str, Callable[[HttpRequest], None]] = {
-            "/raft": self._handle_post, "/raft/snapshot": self._handle_snapshot,
-            "/raft/probing": self._handle_probing, "/raft/stream": self._redirect_stream,
+        self._routes: Dict[str, Tuple[str, Callable[[HttpRequest], None]]] = {
+            "/raft": ("POST", self._handle_post), "/raft/snapshot": ("POST", self._handle_post),
+            "/raft/stream/": ("GET", self._handle_stream),
+            "/raft/stream": ("", self._redirect_stream),
+            "/raft/probing": ("", self._handle_probing),
         }
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
-            1.0 + election_s / 5, self._complaints.say, self._take,
-            lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
-            round_trip, tls, self._work,
+            1.0 + election_s / 5, self._log.error, self._receive,
+            lambda to: self._report_soon(unreachable, to),
+            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
+            round_trip, tls, self._decoding,
         )
 
     # -- members -----------------------------------------------------------
@@ -10319,47 +9926,44 @@ class Transport:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
-        """Remember where a member is that is no peer yet; a peer of that id wins."""
+        """Answer a member by POST while it is no peer yet: its addition is not applied here."""
         if member_id in (0, self._member_id) or member_id in self._peers or self._stopped:
             return
         if member_id in self._remotes:
-            self._remotes[member_id].update(urls)
+            self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            self._remotes[member_id] = Remote(self._context, member_id, urls)
+            status = PeerStatus(member_id, self._reactor.wall_ns)
+            self._remotes[member_id] = Pipeline(
+                self._context, member_id, UrlPicker(urls), status)
 
     def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Use other URLs for a member; unknown ids are ignored."""
         peer = self._peers.get(member_id)
         if peer is not None:
-            peer.update(urls)
+            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
-        peer = self._peers.pop(member_id, None)
-        remote = self._remotes.pop(member_id, None)
-        if peer is not None:
-            peer.stop()
-        if remote is not None:
-            remote.stop()
+        for link in (self._peers.pop(member_id, None), self._remotes.pop(member_id, None)):
+            if link is not None:
+                link.stop()
 
     def remove_all(self) -> None:
         """Close the links to all peers; remotes stay."""
-        peers, self._peers = self._peers, {}
-        for peer in peers.values():
-            peer.stop()
+        while self._peers:
+            self._peers.popitem()[1].stop()
 
     def active_since(self, member_id: int) -> float:
-        """Unix seconds since when a peer can be reached, 0 if it cannot."""
+        """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
 
     def stop(self) -> None:
-        """Close everything and call nobody any more."""
+        """Close all links; no callback comes any more."""
         self._stopped = True
         self.remove_all()
-        for remote in self._remotes.values():
-            remote.stop()
-        self._remotes = {}
+        while self._remotes:
+            self._remotes.popitem()[1].stop()
 
     # -- sending -----------------------------------------------------------
 
@@ -10378,19 +9982,19 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report outside of the call that found out, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, args)
+    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in this turn, but outside of the call, which may come from Raft itself."""
+        self._reactor.call_soon(self._report, report, *args)
 
-    def _report(self, report: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def _report(self, report: Callable[..., None], *args: Any) -> None:
         if not self._stopped:
             report(*args)
 
-    def _we_are_removed(self) -> None:
-        """Wait a moment: our removal may be on its way to our disk, and its client for that."""
+    def _report_removal(self) -> None:
+        """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed, ())
+            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
@@ -10404,23 +10008,24 @@ class Transport:
     # -- receiving ---------------------------------------------------------
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request of the peer listener; False if its path is none of raft's."""
-        path = request.path
-        route = self._routes.get(path)
-        if route is None and path.startswith("/raft/stream/"):
-            route = self._handle_stream
+        """Answer a request of the peer listener; False: its path is not below /raft."""
+        is_stream = request.path.startswith("/raft/stream/")
+        route = self._routes.get("/raft/stream/" if is_stream else request.path)
         if route is None:
             return False
+        method, handle = route
         if self._stopped:
             _reply_error(request, 503, "etcdserver: server stopped")
-        else:
-            route(request)
+        elif method and request.method != method:
+            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
+        elif not method or self._is_compatible(request):
+            handle(request)
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Have a listener read bodies only of those from whom we expect one, and only so many.
+        """Make a listener read only the bodies that members may send, up to the limits.
 
-        directory  where snapshots are kept until they are complete
+        directory  for snapshots until they are complete
         """
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
@@ -10428,38 +10033,37 @@ class Transport:
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """A file for the body that begins so: only snapshots may be so large, and few at a time."""
+        """Return a file for a large body that begins with `first`; None: refuse it.
+
+        Only snapshots may be so large, and few at a time.
+        """
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
         try:
             file = tempfile.TemporaryFile(dir=directory)
         except OSError as error:
-            self._complaints.say(f"cannot keep a snapshot that a peer sends: {error}")
+            self._log.error(f"cannot keep a snapshot that a peer sends: {error}")
             return None
         self._spools.add(file)
         return file
 
     def _body_max(self, head: HttpHead) -> int:
-        """How many bytes of body are wanted from the sender of this head.
-
-        Only members have something to tell that is more than a few numbers.
-        """
+        """Return how long a body behind this head may be: members may send the most."""
         if head.method != "POST" or head.path not in ("/raft", "/raft/snapshot"):
             return 0
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
-            return 0
-        if _compatibility_error(head.headers):
+        if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
+                or _compatibility_error(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
-        return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
+        return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Hand a message on, in steps; return the status that says what became of it.
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        """Check and deliver a message, in steps; return the HTTP status of the outcome.
 
-        A removed member may not disturb the others any more: it does not know yet.
+        A removed member may not know it yet, and must not disturb the others.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
@@ -10468,7 +10072,7 @@ class Transport:
         fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
+            self._log.error(f"refused a {name} of {message.sender:x}: {fault}")
             return 400
         if not self._stopped and (self.drop is None or not self.drop(message)):
             self._received(message.sender, message, size)
@@ -10476,110 +10080,102 @@ class Transport:
         return 204
 
     def _handle_stream(self, request: HttpRequest) -> None:
-        """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
-        headers = f"{self._cluster_header()}X-Server-Version: {SERVER_VERSION}\r\n"
-        if not self._is_welcome(request, "GET", headers):
-            return
+        """GET /raft/stream/<kind>/<dialer>: answer with all messages to the dialer."""
         directory, _, name = request.path.rpartition("/")
         kind = STREAM_KINDS.get(directory[len("/raft/stream/"):])
         dialer = _parse_id(name)
-        if kind is None:
-            _reply_error(request, 404, "invalid path", headers)
-        elif dialer is None:
-            _reply_error(request, 404, "invalid from", headers)
+        if kind is None or dialer is None:
+            self._refuse(request, 404, "invalid path" if kind is None else "invalid from")
         elif self._is_removed(dialer):
             package_logger("rafthttp").warning(
                 "rejected the stream from peer %x since it was removed", dialer
             )
-            _reply_error(request, 410, "removed member", headers)
+            self._refuse(request, 410, "removed member")
         elif dialer not in self._peers:
             self._remember_sender(request, dialer)
-            self._complaints.say(
-                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}"
+            self._refuse(
+                request, 404, "error sender not found",
+                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}",
             )
-            _reply_error(request, 404, "error sender not found", headers)
         elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
-            self._complaints.say(
+            self._refuse(
+                request, 412, "to field mismatch",
                 f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
                 f" want {self._member_id:x}); our peer URL is that of another member: if it was not"
-                " moved, this process was started with a wrong -data-dir"
+                " moved, this process was started with a wrong -data-dir",
             )
-            _reply_error(request, 412, "to field mismatch", headers)
         else:
             advertised = request.headers.get("x-peerurls", "")
-            stream = request.start_stream(200, None, headers)
+            stream = request.start_stream(200, None, self._headers_for(request))
             self._peers[dialer].attach(kind, stream, advertised)
 
     def _handle_post(self, request: HttpRequest) -> None:
-        """POST /raft: one message."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
-            return
+        """POST /raft: one message.  POST /raft/snapshot: the form of 3.x for a snapshot."""
         self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
+        is_framed = request.path == "/raft/snapshot"
+        is_long = request.body_file is not None or request.body.startswith(_SNAPSHOT_START)
         if request.body_too_large:
-            self._reply_too_large(request, headers)
-        elif request.body_file is not None or request.body.startswith(_SNAPSHOT_START):
-            self._read_snapshot(request, headers, is_framed=False)
+            self._refuse(
+                request, 413, "error reading raft message",
+                f"refused a message from {request.remote}: its sender is not known here, or it is"
+                " too large",
+            )
+        elif is_framed or is_long:
+            self._read_snapshot(request, is_framed=is_framed)
         else:
-            steps = self._posted_steps(memoryview(request.body))
-            self._work.add(steps, lambda status: self._answer(request, status, headers))
+            steps = self._receive_body(memoryview(request.body))
+            self._decoding.add(steps, lambda status: self._answer(request, status))
 
-    def _posted_steps(self, body: memoryview) -> Generator[None, None, int]:
-        """Decode and take one message; return the status for its sender."""
+    def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
+        """Decode and receive one message; return the status for its sender."""
         try:
             message = yield from decode_message_steps(body)
         except CodecError as error:
-            self._complaints.say(f"failed to unmarshal raft message ({error})")
+            self._log.error(f"failed to unmarshal raft message ({error})")
             return 422
         if self._is_removed(message.sender):
             return 403
-        return (yield from self._take(message, len(body)))
+        return (yield from self._receive(message, len(body)))
 
-    def _answer(self, request: HttpRequest, status: int, headers: str) -> None:
+    def _answer(self, request: HttpRequest, status: int) -> None:
         if status == 204:
-            request.reply(204, headers=headers)
+            request.reply(204, headers=self._headers_for(request))
         elif status == 403:
             text = b'{"message":"cannot process message from removed member"}'
-            request.reply(403, text, headers=headers)
+            request.reply(403, text, headers=self._headers_for(request))
         elif status == 422:
-            _reply_error(request, 400, "error unmarshaling raft message", headers)
+            self._refuse(request, 400, "error unmarshaling raft message")
         else:
-            _reply_error(request, status, "error processing raft message", headers)
+            self._refuse(request, status, "error processing raft message")
 
-    def _reply_too_large(self, request: HttpRequest, headers: str) -> None:
-        self._complaints.say(
-            f"refused a message from {request.remote}: its sender is not known here, or it is"
-            " too large"
-        )
-        _reply_error(request, 413, "error reading raft message", headers)
+    def _headers_for(self, request: HttpRequest) -> str:
+        is_stream = request.path.startswith("/raft/stream/")
+        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
-    def _handle_snapshot(self, request: HttpRequest) -> None:
-        """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
+    def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
+        """Answer with an error; log `why` for the operator."""
+        if why:
+            self._log.error(why)
+        _reply_error(request, status, text, self._headers_for(request))
+
+    def _read_snapshot(self, request: HttpRequest, *, is_framed: bool) -> None:
+        """Read a posted snapshot on a thread: it is checked before any of it is written."""
+        if self._is_reading_snapshot:
+            self._refuse(request, 503, "another snapshot is being read")
             return
-        if request.body_too_large:
-            self._reply_too_large(request, headers)
-        else:
-            self._read_snapshot(request, headers, is_framed=True)
-
-    def _read_snapshot(self, request: HttpRequest, headers: str, *, is_framed: bool) -> None:
-        """Read a posted snapshot on a thread: it is checked before anything of it is written."""
-        if self._is_reading:
-            _reply_error(request, 503, "another snapshot is being read", headers)
-            return
-        self._is_reading = True
+        self._is_reading_snapshot = True
 
         def done(error: Optional[BaseException], message: Any) -> None:
-            self._is_reading = False
+            self._is_reading_snapshot = False
             if error is not None:
-                self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
-                _reply_error(request, 400, str(error), headers)
+                why = f"refused a snapshot from {request.remote}: {error}"
+                self._refuse(request, 400, str(error), why)
             elif self._is_removed(message.sender):
-                self._answer(request, 403, headers)
+                self._answer(request, 403)
             else:
-                steps = self._take(message, size)
-                self._work.add(steps, lambda status: self._answer(request, status, headers))
+                steps = self._receive(message, size)
+                self._decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
@@ -10597,51 +10193,41 @@ class Transport:
             "text/html; charset=utf-8", "Location: /raft/stream/\r\n",
         )
 
-    def _cluster_header(self) -> str:
-        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
-
-    def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
-        """Check method, versions, cluster and id, in this order; answer what does not fit."""
-        if request.method != method:
-            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
-            return False
-        error = _compatibility_error(request.headers)
-        if error:
-            self._complaints.say(f"request version incompatibility ({error})")
-            _reply_error(request, 412, "incompatible version", headers)
-            return False
-        theirs = request.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id:
-            self._complaints.say(
-                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}"
+    def _is_compatible(self, request: HttpRequest) -> bool:
+        """Check versions, cluster and id, in this order; refuse at the first fault."""
+        headers = request.headers
+        fault = _compatibility_error(headers)
+        theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
+        id = _parse_id(headers.get("x-server-from", "")) or 0
+        other = self._other_process(id, advertised)
+        if fault:
+            self._refuse(
+                request, 412, "incompatible version", f"request version incompatibility ({fault})")
+        elif theirs != self._cluster_id:
+            self._refuse(
+                request, 412, "cluster ID mismatch",
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}",
             )
-            _reply_error(request, 412, "cluster ID mismatch", headers)
-            return False
-        id = _parse_id(request.headers.get("x-server-from", "")) or 0
-        if self._is_double(id, request.headers.get("x-peerurls", "")):
-            _reply_error(request, 412, ID_IN_USE, headers)
-            return False
-        sender = self._peers.get(id)
-        if sender is not None:
-            sender.heard_version(request.headers.get("x-server-version", ""))
-        return True
-
-    def _is_double(self, id: int, advertised: str) -> bool:
-        """Tell whether this id belongs to another process, ours perhaps; say so in the log."""
-        sender = self._peers.get(id)
-        if sender is not None:
-            other = sender.other_process(advertised)
-        else:
-            other = self._context.headers["X-Peerurls"] if id == self._member_id else ""
-        if other:
-            self._complaints.say(
+        elif other:
+            self._refuse(
+                request, 412, ID_IN_USE,
                 f"two processes use member id {id:x}, with the peer URLs [{other}] and"
-                f" [{advertised}]{DOUBLE_HINT}"
+                f" [{advertised}]{DOUBLE_HINT}",
             )
-        return bool(other)
+        else:
+            if id in self._peers:
+                self._peers[id].status.version = headers.get("x-server-version", "")
+            return True
+        return False
+
+    def _other_process(self, id: int, advertised: str) -> str:
+        """Return the peer URLs of another process with this id, perhaps of this one, or ""."""
+        if id in self._peers:
+            return self._peers[id].other_process(advertised)
+        return self._context.headers["X-Peerurls"] if id == self._member_id else ""
 
     def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
-        """A member that we do not know yet says where it can be answered."""
+        """Note the peer URLs of a member that is not known here yet, to answer it."""
         urls = request.headers.get("x-peerurls", "")
         if not urls or sender is None or sender in self._remotes or self._is_removed(sender):
             return
@@ -10650,16 +10236,16 @@ class Transport:
 
 
 _SPOOLS_MAX = 2                     # snapshots that arrive at a time; above: 413
-_STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
+_UNKNOWN_BODY_BYTES_MAX = 1 << 16   # of a sender that is not known here; above: 413
 _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
     body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
 ) -> Message:
-    """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
+    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
 
-    is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
+    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -10695,16 +10281,16 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# member/cluster -- The cluster: who the members are.
-# ----------------------------------------------------------------------------
-# Members stand in the store below /0, as in etcd.
+# member/cluster -- The cluster: its members, which stand in the store below /0, as in etcd.
 # ============================================================================
 
+
+SERVER_LOG = package_logger("etcdserver")
 
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -10718,12 +10304,12 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once it has told its name."""
+        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
-        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -10731,26 +10317,24 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def client_json(self) -> str:
-        """Its form in /v2/members: hexadecimal id, all parts."""
+        """Return the JSON of /v2/members: hexadecimal id, all parts."""
         return json_text({
             "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
             "clientURLs": self.client_urls,
         })
 
     def attributes_json(self) -> str:
-        """The value of /0/members/<id>/attributes."""
         fields = {"name": self.name, "clientURLs": self.client_urls}
         if self.features:
             fields["features"] = self.features
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        """The value of /0/members/<id>/raftAttributes."""
         return json_text({"peerURLs": self.peer_urls})
 
 
 def format_id(id: int) -> str:
-    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    """Return the hexadecimal text of a member or cluster id, not padded, as in etcd."""
     return f"{id:x}"
 
 
@@ -10810,14 +10394,14 @@ class Cluster:
     def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
         self.token = token
         self.id = 0
-        self.local_id = 0                           # whose lines say "local member"
+        self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -10829,12 +10413,11 @@ class Cluster:
         return cluster
 
     def set_store(self, store: Store) -> None:
-        """Tell which store the changes go to."""
+        """Let changes go to `store`."""
         self._store = store
 
     @property
     def store(self) -> Store:
-        """The store."""
         if self._store is None:
             raise InvariantError("a cluster without a store cannot change")
         return self._store
@@ -10851,17 +10434,17 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
     def _ids(self, path: str) -> List[str]:
-        """The names below `path` that are ids; nothing else belongs there."""
+        """Return the names below `path` that are ids; no others belong there."""
         children = self.store.children(path)
         return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
@@ -10872,7 +10455,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -10881,38 +10464,34 @@ class Cluster:
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
-        """Return the member of that name, or None."""
         return next((m for m in self.members.values() if m.name == name), None)
 
     def is_removed(self, id: int) -> bool:
-        """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """Tell whether the addition of this member is applied.
+        """True if the addition of this member is applied.
 
-        The store decides, the same everywhere; `members` also holds those of the flags.
+        The store decides, as it is the same everywhere; `members` also holds those of the flags.
         """
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
-        """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
 
     def peer_urls(self) -> List[str]:
-        """Return the peer URLs of all members."""
         return [url for member in self.members.values() for url in member.peer_urls]
 
     # -- changes -----------------------------------------------------------
 
     def validate_change(self, change: ConfChange) -> Optional[Member]:
-        """Return the member that an add or update speaks of.  Raises MemberError.
+        """Return the member in an add or update, None for a removal.  Raises MemberError.
 
-        Decided by the applied state alone, so every member decides alike.
+        The applied state alone decides, so every member decides alike.
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -10940,18 +10519,16 @@ class Cluster:
         self._log("added", member.id, " ".join(member.peer_urls), "to")
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
-        """Apply: a member leaves for ever.  Two store indexes."""
+        """Apply: a member leaves, and its id can never come back.  Two store indexes."""
         path = f"/0/members/{format_id(id)}"
         self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -10971,11 +10548,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -10993,37 +10570,51 @@ class Cluster:
 
     def check_strict(self, change_type: ConfChangeType, id: int) -> None:
         """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        members = self.members.values()
         if change_type == ConfChangeType.ADD_NODE:
-            self.check_strict_add()
+            what, size = "add", len(members) + 1
+            started = sum(member.started for member in members)
+            if started == 1 and size == 2:      # a cluster of one must be able to grow
+                return
         elif change_type == ConfChangeType.REMOVE_NODE:
-            self.check_strict_remove(id)
-
-    def check_strict_add(self) -> None:
-        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
-        started = sum(member.started for member in self.members.values())
-        size = len(self.members) + 1
-        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
-            self._check_started("add", started, size)
-
-    def check_strict_remove(self, id: int) -> None:
-        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
-        rest = [member for member in self.members.values() if member.id != id]
-        self._check_started("remove", sum(member.started for member in rest), len(rest))
-
-    @staticmethod
-    def _check_started(what: str, started: int, size: int) -> None:
+            rest = [member for member in members if member.id != id]
+            what, size, started = "remove", len(rest), sum(member.started for member in rest)
+        else:
+            return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
@@ -11056,7 +10647,7 @@ def parse_member(context: bytes, id: int) -> Member:
 
 
 # ============================================================================
-# member/applier -- The applier: committed entries change store and cluster.
+# member/applier -- The applier: committed entries change store and cluster; peers' entries are inspected before.
 # ----------------------------------------------------------------------------
 # Deterministic: every member gets the same result from the same entry.  Only the shown ttl
 # depends on the clock.
@@ -11072,7 +10663,7 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
@@ -11082,14 +10673,14 @@ class Applier:
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
-        self._long: Optional[Entry] = None      # the entry that prepare() is at
+        self._long: Optional[Entry] = None      # the entry that prepare() is decoding
         self._steps: Generator[None, None, Optional[Request]] = decode_long_request(b"")
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Do a step of what takes long with a long entry; True when it is done, or is not long.
+        """Decode a slice of a long entry; True when it is decoded, or is not long.
 
-        Only a user's value becomes what the store keeps: 10 MB take 40 ms, or 0.5 s.
+        10 MB take 40 ms, or 0.5 s.
         """
         if len(entry.data) <= LONG_REQUEST_BYTES:
             return True
@@ -11102,7 +10693,7 @@ class Applier:
             request: Optional[Request] = end.value
             if request is not None and request.path.startswith("/1/"):
                 entry.request = _with_clean_path(request)
-        except CodecError:              # apply_entry() will say so
+        except CodecError:              # apply_entry() logs it
             pass
         self._long = None
         return True
@@ -11110,8 +10701,8 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
-        is no command; they count as applied and do nothing here.
+        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
+        API, and garbage; they count as applied and do nothing here.
         """
         request = entry.request
         if request is None:
@@ -11119,14 +10710,14 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
 
     def apply_request(self, request: Request) -> Applied:
-        """Execute one command; an error of the store is returned, not raised."""
+        """Execute one command; errors of the store are returned, not raised."""
         path = request.path
         handler = _METHODS.get(request.method)
         if path.startswith("/2"):
@@ -11138,7 +10729,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
+            return error.with_traceback(None)       # its frames hold the request
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -11187,41 +10778,38 @@ class Applier:
         return None
 
     def _note_cluster(self, r: Request) -> bool:
-        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        """Note a member's attributes or the cluster version; False if the store stays as it is."""
         match = _ATTRIBUTES_PATH.fullmatch(r.path)
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+        except CodecError as error:     # etcd exits here
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
 
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
-        """Change the cluster, or return why not; then Raft must not change either."""
+        """Change the cluster, or return the reason against it; then Raft must not change either."""
         try:
             self._change_cluster(change)
         except MemberError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
-        except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return error.with_traceback(None)       # its frames hold the request
+        except (CodecError, EtcdError) as error:        # etcd exits here
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -11247,11 +10835,11 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 }
 
 
-# -- what a peer may have in the log -------------------------------------------
+# -- inspection of entries -----------------------------------------------------
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
 
     Raises CodecError.
     """
@@ -11265,11 +10853,11 @@ def _with_clean_path(request: Request) -> Request:
 
 
 def read_change(entry: Entry) -> ConfChange:
-    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+    except CodecError as error:         # etcd exits here
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 
@@ -11299,9 +10887,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
 
-    In a leader's log it would have to be taken: others have it already.
+    An entry in a leader's log would have to be accepted: other members have it already.
     """
     if entry.type == EntryType.CONF_CHANGE:
         change = decode_conf_change(entry.data)
@@ -11314,11 +10902,11 @@ def check_proposal(entry: Entry) -> None:
                 raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
-_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+_PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
 def _check_own_path(request: Request) -> None:
-    """Below /0 only what members publish may be written."""
+    """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
         return
@@ -11341,13 +10929,50 @@ def _check_change(data: bytes) -> None:
             raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
 
 
+class MemberInspector(MessageInspector):
+    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # by the rules of Raft alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, the reason against stepping `message`; "": none."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
+
+
 # ============================================================================
-# member/configuration -- What a member is started with.
+# member/configuration -- The settings of a member, and the state that it boots with.
 # ============================================================================
 
 
 class ServerConfig(NamedTuple):
-    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+    """All settings of a member; frozen after start.  URLs are checked; times in ms."""
 
     name: str = DEFAULT_NAME
     data_dir: str = ""                  # "": <name>.etcd in the working directory
@@ -11385,7 +11010,7 @@ class ServerConfig(NamedTuple):
 
     @property
     def request_timeout_s(self) -> float:
-        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        """Time for a commit before a client gets an error: 5 s and two elections (etcd 2.3)."""
         return 5.0 + 2 * self.election_ms / 1000
 
 
@@ -11433,7 +11058,7 @@ if TYPE_CHECKING:
 
 
 class Bootstrap(NamedTuple):
-    """What bootstrap found or made on disk: all a member needs to start."""
+    """The state that bootstrap found or made on disk, for the start of a member."""
 
     data_dir: DataDir
     member_id: int
@@ -11449,69 +11074,28 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
-# ============================================================================
-
-
-class MemberInspector(MessageInspector):
-    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
-
-    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
-        self._cluster = cluster
-        self._fault = fault             # of Raft's rules alone
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be stepped; "": it may."""
-        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
-            return "its sender is no member, and may propose nothing"
-        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
-            return "nobody has read the snapshot in it"
-        fault, work = self._fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
-            return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry)
-                if message.type == MsgType.PROP:
-                    check_proposal(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return ""
-
-    def read_state(self, data: bytes) -> StoreState:
-        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
-        state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"cluster version {state.version} is newer than this program")
-        return state
-
-
-# ============================================================================
 # member/passwords -- Users, roles, permissions and passwords.
 # ----------------------------------------------------------------------------
 # Source: etcd 2.3 etcdserver/auth.
 # ============================================================================
 
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
-ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
+ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
 AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
-    """A request of the auth API that cannot be done; the text is etcd's, status that of HTTP."""
+    """A refused request of the auth API, with etcd's text and the status of HTTP."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"auth: {text}")
@@ -11522,22 +11106,20 @@ Names = Optional[Tuple[str, ...]]   # roles or patterns; None: null in JSON
 
 
 class Permissions(NamedTuple):
-    """What a role may read and write: exact keys, or prefixes that end in `*`."""
+    """The keys that a role may read and write: exact keys, or prefixes that end in `*`."""
 
     read: Names = None
     write: Names = None
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is allowed."""
         return not self.read and not self.write
 
     def json(self) -> Dict[str, Dict[str, Names]]:
-        """Its form in the store and on the wire."""
         return {"kv": {"read": self.read, "write": self.write}}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a pattern covers `key`; recursive: one that covers what lies below as well."""
+        """True if a pattern covers `key`, and with `recursive` all keys below it, too."""
         for pattern in (self.write if write else self.read) or ():
             if pattern.endswith("*"):
                 if key.startswith(pattern[:-1]):
@@ -11547,14 +11129,14 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: Permissions) -> Permissions:
-        """Return both together, sorted.  Raises AuthError for what is there already."""
+        """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
     def revoke(self, less: Permissions) -> Permissions:
-        """Return what is left, sorted; what was never granted is not missed."""
+        """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
             for ours, theirs in zip(self, less)
@@ -11580,7 +11162,6 @@ class Role(NamedTuple):
     permissions: Permissions = Permissions()
 
     def json(self) -> Dict[str, object]:
-        """Its form in the store and on the wire."""
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
@@ -11589,21 +11170,20 @@ class Role(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user; password is its hash, or in a request what the client sent ("": keep)."""
+    """A user; password is its hash, or in a request the client's text ("": keep)."""
 
     name: str
     password: str = ""
     roles: Names = None
 
     def json(self, *, hide_password: bool = False) -> Dict[str, object]:
-        """Its form in the store, or on the wire."""
         fields: Dict[str, object] = {"user": self.name}
         if self.password and not hide_password:
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> User:
-        """The user root has the role root, whatever was stored."""
+        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -11624,7 +11204,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def go_text(text: str) -> str:
-    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
     return _SURROGATES.sub("\ufffd", text)
 
 
@@ -11648,8 +11228,8 @@ def make_permissions(read: object, write: object) -> Permissions:
     ))
 
 
-# A program of its own, behind all others: whatever computes in our process takes Python's lock, or
-# the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
+# A program of its own with low priority: a thread of this process would take Python's lock, or the
+# processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
 os.nice(10)
@@ -11671,7 +11251,7 @@ else:
 
 
 def _python() -> str:
-    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    """Return the path of our Python; sys.executable can be a name from `exec -a`."""
     program = os.path.realpath("/proc/self/exe")
     return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
@@ -11687,7 +11267,7 @@ class Passwords:
     _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._complaints = Complaints("auth", now)
+        self._log = ThrottledLog("auth", now)
 
     def hash(self, password: str) -> str:
         """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
@@ -11698,7 +11278,7 @@ class Passwords:
             raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
-        self._complaints.say(
+        self._log.error(
             "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
             " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
         )
@@ -11706,12 +11286,12 @@ class Passwords:
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
     def verify(self, password: str, stored: str) -> Optional[bool]:
-        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        """True if `stored` is a hash of `password`; None: it cannot be computed now."""
         try:
-            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+            if b"\0" in utf8(password):  # bcrypt would read only the part before it
                 return False
         except UnicodeEncodeError:
-            return False                # half a surrogate pair: what no client can send
+            return False                # half a surrogate pair: no client can send it
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
             if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
@@ -11722,7 +11302,7 @@ class Passwords:
             return False
         found = self.bcrypt(password, stored)
         if found == "":
-            self._complaints.say(
+            self._log.error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
@@ -11740,8 +11320,10 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
-        bcrypt, None if the program that computes it has failed."""
+        """Return the hash by algorithm, cost and salt of `setting`.
+
+        "": this system has no bcrypt; None: the program that computes it has failed.
+        """
         try:
             import subprocess
             python = _python()
@@ -11754,7 +11336,7 @@ class Passwords:
             if not made.startswith((setting[:4], "*")):
                 raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-            self._complaints.say(
+            self._log.error(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
@@ -11762,18 +11344,18 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
-    """Who gives a password: a name, and the address it comes from."""
+    """The sender of a password: a user's name, and the address that it comes from."""
 
     user: str
     host: str
 
 
 class PasswordCheck:
-    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+    """One password to verify, and the requests that wait for it.  Level 0 goes first."""
 
     __slots__ = ("stored", "password", "level", "askers")
 
@@ -11785,33 +11367,32 @@ class PasswordCheck:
 
 
 class PasswordChecks:
-    """Which passwords are right: found out one at a time, and then remembered.
+    """Verifies passwords one at a time, and remembers the results.
 
-    The more wrong ones a sender had lately, and the more of its own wait already, the later is
-    the turn of the next (its level: the logarithm of both together).  A pause goes before all
-    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.
+    The level of a check is the logarithm of the wrong passwords that its sender had lately and
+    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
+    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
 
-    Its host counts as well, less strictly, as other users may share it: once a host has guessed
-    under many names, every check from there waits for the pause, so that an answer takes as long
-    for users that do not exist; but users that do exist, and were not wrong, go before the others.
-    Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
+    a host has guessed under many names, every check from there waits for the pause, so that an
+    answer takes as long for users that do not exist.  Existing users without a wrong password go
+    before the others.  Thread: reactor.
     """
 
     LEVELS = 9
-    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
+    HOST_LEVELS_FREE = 3            # of a host's levels that do not count: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -11826,7 +11407,7 @@ class PasswordChecks:
     def check(
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
-        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        """Verify, then call done(True); done(False) if that fails now, or too many wait."""
         digest = self._digest(sender.user, stored, password)
         origin, host = self._digest(*sender), self._digest(sender.host)
         level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
@@ -11840,11 +11421,11 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -11860,21 +11441,21 @@ class PasswordChecks:
         return min(shared, 1)
 
     def _guesses(self, place: bytes) -> int:
-        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        """Return the logarithm of the wrong and the waiting passwords of a sender or host."""
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -11884,18 +11465,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -11915,131 +11495,480 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 
 class Credential(NamedTuple):
-    """What a request says of its sender."""
+    """User and password in a request."""
 
     user: str
     password: str
 
 
 # ============================================================================
-# member/reconfiguration -- Reconfiguration: a member leaves, and the others keep a leader and a quorum.
+# member/auth -- Auth records in the store, their changes through consensus, and the guard before a request.
+# ----------------------------------------------------------------------------
+# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 # ============================================================================
 
 
-def check_active(
-    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
-    active_since: Callable[[int], float],
-) -> None:
-    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
+class Auth:
+    """Users and roles as the store has them, and the accesses that they allow.
 
-    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
-    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
-    are down if all that are up will be a quorum.
-    """
-    active = {member for member in members if member == own_id or active_since(member) > 0}
-    if change_type == ConfChangeType.ADD_NODE:
-        what, left, size = "adding", len(active), len(members) + 1
-        is_risky = size > 2             # a cluster of one must be able to grow
-    else:
-        what, left, size = "removing", len(active) - 1, len(members) - 1
-        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
-    if is_risky and left < size // 2 + 1:
-        package_logger("etcdserver").warning(
-            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
-        )
-        raise NotEnoughActive(what, left, size)
-
-
-class LeadershipTransfer:
-    """Gives the lead to the member that can take it over best.  Thread: reactor.
-
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
+    Decisions hold until `version` changes.  Thread: reactor.
     """
 
-    def __init__(self, node: RawNode, active_since: Callable[[int], float]) -> None:
-        self._node = node
-        self._active_since = active_since
-        self._tried_term = 0            # in which we handed over because of a removal
+    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
+        self.checks = PasswordChecks(reactor)
+        self._store = store
+        self._applier = applier
+        self._seen = -1
+        self._enabled = False
+        self._records: Dict[Tuple[str, str], Any] = {}      # kind and name -> User or Role
 
-    def begin(self, beyond: int = -1) -> int:
-        """Start to hand over; return the id of the heir, 0 if there is none or we do not lead.
+    @property
+    def version(self) -> int:
+        """A number that changes with every change of users, roles, or enabled."""
+        return self._applier.auth_changes
 
-        Proposals are refused until the heir leads, or has not done so for an election timeout.
+    @property
+    def enabled(self) -> bool:
+        self._refresh()
+        return self._enabled
 
-        beyond  the heir must have more of our log on its disk than this index
+    def user(self, name: str) -> Optional[User]:
+        """Return a user, with the role root if it is root."""
+        user: Optional[User] = self._record("users", name, parse_stored_user)
+        return user
+
+    def role(self, name: str) -> Optional[Role]:
+        """Return a role; root exists without being stored."""
+        role: Optional[Role] = Role(ROOT, EVERYTHING)
+        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+
+    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+        self._refresh()
+        key = kind, name
+        if key not in self._records:    # missing records are not remembered
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            if not stored:
+                return None
+            self._records[key] = parse(name, stored)
+        return self._records[key]
+
+    def _refresh(self) -> None:
+        if self._seen != self._applier.auth_changes:
+            self._seen = self._applier.auth_changes
+            self._records = {}
+            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
+
+    def stored_hash(self, name: str) -> str:
+        """Return the password's hash of a user.
+
+        An unknown user gets one like root's, so that a refusal takes as long.
         """
-        raft = self._node.raft
-        heir = self._find_heir(beyond) if raft.role == RaftRole.LEADER else 0
-        if heir:
-            package_logger("etcdserver").info(
-                "leadership transfer %s -> %s", format_id(raft.id), format_id(heir)
+        user = self.user(name)
+        if user is not None:
+            return user.password
+        root = self.user(ROOT)
+        return self.checks.passwords.decoy(root.password if root is not None else "")
+
+    def names(self, kind: str) -> List[str]:
+        """Return the sorted names of all `users` or `roles`, the built-in role included.
+
+        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
+        """
+        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
+        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
+        return sorted(names + [ROOT] if kind == "roles" else names)
+
+    @property
+    def has_users(self) -> bool:
+        """True if there are users, hidden ones included; auth may be off."""
+        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+
+    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
+        """True if a verified user (None: a guest) may read or write `key`."""
+        if user is None:
+            role = self.role(GUEST)
+            return role is not None and role.allow(key, write=write, recursive=False)
+        for name in user.roles or ():
+            role = self.role(name)
+            if role is not None and role.allow(key, write=write, recursive=recursive):
+                return True
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
+        return False
+
+    @staticmethod
+    def is_root(user: Optional[User]) -> bool:
+        """True if a verified user has the role root."""
+        if user is not None and ROOT not in (user.roles or ()):
+            AUTH_LOG.warning(
+                "user %s does not have the %s role for this resource.", user.name, ROOT
             )
-            self._node.transfer_leader(heir)
-        return heir
+            return False
+        return user is not None
 
-    def before(self, changes: Iterable[ConfChange]) -> None:
-        """Hand over if one of `changes`, about to be proposed, removes us; once in a term.
 
-        Who commits the own removal may be gone before the others hear that it is committed.  Of
-        two members the second one then waits for ever for the vote of the first (thesis §4.2.2).
-        If no other member takes over, the change has to be proposed here all the same.
+def parse_stored_user(name: str, text: str) -> Optional[User]:
+    """Return the user in a record of the store; None, with a log line, if it holds none."""
+    try:
+        value = load_json(text)
+        password = go_text(str(value["password"]))
+        return User(name, password, string_list(value.get("roles"))).with_root()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
+        return None
+
+
+def parse_stored_role(name: str, text: str) -> Optional[Role]:
+    """Return the role in a record of the store; None, with a log line, if it holds none."""
+    try:
+        kv = load_json(text)["permissions"]["kv"]
+        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        return None
+
+
+Step = Union[Request, Callable[[], Any]]
+Steps = Generator[Step, Any, Any]
+
+
+class StepsRunner(NamedTuple):
+    """Runs a change that waits several times; then done(its result, or its exception).
+
+    do     as EtcdServer.do
+    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
+           thread, and gets its result
+    """
+
+    do: Callable[[Request, Callable[[Any], None]], None]
+    reactor: Reactor
+    steps: Steps
+    done: Callable[[Any], None]
+
+    def go_on(self, value: Any = None) -> None:
+        """Take the next step, with the result of the one before."""
+        try:
+            step = self.steps.send(value)
+        except StopIteration as stop:
+            self.done(stop.value)
+        except (AuthError, EtcdError) as error:
+            self.done(error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self.do(step, self.go_on)
+            else:
+                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
+
+    def _worked(self, error: Optional[BaseException], result: Any) -> None:
+        if error is None:
+            self.go_on(result)
+        elif isinstance(error, AuthError):
+            self.done(error)
+        else:
+            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+
+class AuthStore:
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+
+    A change reads its record through consensus, too, and is written only if the record is the
+    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
+    the same time one is lost.  All methods raise AuthError.
+    """
+
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+        self._ensured = False
+
+    def create_user(self, user: User) -> Steps:
+        """Return the new user."""
+        if not user.password:
+            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
+        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
+        user = user._replace(password=hashed).with_root()
+        yield from self._create("user", user)
+        AUTH_LOG.info("created user %s", user.name)
+        return user
+
+    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
+        """Return the changed user."""
+        hashed = ""
+        if password:
+            hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
+
+        def change(old: User) -> User:
+            new = old.change_roles(grant, revoke)
+            return new._replace(password=hashed) if hashed else new
+
+        return (
+            yield from self._update(
+                "user", name, parse_stored_user, change, "grant/revoke/password")
+        )
+
+    def delete_user(self, name: str) -> Steps:
+        if name == ROOT and self._auth.enabled:
+            raise AuthError(403, "Cannot delete root user while auth is enabled.")
+        missing = AuthError(404, f"User {name} does not exist")
+        yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted user %s", name)
+
+    def create_role(self, role: Role) -> Steps:
+        """Return the new role."""
+        self._check_role(role.name)
+        yield from self._create("role", role)
+        AUTH_LOG.info("created new role %s", role.name)
+        return role
+
+    def update_role(
+        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
+    ) -> Steps:
+        """Return the changed role."""
+        self._check_role(name)
+
+        def change(old: Role) -> Role:
+            permissions = old.permissions
+            if grant is not None:
+                permissions = permissions.grant(grant)
+            if revoke is not None:
+                permissions = permissions.revoke(revoke)
+            return old._replace(permissions=permissions)
+
+        return (
+            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
+        )
+
+    def delete_role(self, name: str) -> Steps:
+        self._check_role(name)
+        missing = AuthError(404, f"Role {name} doesn't exist.")
+        yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted role %s", name)
+
+    def enable(self) -> Steps:
+        """Check requests from now on; there must be a root."""
+        if self._auth.enabled:
+            raise AuthError(409, "already enabled")
+        no_root = AuthError(409, "No root user available, please create one")
+        yield from self._read(f"/users/{ROOT}", no_root)
+        if self._auth.role(GUEST) is None:
+            AUTH_LOG.info("no guest role access found, creating default")
+            yield from self.create_role(Role(GUEST, EVERYTHING))
+        yield from self._write("/enabled", val="true", prev_exist=True)
+        AUTH_LOG.info("auth: enabled auth")
+
+    def disable(self) -> Steps:
+        if not self._auth.enabled:
+            raise AuthError(409, "already disabled")
+        yield from self._write("/enabled", val="false", prev_exist=True)
+        AUTH_LOG.info("auth: disabled auth")
+
+    @staticmethod
+    def _check_role(name: str) -> None:
+        if name == ROOT:
+            raise AuthError(403, f"Cannot modify role {name}: is root role.")
+
+    def _create(self, kind: str, record: Union[User, Role]) -> Steps:
+        exists = AuthError(409, f"{kind.capitalize()} {record.name} already exists.")
+        yield from self._write(
+            f"/{kind}s/{record.name}", NodeExists, exists, val=json_text(record.json()),
+            prev_exist=False,
+        )
+
+    def _update(
+        self, kind: str, name: str, parse: Callable[[str, str], Any],
+        change: Callable[[Any], Any], options: str,
+    ) -> Steps:
+        """Return the changed record; begins again if another change was faster."""
+        path, what = f"/{kind}s/{name}", kind.capitalize()
+        missing = AuthError(404, f"{what} {name} does not exist.")
+        while True:
+            text, index = yield from self._read(path, missing)
+            old = parse(name, text)
+            if old is None:
+                raise missing
+            new = change(old)
+            if new == old:
+                raise AuthError(400, f"{what} not updated. Use {options} to update the {kind}.")
+            result = yield from self._do(Request(
+                method="PUT", path=path, val=json_text(new.json()), prev_exist=True,
+                prev_index=index,
+            ))
+            if not isinstance(result, EtcdError):
+                AUTH_LOG.info("updated %s %s", kind, name)
+                return new
+
+    def _read(self, path: str, missing: AuthError) -> Steps:
+        """Return (value, its index) as of now.  Raises `missing`."""
+        result = yield from self._do(Request(method="QGET", path=path))
+        if isinstance(result, EtcdError) or result.node.value is None:
+            raise missing
+        return result.node.value, result.node.modified_index
+
+    def _write(
+        self, path: str, error: Type[EtcdError] = EtcdError,
+        refusal: Optional[AuthError] = None, method: str = "PUT", **fields: Any,
+    ) -> Steps:
+        """Write or delete a record.  Raises `refusal` for an `error`, and others as they are."""
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(method=method, path=path, **fields))
+        if isinstance(result, EtcdError):
+            raise refusal if refusal is not None and isinstance(result, error) else result
+
+    def _ensure_directories(self) -> Steps:
+        """Make the places before the first change: four indexes of the store, as in etcd."""
+        if not self._ensured:
+            for path in ("", "/users", "/roles"):
+                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
+            yield from self._do(
+                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
+            )
+            self._ensured = True
+
+    @staticmethod
+    def _do(request: Request) -> Steps:
+        """Return the event, or the error of the store; raises those of consensus."""
+        result = yield request._replace(path=AUTH_PREFIX + request.path)
+        if isinstance(result, RaftInternal):
+            raise result
+        return result
+
+
+def parse_credential(header: str) -> Optional[Credential]:
+    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+    kind, _, encoded = header.partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
+    except ValueError:
+        return None
+    return Credential(user, password) if colon else None
+
+
+class Guard:
+    """Decides from its head whether a request may pass.
+
+    A decision is kept with the head until Auth.version changes: the requests of verified clients
+    cost no more than without auth.  Thread: reactor.
+    """
+
+    def __init__(self, auth: Auth, reactor: Reactor) -> None:
+        self._auth = auth
+        self._log = ThrottledLog("auth", reactor.now)
+
+    def key(
+        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
+        refused: Handler,
+    ) -> Handler:
+        """Return the handler for an access to `key`; without Authorization, that of a guest."""
+        def may(user: Optional[User]) -> bool:
+            return self._auth.may_access(user, key, write=write, recursive=recursive)
+
+        return self._decide(head, may, passed, refused)
+
+    def root(
+        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
+    ) -> Handler:
+        """Return the handler for a request that only the role root may make.
+
+        hashes  the answer holds password hashes: needs root without auth, too, if there are users
         """
-        raft = self._node.raft
-        if raft.term != self._tried_term and any(
-            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
-            for change in changes
-        ) and self.begin():
-            self._tried_term = raft.term
+        always = hashes and self._auth.has_users
+        return self._decide(head, self._auth.is_root, passed, refused, always=always)
 
-    def before_entries(self, entries: Iterable[Entry]) -> None:
-        """The same for proposals that come from another member."""
-        for entry in entries:
-            if entry.type == EntryType.CONF_CHANGE:
-                with contextlib.suppress(CodecError):
-                    self.before((decode_conf_change(entry.data),))
+    def _decide(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, *, always: bool = False,
+    ) -> Handler:
+        if not (self._auth.enabled or always):
+            return passed
+        verdict = self._verdict(head, may)
+        if verdict is None:
+            return functools.partial(self._verify, head, may, passed, refused)
+        return passed if verdict else refused
 
-    def _find_heir(self, beyond: int) -> int:
-        """The member with the most of our log among those that can be reached; 0: none."""
-        raft = self._node.raft
-        reachable = [
-            (progress.match_index, id) for id, progress in raft.progress.items()
-            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
-        ]
-        return max(reachable, default=(0, 0))[1]
+    def _verdict(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool]
+    ) -> Optional[bool]:
+        """True if the request may pass; None: the password has not been verified yet."""
+        header = head.headers.get("authorization", "")
+        if not header:
+            return may(None)
+        credential = parse_credential(header)
+        if credential is None:
+            self._log.error("malformed basic auth encoding")
+            return False
+        name = credential.user
+        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
+            return False
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        if right is None:
+            return None
+        user = self._auth.user(name)
+        if right and user is not None:
+            return may(user)
+        why = "no such user" if user is None else "incorrect password for user"
+        self._log.error(f"{why}: {name[:64]}.")
+        return False
+
+    def _verify(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, request: HttpRequest,
+    ) -> None:
+        """Answer as soon as the password is verified."""
+        if request.connection.closed:
+            return
+        verdict = self._verdict(head, may)
+        if verdict is not None:
+            answer = passed if verdict else refused
+            head.parsed = self._auth.version, answer
+            answer(request)
+            return
+        credential = parse_credential(head.headers["authorization"])
+        assert credential is not None   # without one there is a verdict
+
+        def checked(known: bool) -> None:
+            if known:
+                self._verify(head, may, passed, refused, request)
+            elif not request.connection.closed:
+                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
+                request.reply(503, f'{{"message":{text}}}'.encode())
+
+        sender = Sender(credential.user, request.remote.rpartition(":")[0])
+        stored = self._auth.stored_hash(credential.user)
+        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
-# member/statistics -- Statistics: what a member counts about itself, and how metrics are written.
+# member/statistics -- Statistics of /v2/stats and metrics of /metrics: counters, histograms, traffic.
 # ============================================================================
 
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
 class RateWindow:
-    """The last messages and their sizes, for a rate per second.
+    """The last messages and their sizes.  Source: etcd 2.3 etcdserver/stats/queue.go.
 
-    Source: etcd 2.3 etcdserver/stats/queue.go.
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
+        self.count = 0                  # of all messages
 
     def add(self, size: int) -> None:
-        """Count one message of `size` bytes."""
+        self.count += 1
         self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
@@ -12060,7 +11989,7 @@ def format_decimal(value: float) -> str:
 
 
 class ServerStats:
-    """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
+    """The statistics of /v2/stats/self; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
     def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
@@ -12068,33 +11997,26 @@ class ServerStats:
         self._wall_ns = clock.wall_ns
         self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
-        self.lead_since_ns = 0          # when it became that
-        self.received_appends = 0
-        self.sent_appends = 0
+        self.lead_since_ns = 0          # when it became leader
         self._received = RateWindow(clock.now)
         self._sent = RateWindow(clock.now)
+        self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """The member `lead` leads from now on."""
+        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """A MsgApp of `size` bytes has come from the leader `sender`."""
+        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
-        self.received_appends += 1
         self._received.add(size)
-
-    def send_append(self, size: int) -> None:
-        """A MsgApp of `size` bytes goes to a follower."""
-        self.sent_appends += 1
-        self._sent.add(size)
 
     def json(self, state: str) -> str:
         """Return the object of /v2/stats/self.  state: StateFollower, -Candidate or -Leader.
 
-        Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
+        Differs from etcd: before the first leader the uptime is 0s, not 292 years.
         """
         uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
@@ -12104,13 +12026,13 @@ class ServerStats:
             f',"state":"{state}","startTime":"{format_local_time(self.started_ns)}"'
             f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
             f',"startTime":"{since}"}}'
-            f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
-            f',"sendAppendRequestCnt":{self.sent_appends}{_rates("send", self._sent)}}}'
+            f',"recvAppendRequestCnt":{self._received.count}{_rates("recv", self._received)}'
+            f',"sendAppendRequestCnt":{self._sent.count}{_rates("send", self._sent)}}}'
         )
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """The two rates as JSON members; left out when 0."""
+    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -12123,10 +12045,9 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
-        """Return this follower's part of /v2/stats/leader."""
         count = self.successes or 1
         average = self.total / count
         deviation = max(self.squares / count - average * average, 0.0) ** 0.5
@@ -12142,14 +12063,14 @@ class FollowerStats:
 
 
 class LeaderStats:
-    """What /v2/stats/leader shows: how sending to each follower goes."""
+    """The statistics of /v2/stats/leader: latency and losses of each follower."""
 
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """A MsgApp reached this follower's connection after `seconds`."""
+        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -12160,15 +12081,13 @@ class LeaderStats:
         stats.maximum = max(stats.maximum, latency)
 
     def fail(self, member_id: int) -> None:
-        """A MsgApp to this follower was lost."""
         self._followers.setdefault(member_id, FollowerStats()).fails += 1
 
     def remove(self, member_id: int) -> None:
-        """The member is one no more."""
         self._followers.pop(member_id, None)
 
     def json(self, followers: Iterable[int]) -> str:
-        """Return the object of /v2/stats/leader with these members, whether sent to or not."""
+        """Return the object of /v2/stats/leader, with members that no message went to as well."""
         unknown = FollowerStats()
         parts = [
             f'"{name}":{self._followers.get(member_id, unknown).json()}'
@@ -12178,26 +12097,26 @@ class LeaderStats:
 
 
 class ServerCounts:
-    """What happens to a member that only /metrics tells."""
+    """Counters of a member that only /metrics shows."""
 
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
 
     def tick(self, now: float, followers: int) -> None:
-        """Raft's clock ticks, and with it heartbeats leave to `followers`; monotonic seconds."""
+        """Count late heartbeats: at each tick of Raft one leaves to each of `followers`."""
         if self._ticked_at and now - self._ticked_at > 2 * self._heartbeat_s:
             self.late_heartbeats += followers
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Have one turn's entries applied."""
+        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -12215,28 +12134,8 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """How often something happened, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        """Count one more."""
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
-    """A number that someone else keeps, asked for when Prometheus comes."""
+    """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
     __slots__ = ("kind", "_labels", "_read")
 
@@ -12248,9 +12147,21 @@ class Reading:
         self._read = read
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -12259,9 +12170,9 @@ def exponential_bounds(start: float, count: int) -> List[float]:
 
 
 class Histogram:
-    """How values spread over buckets.  bounds: upper, inclusive, ascending.
+    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
 
-    Thread: one that observes; any may read.
+    Thread: one observes; any may read.
     """
 
     kind = "histogram"
@@ -12273,12 +12184,11 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def observe_many(self, values: List[float]) -> None:
-        """Count all of them: 0.04 us each instead of 0.17."""
+        """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
         for position, bound in enumerate(self._bounds):
@@ -12290,16 +12200,13 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values."""
         return sum(self._counts)
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 without any."""
         return self._sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         count = self.count
         comma, below = "," if labels else "", 0
         for bound, here in zip(self._bounds, self._counts):
@@ -12311,7 +12218,7 @@ class Histogram:
 
 
 class Histograms:
-    """One histogram per combination of label values."""
+    """One histogram per combination of label values, shown from its first value on."""
 
     kind = "histogram"
     __slots__ = ("_labels", "_bounds", "_children")
@@ -12322,30 +12229,28 @@ class Histograms:
         self._children: Dict[Labels, Histogram] = {}
 
     def child(self, *values: str) -> Histogram:
-        """Return the histogram of these label values."""
         if values not in self._children:
             self._children[values] = Histogram(self._bounds)
         return self._children[values]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads; nothing of a child before its first value."""
         for values, child in self._children.items():
             if child.count:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show what someone else fills; an older one of this name is replaced."""
+        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -12370,7 +12275,7 @@ class Metrics:
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return everything that has a value, by name."""
+        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -12384,15 +12289,73 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+class Traffic:
+    """Counts the messages that the transport sends and receives.
+
+    sent_bytes, sent_failures, received_bytes are by member id.
+    """
+
+    def __init__(
+        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
+    ) -> None:
+        self.sent_bytes: Dict[int, int] = {}
+        self.sent_failures: Dict[int, int] = {}
+        self.received_bytes: Dict[int, int] = {}
+        labels = ("sendingType", "remoteID", "msgType")
+        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
+        self.failures = Counter(labels)
+        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
+        self._stats = stats
+        self._leader_stats = leader_stats
+        self._now = now
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._labels: Dict[Tuple[str, int, int], Labels] = {}
+
+    def sent(self, sent: Sent) -> None:
+        """Count a message that has left, or could not leave."""
+        to, message = sent.to, sent.message
+        key = (sent.channel, to, message.type)
+        labels = self._labels.get(key)
+        if labels is None:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            labels = self._labels[key] = (sent.channel, format_id(to), name)
+        if sent.ok:
+            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
+            self.latencies.child(*labels).observe(sent.seconds)
+        else:
+            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
+            self.failures.inc(*labels)
+        if message.type == MsgType.APP:
+            self._sent_append(sent)
+
+    def _sent_append(self, sent: Sent) -> None:
+        self._stats.send_append(sent.size)
+        if not sent.ok:
+            self._leader_stats.fail(sent.to)
+        elif sent.message.entries:
+            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+
+    def received(self, sender: int, message: Message, size: int) -> None:
+        """Count a message; the latency of a follower is from entries to its next answer."""
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if message.type == MsgType.APP:
+            self._stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+    def round_trip(self, member_id: int, seconds: float) -> None:
+        """Count the answer of a peer to a probe."""
+        self.round_trips.child(format_id(member_id)).observe(seconds)
+
+
 # ============================================================================
-# member/journal -- The journal: batches on their way to the disk, in order.
-# ----------------------------------------------------------------------------
-# Threads: the reactor's, and its own, `wal`.
+# member/journal -- The journal: batches on their way to the disk, in order; threads `reactor` and `wal`.
 # ============================================================================
 
 
 class Batch:
-    """What one visit to the disk makes durable, and what may be said only after it."""
+    """The state and entries of one visit to the disk, and the messages held back until then."""
 
     __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
 
@@ -12408,8 +12371,8 @@ class Batch:
 class WalJob(NamedTuple):
     """One visit to the disk, in this order; empty parts are left out.
 
-    A snapshot's file is complete before anything behind it is written: after a crash between
-    the two, the log still fits the snapshot before.
+    A snapshot's file is complete before any entry behind it is written: after a crash between
+    the two, the log fits the snapshot before.
     """
 
     record: bytes                       # of the snapshot
@@ -12423,8 +12386,8 @@ class WalJob(NamedTuple):
 class WalWriter:
     """The wal thread: one write and one fdatasync per job.
 
-    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
-    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
+    write is acknowledged any more.  A full disk is no failure: the step that met it has left
     nothing, and is repeated until there is space.
     """
 
@@ -12438,7 +12401,7 @@ class WalWriter:
         self._snapshotter = snapshotter
         self._reactor = reactor
         self._failed = failed
-        self._full = full               # called on the reactor: with why, and with "" when over
+        self._full = full               # called on the reactor, with the reason, or "" when over
         self._is_full = False
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -12446,7 +12409,6 @@ class WalWriter:
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
@@ -12477,7 +12439,7 @@ class WalWriter:
             self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
-        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        """Do all of a job; False: given up by stop(), as the disk stayed full."""
         for step in self._steps(job):
             while not self._try(step):
                 if self._stopping.wait(self.FULL_SECONDS):
@@ -12485,28 +12447,28 @@ class WalWriter:
         return True
 
     def _steps(self, job: WalJob) -> List[Callable[[], None]]:
-        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        """Return the steps of a job, in order; none leaves anything behind on a full disk."""
         steps: List[Callable[[], None]] = []
         if job.record:
             steps.append(functools.partial(self._wal.write, job.record, sync=True))
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
         self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
-        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
         try:
             step()
         except DiskFull as error:
@@ -12538,10 +12500,10 @@ def first_part(entries: Sequence[Entry]) -> int:
 
 
 class Journal:
-    """What must reach the disk, in batches: while one is written the next one gathers.
+    """Readys on their way to the disk, in batches: while one is written the next one gathers.
 
-    A batch becomes durable as a whole; then `durable` is called with it, which may send what
-    was held back, and count entries.  Thread: reactor.
+    A batch becomes durable as a whole; then durable(batch) sends the messages held back, and
+    counts the entries.  Thread: reactor.
     """
 
     def __init__(
@@ -12550,8 +12512,8 @@ class Journal:
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
-        self.busy = False                           # the writer has a job of ours
-        self.visits = 0                             # jobs that it was given
+        self.busy = False                           # the writer has a job
+        self.visits = 0                             # jobs given to the writer
         self.batch_entries = Histogram(exponential_bounds(1, 14))   # in one visit
         self._wal = wal
         self._durable = durable
@@ -12567,7 +12529,7 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Note what a Ready wants to be written, and what it holds back."""
+        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -12582,7 +12544,7 @@ class Journal:
         batch.mark = ready.mark
 
     def sync_commit(self, state: HardState) -> None:
-        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        """Write this commit index soon; durable_commit tells when it is on disk."""
         self._batch.hard_state = state
         self._batch.must_sync = True
         if self._batch.mark is None:
@@ -12590,8 +12552,8 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it has none; a commit index alone waits for company."""
-        self._go_on()
+        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -12601,7 +12563,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -12609,7 +12571,7 @@ class Journal:
             self._durable(batch)
 
     def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
-        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        """Write the record of a snapshot file to come, before the next batch; then done()."""
         self._record = (snapshot_id, done)
         self.submit()
 
@@ -12620,27 +12582,27 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
         self._release_to = index
 
     def close(self) -> None:
-        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -12651,7 +12613,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -12662,14 +12624,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""
@@ -12683,177 +12645,12 @@ class Journal:
 
 
 # ============================================================================
-# member/monitors -- The cluster version, and counts of traffic.
-# ============================================================================
-
-
-class VersionMonitor:
-    """The leader's watch over the cluster version: the lowest version of any member, never lowered.
-
-    Source: etcd 2.3 etcdserver/cluster_util.go; peer-and-disk notes on the server loop.
-    """
-
-    PERIOD_S = 4.0
-
-    def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int,
-        propose: Callable[[str], None], tls: Optional[TlsContext] = None,
-    ) -> None:
-        self._reactor = reactor
-        self._cluster = cluster
-        self._member_id = member_id
-        self._propose = propose
-        self._tls = tls
-        self._calls: List[HttpCall] = []
-        self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
-
-    def start(self) -> None:
-        """Look now, and every few seconds until the version is as high as ours."""
-        self.stop()
-        self._look()
-
-    def stop(self) -> None:
-        """Look no more: we lead no more."""
-        for call in self._calls:
-            call.cancel()
-        self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
-            return
-        self._versions = {self._member_id: SERVER_VERSION}
-        for member in list(self._cluster.members.values()):
-            urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
-                self._ask(member, urls[0])
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-        self._decide()
-
-    def _ask(self, member: Member, url: str) -> None:
-        answer = Answer()
-
-        def done(error: Optional[Exception]) -> None:
-            version = _server_version(answer.body)
-            if error is None and version:
-                self._versions[member.id] = version
-            self._decide()
-
-        self._calls.append(HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
-            on_data=answer.take_data, on_done=done,
-        ))
-
-    def _decide(self) -> None:
-        """Propose the minimum when every member has answered; a first guess when one cannot."""
-        current = self._cluster.version
-        complete = self._versions.keys() >= self._cluster.members.keys()
-        if complete:
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._announce(wanted, current)
-        elif not current and self._calls and all(call.ended for call in self._calls):
-            self._announce(MIN_CLUSTER_VERSION, current)
-
-    def _announce(self, wanted: str, current: Optional[str]) -> None:
-        log = package_logger("etcdserver")
-        short = wanted.rpartition(".")[0]
-        if current:
-            before = current.rpartition(".")[0]
-            log.info("updating the cluster version from %s to %s", before, short)
-        else:
-            log.info("setting up the initial cluster version to %s", short)
-        self.stop()
-        self._propose(wanted)
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
-
-
-def _server_version(body: bytes) -> str:
-    """The `etcdserver` of a /version answer, or "" if it is not one."""
-    try:
-        version = str(load_json(body)["etcdserver"])
-        version_key(version)
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return version
-
-
-class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
-
-    def __init__(
-        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
-    ) -> None:
-        self.sent_bytes: Dict[int, int] = {}
-        self.sent_failures: Dict[int, int] = {}
-        self.received_bytes: Dict[int, int] = {}
-        labels = ("sendingType", "remoteID", "msgType")
-        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
-        self.failures = Counter(labels)
-        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
-        self._stats = stats
-        self._leader_stats = leader_stats
-        self._now = now
-        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
-        self._labels: Dict[Tuple[str, int, int], Labels] = {}
-
-    def sent(self, sent: Sent) -> None:
-        """A message has left, or could not."""
-        to, message = sent.to, sent.message
-        key = (sent.channel, to, message.type)
-        labels = self._labels.get(key)
-        if labels is None:
-            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            labels = self._labels[key] = (sent.channel, format_id(to), name)
-        if sent.ok:
-            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
-            self.latencies.child(*labels).observe(sent.seconds)
-        else:
-            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
-            self.failures.inc(*labels)
-        if message.type == MsgType.APP:
-            self._sent_append(sent)
-
-    def _sent_append(self, sent: Sent) -> None:
-        self._stats.send_append(sent.size)
-        if not sent.ok:
-            self._leader_stats.fail(sent.to)
-        elif sent.message.entries:
-            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
-
-    def received(self, sender: int, message: Message, size: int) -> None:
-        """A message came; a follower's latency is from entries to the answer that follows."""
-        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
-            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
-        if message.type == MsgType.APP:
-            self._stats.recv_append(sender, size)
-        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
-            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
-
-    def round_trip(self, member_id: int, seconds: float) -> None:
-        """A peer has answered a probe."""
-        self.round_trips.child(format_id(member_id)).observe(seconds)
-
-
-# ============================================================================
-# member/snapshots -- Snapshots of the store: written in slices, kept, and compacted behind.
+# member/snapshots -- Snapshots of the store: written in slices, then the log behind them is compacted.
 # ============================================================================
 
 
 class SnapshotJob:
-    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+    """Encodes the store as a snapshot file, in slices between other work."""
 
     SLICE_S = 0.002
 
@@ -12873,11 +12670,11 @@ class SnapshotJob:
         self._steps = self._run()
 
     def begin(self) -> None:
-        """Take the first step, which fixes the state that is walked."""
+        """Take the first step, which fixes the state of the snapshot."""
         next(self._steps, None)
 
     def work(self) -> None:
-        """Go on for a few milliseconds; in the end `done` is the file to write."""
+        """Work for a few milliseconds; in the end `done` is the file to write."""
         started = self._now()
         for _ in self._steps:
             if self._now() >= started + self.SLICE_S:
@@ -12885,7 +12682,7 @@ class SnapshotJob:
         self.work_seconds += self._now() - started
 
     def _run(self) -> Iterator[None]:
-        """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
+        """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
         for chunk in self._walk:
             pieces.append(chunk)
@@ -12901,18 +12698,21 @@ class SnapshotJob:
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
 
     def cancel(self) -> None:
-        """Give the walk up: the store is replaced under it."""
+        """Give the walk up."""
         self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
+
+    Thread: reactor.
+    """
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -12927,25 +12727,24 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
-        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
     @property
     def busy(self) -> bool:
-        """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
         """True if the newest file is older than `count` entries, and the disk was not just full.
 
-        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
-        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
-        the last snapshot that count: a store that only grows has one whenever it has doubled.
+        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
+        nodes, as it would cost more than the entries do; they take less memory than the nodes.
+        The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
@@ -12955,31 +12754,31 @@ class SnapshotKeeper:
     def begin(
         self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
     ) -> None:
-        """Begin to walk the store, which has applied just `applied`; work() goes on.
+        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
 
-        lent  for all that wait for one, instead of the disk
+        lent  for the receivers that wait, instead of the disk
         """
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the walk is of the state that its first step finds
+        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
-        """True if somebody waits for a snapshot, and none is in the making."""
+        """True if a receiver waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
-        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """The receiver is gone; a walk for nobody ends."""
+        """Forget a receiver; a walk without receivers ends."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -12989,7 +12788,7 @@ class SnapshotKeeper:
                 self._job = None
 
     def work(self, compact: Callable[[int], bool]) -> None:
-        """Do a slice of the walk; at its end have record and file written.
+        """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
         """
@@ -13015,14 +12814,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
-        """The log has the record: write the file on another thread, the log must go on."""
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
+        """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -13030,7 +12829,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -13040,12 +12839,12 @@ class SnapshotKeeper:
         self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
-        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        """Give up a walk over the old store, which the leader's snapshot has replaced."""
         if self._job is not None:
             self._job.cancel()
             self._job = None
             self._waiting, self._receivers = self._receivers + self._waiting, []
-        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
+        self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
     def newest(self) -> Optional[Snapshot]:
@@ -13058,19 +12857,19 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
-        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None
 
 
 # ============================================================================
-# member/waiting -- Waiting requests: proposals and quorum reads on their way through consensus.
+# member/waiting -- Requests that wait for consensus: callbacks of proposals, late proposals, quorum reads.
 # ============================================================================
 
 
@@ -13078,44 +12877,44 @@ Done = Callable[[Any], None]
 
 
 class Proposals:
-    """Requests on their way through consensus: who waits for which id, and until when."""
+    """The callbacks of requests on their way through consensus, by request id."""
 
     def __init__(self, timeout_s: float) -> None:
+        self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self.failed = 0                 # got no answer in time, or were one too many
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
-        """Return who waits for this id, who then waits no more; None if nobody here does."""
-        return self._done.pop(request_id, None)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        """Forget a request and return its callback; None if it is no request of this member."""
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail what has waited too long with error(start time); return how many.
+        """Fail requests that waited too long with error(start time); return how many.
 
         WORK_ENTRIES_MAX at most: then call again.
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -13123,22 +12922,21 @@ class Proposals:
         return expired
 
     def fail_all(self, error: EtcdError) -> None:
-        """Fail everything that waits."""
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
-    """Proposals of peers that came while there was no leader: kept for the next one.
+    """Proposals that peers forwarded while there was no leader, kept for the next one.
 
-    For two election timeouts; then their clients have given up.
+    After two election timeouts the clients have given up, and the proposals are dropped.
     """
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -13152,12 +12950,11 @@ class LateProposals:
                 self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
-        """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return what is still wanted; nothing is kept any more."""
+        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -13168,18 +12965,19 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question at a time; what arrives meanwhile shares the next.  A question without an answer
-    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
-    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  A question
+    without an answer is asked again after two ticks: its leader is gone, or not ready.
+    Thread: reactor.  Source: Raft thesis §6.4.
+    Differs from etcd 2.3, which writes each such read into its log.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
@@ -13190,14 +12988,14 @@ class QuorumReads:
         self._waiting.append(request)
 
     def tick(self, proposals: Container[int]) -> None:
-        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        """Give up an unanswered question, and requests that are not among `proposals` any more."""
         self._ticks += 1
         if self._asked and not self._index and self._ticks > 2:
             again, self._asked = self._asked + self._waiting, []
             self._waiting = [request for request in again if request.id in proposals]
 
     def take(self, node: RawNode, applied: int) -> List[Request]:
-        """Ask if there is something to ask; return the requests that can be served now."""
+        """Ask the leader if requests wait; return the requests that can be served now."""
         served: List[Request] = []
         while True:
             if not self._asked and self._waiting:
@@ -13222,37 +13020,432 @@ class QuorumReads:
 
 
 # ============================================================================
-# member/server -- The server: consensus, disk and store brought together.
+# member/leadership -- Leadership: which member leads, and how a leader gives leadership to another member.
 # ============================================================================
 
 
-class CommitBroadcast:
-    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+class Leadership:
+    """The leader as this member sees it, and the transfer of leadership from this member.
 
-    DELAY_SECONDS = 0.001
+    active_since  member id -> unix seconds since when its links are up; 0: down
 
-    def __init__(self, node: RawNode, reactor: Reactor) -> None:
+    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 has none).
+    """
+
+    COMMIT_DELAY_SECONDS = 0.001
+
+    def __init__(
+        self, node: RawNode, journal: Journal, reactor: Reactor, config: ServerConfig,
+        active_since: Callable[[int], float],
+    ) -> None:
         self._node = node
+        self._journal = journal
         self._reactor = reactor
-        self._waiting = False
+        self._active_since = active_since
+        self._heartbeat_s = config.heartbeat_ms / 1000
+        self._election_s = config.election_ms / 1000
+        self._seen = 0                  # the leader at the last look
+        self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._removal_term = 0          # the term of the last transfer before a removal
+        self._visit = 0                 # of the journal, at the last tick; 0: it was idle
+        self._visit_ticks = 0           # that the visit has taken
+        self._is_commit_scheduled = False
 
-    def turn(self) -> None:
-        """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_unsent and not self._waiting:
-            self._waiting = True
-            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
+    def observe(self) -> bool:
+        """Log a change of leader, in etcd's words; True if there was one since the last call."""
+        raft, seen = self._node.raft, self._seen
+        lead = raft.lead
+        if lead == seen:
+            return False
+        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
+        if not lead:
+            log.info("%s lost leader %s at term %d", me, old, raft.term)
+        elif not seen:
+            log.info("%s elected leader %s at term %d", me, new, raft.term)
+        else:
+            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
+        self._seen = lead
+        if lead:
+            self._since = self._reactor.now()
+        return True
 
-    def _tell(self) -> None:
-        self._waiting = False
+    def has_links(self, since_s: float = math.inf) -> bool:
+        """Leader: True if links to a quorum are up; others: True if the one to the leader is.
+
+        since_s  the links have been up since this time at the latest, unix seconds
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0 < self._active_since(raft.lead) <= since_s
+        up = sum(v == raft.id or 0 < self._active_since(v) <= since_s for v in raft.voters)
+        return up > len(raft.voters) // 2
+
+    def explain_timeout(self, started: float) -> EtcdError:
+        """Say why a request got no answer (etcd 2.3: the same three sentences).
+
+        started  when the request came, monotonic
+        """
+        cause = "etcdserver: request timed out"
+        started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
+        if self._since and self._since - 2 * self._election_s < started < self._since:
+            cause += ", possibly due to previous leader failure"
+        elif self._node.raft.lead and not self.has_links(started_s):
+            cause += ", possibly due to connection lost"
+        return RequestTimeout(cause)
+
+    def schedule_commit_broadcast(self) -> None:
+        """Send the new commit index to followers if no entries follow within 1 ms to carry it."""
+        if self._node.commit_unsent and not self._is_commit_scheduled:
+            self._is_commit_scheduled = True
+            self._reactor.call_later(self.COMMIT_DELAY_SECONDS, self._broadcast_commit)
+
+    def _broadcast_commit(self) -> None:
+        self._is_commit_scheduled = False
         self._node.broadcast_commit()
+
+    # -- leadership transfer -------------------------------------------------
+
+    def transfer(self, beyond: int = -1) -> int:
+        """Leader: transfer leadership to the reachable member with the most of our log.
+
+        Returns its id, 0 if there is none or we do not lead.  Proposals are refused until the
+        transferee leads, or has not done so for an election timeout.
+
+        beyond  the transferee must have more of our log on its disk than this index
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0
+        transferee = max((
+            (progress.match_index, id) for id, progress in raft.progress.items()
+            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
+        ), default=(0, 0))[1]
+        if transferee:
+            SERVER_LOG.info(
+                "leadership transfer %s -> %s", format_id(raft.id), format_id(transferee)
+            )
+            self._node.transfer_leader(transferee)
+        return transferee
+
+    def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
+        """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
+
+        A leader that removes itself may exit before its followers learn that the entry is
+        committed.  Of two members the second one then waits for ever for the vote of the first
+        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        """
+        raft = self._node.raft
+        if raft.term != self._removal_term and any(
+            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
+            for change in changes
+        ) and self.transfer():
+            self._removal_term = raft.term
+
+    def transfer_before_entries(self, entries: Iterable[Entry]) -> None:
+        """Do the same for the proposals of another member."""
+        for entry in entries:
+            if entry.type == EntryType.CONF_CHANGE:
+                with contextlib.suppress(CodecError):
+                    self.transfer_before_removal((decode_conf_change(entry.data),))
+
+    def watch_disk(self) -> None:
+        """Transfer leadership if our disk has not answered for an election timeout; every tick.
+
+        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
+        more on its disk than we have on ours: where all members share one slow disk, a transfer
+        would win nothing.
+        """
+        journal, raft = self._journal, self._node.raft
+        visit = journal.visits if journal.busy else 0
+        self._visit_ticks = self._visit_ticks + 1 if visit and visit == self._visit else 0
+        self._visit = visit
+        if self._visit_ticks >= raft.config.election_ticks and not raft.transferee:
+            if self.transfer(beyond=raft.log.stable):
+                SERVER_LOG.warning(
+                    "stepped aside: the disk has not answered for %d ms",
+                    round(self._visit_ticks * self._heartbeat_s * 1000),
+                )
+
+    def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
+        """Transfer leadership and let `proposals` get their answer; then call done().
+
+        Takes one election timeout at most.
+        """
+        deadline = self._reactor.now() + self._election_s
+        self._wait_to_leave(proposals, self.transfer(), deadline, done)
+
+    def _wait_to_leave(
+        self, proposals: Proposals, transferee: int, deadline: float, done: Callable[[], None]
+    ) -> None:
+        raft, call_later = self._node.raft, self._reactor.call_later
+        is_unled = raft.lead in (0, raft.id)
+        is_waiting = is_unled if transferee else raft.lead and len(proposals)
+        if is_waiting and self._reactor.now() < deadline:
+            call_later(0.005, self._wait_to_leave, proposals, transferee, deadline, done)
+        elif transferee and not is_unled:
+            # Followers may forward proposals to us until they hear the new leader: pass them on.
+            call_later(2 * self._heartbeat_s, self._wait_to_leave, proposals, 0, deadline, done)
+        else:
+            done()
+
+
+# ============================================================================
+# member/upkeep -- Upkeep: publication, cluster version, expiry of keys, removal of old files.
+# ============================================================================
+
+
+Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+
+
+def publish(
+    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
+    done: Callable[[], None],
+) -> None:
+    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+
+    def applied(result: Any) -> None:
+        if isinstance(result, ServerStopped):
+            return
+        if isinstance(result, EtcdError):
+            SERVER_LOG.error("publish error: %s", result.cause)
+            reactor.call_later(
+                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
+            )
+            return
+        done()
+        _check_peer_urls(config, cluster.members.get(member_id))
+        SERVER_LOG.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
+            " ".join(config.advertise_client_urls), format_id(cluster.id),
+        )
+
+    member = Member(
+        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
+        FEATURES,
+    )
+    path = f"/0/members/{format_id(member_id)}/attributes"
+    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+
+
+def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
+    """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
+
+    Says nothing of default URLs, nor of those of a port that the system chose.
+    """
+    if member is None:                  # removed before its publication was applied
+        return
+    given = tuple(sorted(config.initial_advertise_peer_urls))
+    is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
+        url.endswith(":0") for url in config.listen_peer_urls
+    )
+    if given != member.peer_urls and is_chosen:
+        SERVER_LOG.warning(
+            "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
+            " %s; change that with PUT /v2/members/%s", ",".join(given),
+            ",".join(member.peer_urls), format_id(member.id),
+        )
+
+
+class VersionMonitor:
+    """Raises the cluster version to the lowest version of any member.  For a leader.
+
+    Source: etcd 2.3 etcdserver/cluster_util.go.
+    """
+
+    PERIOD_S = 4.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        tls: Optional[TlsContext] = None,
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._propose = propose
+        self._tls = tls
+        self._calls: List[HttpCall] = []
+        self._versions: Dict[int, str] = {}
+        self._timer: Optional[Timer] = None
+
+    def start(self) -> None:
+        """Ask all members, now and every few seconds until the version is as high as ours."""
+        self.stop()
+        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+            return
+        self._versions = {self._member_id: SERVER_VERSION}
+        for member in list(self._cluster.members.values()):
+            urls = usable_urls(member.peer_urls)
+            if member.id != self._member_id and urls:
+                self._ask(member, urls[0])
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+        self._decide()
+
+    def stop(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        self._calls = []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ask(self, member: Member, url: str) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            version = _server_version(answer.body)
+            if error is None and version:
+                self._versions[member.id] = version
+            self._decide()
+
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
+        ))
+
+    def _decide(self) -> None:
+        """Propose the minimum when every member has answered; a first guess when one cannot."""
+        current = self._cluster.version
+        if self._versions.keys() >= self._cluster.members.keys():
+            lowest = min(self._versions.values(), key=version_key)
+            wanted = ".".join(lowest.split(".")[:2]) + ".0"
+            if not current or version_key(wanted) > version_key(current):
+                self._propose_version(wanted, current)
+        elif not current and self._calls and all(call.ended for call in self._calls):
+            self._propose_version(MIN_CLUSTER_VERSION, current)
+
+    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
+        short = wanted.rpartition(".")[0]
+        if current:
+            before = current.rpartition(".")[0]
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+        else:
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
+        self.stop()
+        self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+
+
+_OWN_VERSION_KEY = version_key(SERVER_VERSION)
+
+
+def _server_version(body: bytes) -> str:
+    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
+    try:
+        version = str(load_json(body)["etcdserver"])
+        version_key(version)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return version
+
+
+class ExpirySync:
+    """Puts the leader's clock into the log, where every member expires keys alike.
+
+    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    steps, each after the one before is applied, so that no other request waits for all of them.
+    """
+
+    def __init__(
+        self, store: Store, wall_ns: Callable[[], int], propose: Propose,
+        may_propose: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._wall_ns = wall_ns
+        self._propose = propose
+        self._may_propose = may_propose
+        self._is_under_way = False
+
+    def tick(self) -> None:
+        """Propose the time if keys have a TTL; every SYNC_SECONDS."""
+        if self._store.has_ttl and not self._is_under_way:
+            self._propose_step()
+
+    def _propose_step(self) -> None:
+        if not self._may_propose():
+            return
+        now_ns = self._wall_ns()
+        time_ns = self._store.expiry_step_ns(now_ns)
+        self._is_under_way = True
+        applied = functools.partial(self._step_applied, time_ns == now_ns)
+        self._propose(Request(method="SYNC", time=time_ns), applied)
+
+    def _step_applied(self, is_last: bool, result: Any) -> None:
+        self._is_under_way = False
+        if result is None and not is_last:      # a step that failed is repeated by tick()
+            self._propose_step()
+
+
+def purge_periodically(
+    reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
+) -> None:
+    """Remove old files now, and again 30 s after each time.
+
+    kept  (directory, suffix, number of its newest files to keep), ...
+    """
+    def purge() -> None:
+        for directory, suffix, keep in kept:
+            purge_files(directory, suffix, keep, disk=disk)
+
+    def purged(error: Optional[BaseException], _: Any) -> None:
+        reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
+        if error is not None:
+            SERVER_LOG.error("cannot remove old files: %s", error)
+
+    reactor.run_blocking(purge, kind=FILE_WORK, done=purged)
+
+
+# ============================================================================
+# member/server -- The server: Raft, disk and store of one member, brought together.
+# ----------------------------------------------------------------------------
+# The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
+#
+#     PUT /v2/keys/a
+#       |
+#     KeysApi._write                  reads the form: a Request
+#     KeysApi._submit                 notes which HTTP request waits for the answer
+#     EtcdServer.do                   registers the callback, queues an Entry
+#       :
+#       :  end of the turn            all entries of the turn together
+#       :
+#     EtcdServer._propose_queued
+#     RawNode.propose                 one MsgProp
+#     Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
+#       | leader
+#     Raft._leader_prop
+#     Raft._append_own                gives each Entry its term and index
+#     RaftLog.append
+#       |
+#     RawNode.ready  ------------->   Transport.offer --> MsgApp to the followers
+#     Journal.add
+#     Journal.submit                  one batch at a time
+#       :
+#       :  thread `wal`               WalWriter._run: one write, one fdatasync
+#       :
+#     EtcdServer._durable             followers: their answers may leave
+#     RawNode.persisted
+#     Raft._maybe_commit  <--------   Raft._leader_app_resp <-- answers of the followers
+#       |
+#     EtcdServer._apply
+#     Applier.apply_entry
+#     Store.set  ----------------->   WatcherHub.notify --> watchers
+#       |
+#     Proposals.pop                   the callback that EtcdServer.do registered
+#     KeysApi._reply_applied
+#       |
+#     201 Created
+#
+# EtcdServer.on_turn makes the steps between the dotted lines, once per turn of the reactor.
+# ============================================================================
 
 
 class EtcdServer:
-    """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
+    """One member: its Raft node, its journal on disk, and the store that entries change.
 
-    do() and change_member() are the ways in; every answer comes through the callback given, on
-    the reactor's thread, after the change is durable on a quorum and applied here.
-    Thread: reactor.  transport_type, wal_writer_type and rng are the seams of the simulator.
+    do() and change_member() are the ways in.  Every answer comes through the callback given,
+    after the change is durable on a quorum and applied here.  Knows no HTTP.  Thread: reactor.
+
+    failed     called when the disk has failed: what is durable is unknown from then on
+    removed    called a while after the removal of this member is applied
+    published  called when the cluster knows this member's name and client URLs
+    transport_type, wal_writer_type, rng  seams of the simulator
     """
 
     def __init__(
@@ -13286,44 +13479,38 @@ class EtcdServer:
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
+        self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
-            unreachable=lambda to: self.node.report_unreachable(to),
-            snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
+            unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
+            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
-        self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
-        self._disk_watch = DiskWatch(self)
-        self._news = CommitBroadcast(self.node, reactor)
+        self._leadership = Leadership(
+            self.node, self.journal, reactor, config, self.transport.active_since
+        )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._tell_published = published
+        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
-        self._lead = 0                          # as last seen by _watch_lead
-        self.lead_since = 0.0                   # when it was elected (monotonic)
+        self._timers: List[Timer] = []
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
-        _connect_others(self)
+        self._connect_others()
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
-        raft_log = package_logger("raft")
         config = RaftConfig(
-            id=boot.member_id,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
-            rng=rng,
-            trace=raft_log.info,
-            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -13332,24 +13519,41 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to take part.  The reactor must call on_turn() from now on."""
-        self.reactor.on_turned = self.counts.turn_durations.observe
+        config, reactor = self.config, self.reactor
+        reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
-        Expiry(self)
-        Purge(self, self._data_dir)
-        Publication(self, self._tell_published)
+        expiry = ExpirySync(
+            self.store, reactor.wall_ns, self.do, lambda: self.is_leader and not self.no_space
+        )
+        self._timers = [
+            reactor.every(config.heartbeat_ms / 1000, self._tick),
+            reactor.every(SYNC_SECONDS, expiry.tick),
+        ]
+        purge_periodically(reactor, self.snapshots.snapshotter.disk, (
+            (self._data_dir.snap, ".snap", config.max_snapshots),
+            (self._data_dir.wal, ".wal", config.max_wals),
+        ))
+        self.publish(self._published)
+
+    def publish(self, done: Callable[[], None]) -> None:
+        """Tell the cluster this member's name and client URLs; done() when it knows them."""
+        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Prepare a planned stop: done() when another member leads, and no request waits here."""
+        self._leadership.leave(self.proposals, done)
 
     def stop(self) -> None:
-        """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
+        """Reject waiting requests, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
         if self.node.has_ready():
@@ -13357,48 +13561,42 @@ class EtcdServer:
         self.journal.close()
         self.abandon()
 
-    def _disk_full(self, why: str) -> None:
-        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
-        if not why:
-            log.warning("the log can be written again")
-            return
-        log.error("%s; writes are refused until there is space again", why)
-        cause = f"etcdserver: {why}; the change may still be made when there is space again"
-        self.proposals.fail_all(RequestTimeout(cause))
-
     def abandon(self) -> None:
-        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
+        """Free everything and send nothing more, as a crash would; harmless after stop()."""
         self.stopping = True
+        for timer in self._timers:
+            timer.cancel()
         with contextlib.ExitStack() as each:
             for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
                 each.callback(free)
+
+    def _disk_full(self, why: str) -> None:
+        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
+        self.no_space = why
+        if not why:
+            SERVER_LOG.warning("the log can be written again")
+            return
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
+        cause = f"etcdserver: {why}; the change may still be made when there is space again"
+        self.proposals.fail_all(RequestTimeout(cause))
 
     # -- ways in -----------------------------------------------------------
 
     @property
     def lead(self) -> int:
-        """Member id of the known leader, 0 if none."""
+        """The known leader's id, 0 if none."""
         return self.node.raft.lead
 
     @property
     def is_leader(self) -> bool:
-        """True if this member leads."""
         return self.node.raft.role == RaftRole.LEADER
 
     @property
     def is_healthy(self) -> bool:
-        """True if a leader is known and, when that is us, a quorum of streams is up.
-
-        False while the disk is full.
-        """
+        """True if the disk has space, and this member leads a quorum or knows a leader."""
         if self.no_space:
             return False
-        if not self.is_leader:
-            return self.lead != 0
-        voters = self.node.raft.voters
-        active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
-        return active > len(voters) // 2
+        return self._leadership.has_links() if self.is_leader else self.lead != 0
 
     def do(self, request: Request, done: Done, encoded: bytes = b"") -> None:
         """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
@@ -13434,8 +13632,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -13449,7 +13646,7 @@ class EtcdServer:
             done(TooManyRequests("etcdserver: too many requests"))
 
     def _deliver(self, message: Message) -> None:
-        """A message of a peer has arrived; its proposals wait for the next leader if need be.
+        """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
         While the disk is full entries are dropped: they would fill the memory instead.
@@ -13457,32 +13654,32 @@ class EtcdServer:
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
         if message.type == MsgType.PROP:
-            self.handover.before_entries(message.entries)
+            self._leadership.transfer_before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
             self._late_proposals.add(message.entries, self.reactor.now())
 
-    # -- clocks ------------------------------------------------------------
+    # -- clock -------------------------------------------------------------
 
     def _tick(self) -> None:
         """One tick of Raft, however late: ticks missed in a stall are dropped, not replayed."""
-        if self.stopping:
-            return
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        now = self.reactor.now()
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._late_proposals.expire(self.reactor.now())
-        self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
+        self._late_proposals.expire(now)
+        self.counts.tick(now, self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
-        self._disk_watch.tick()
-        expire_requests(self)
+        self._leadership.watch_disk()
+        self._expire_proposals()
 
-    def _propose_version(self, version: str) -> None:
-        self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
+    def _expire_proposals(self) -> None:
+        explain = self._leadership.explain_timeout
+        if self.proposals.expire(self.reactor.now(), explain) >= WORK_ENTRIES_MAX:
+            self.reactor.call_soon(self._expire_proposals)
 
-    # -- one turn (DESIGN: order inside one turn, steps 5 to 7) -------------
+    # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
@@ -13490,7 +13687,7 @@ class EtcdServer:
             return
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
-            with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
+            with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
@@ -13506,21 +13703,21 @@ class EtcdServer:
         if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        self._news.turn()
+        self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
-            self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
+            self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
-        """Hand the waiting proposals to Raft; False if they have to wait for a leader.
+        """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
-        what is sent to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
+        and a message to a dead leader is lost: its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
         queue, self._queue, self._queued_bytes = self._queue, [], 0
-        self.handover.before(self._changes)
+        self._leadership.transfer_before_removal(self._changes)
         try:
             if queue:
                 self.node.propose(*queue)
@@ -13536,26 +13733,31 @@ class EtcdServer:
             return False
         return True
 
+    def _repeat(self, change: ConfChange) -> None:
+        """Propose a change again that was lost, or that met another pending one at the leader."""
+        if change.id in self.proposals:     # a change that is applied already has no effect
+            self._changes.append(change)
+
     def _serve_reads(self) -> None:
         for request in self.reads.take(self.node, self.raft_index):
             done = self.proposals.pop(request.id)
             if done is not None:
                 done(self.applier.apply_request(request))
 
-    def _repeat(self, change: ConfChange) -> None:
-        """Propose a change again that was lost, or met another one under way at the leader."""
-        if change.id in self.proposals:     # applied twice it does nothing the second time
-            self._changes.append(change)
-
     def _take(self, ready: Ready) -> None:
-        """Send what may leave at once, and keep the rest for the disk."""
-        self._watch_lead()
+        """Send the messages that may leave at once, and give the rest to the journal."""
+        if self._leadership.observe():
+            if self.lead:
+                self.counts.leader_changes += 1
+                self.stats.became(self.lead)
+            if self.lead != self.member_id:
+                self.versions.stop()
         if ready.messages:
             self.transport.offer(ready.messages)
         self.journal.add(ready)
 
     def _durable(self, batch: Batch) -> None:
-        """Everything of this batch is on disk: now it may be said, and counted."""
+        """A batch is on disk: count its entries, become its snapshot, send what it held back."""
         if self.stopping:
             return
         if batch.mark is not None:
@@ -13582,20 +13784,20 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
     def _apply_normal(self, entry: Entry) -> None:
-        """Apply a command and answer it; the log is told by _apply().  A hot path."""
+        """Apply a command and answer it; _apply() tells the log.  A hot path."""
         result = self.applier.apply_entry(entry)
         self.raft_index, self.raft_term = entry.index, entry.term
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
-        entry.request = None                    # the log keeps the bytes; this was for us alone
+        entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)
         if done is not None:
             done(result)
@@ -13603,8 +13805,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it has already
-        dealt with, and let it commit alone what the others never saw.
+        A crash could otherwise bring back a member that knows fewer voters than it had counted
+        before, and let it commit alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -13636,38 +13838,22 @@ class EtcdServer:
         else:
             self.transport.update_peer(member.id, member.peer_urls)
 
-    def _maybe_campaign_alone(self) -> None:
-        """A cluster of one need not wait for a timeout: nobody else can lead.
+    def _connect_others(self) -> None:
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
 
-        Only once everything known to be committed is applied: before that the voters are those
-        of an earlier time.
+    def _maybe_campaign_alone(self) -> None:
+        """Campaign at once in a cluster of one, where no other member can lead.
+
+        All entries known to be committed must be applied: before that the voters are those of an
+        earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
             return
         if raft.log.applied >= raft.log.commit:
             self.node.campaign()
-
-    def _watch_lead(self) -> None:
-        """Log a change of leader, in etcd's words, and act on it."""
-        lead = self.node.raft.lead
-        if lead == self._lead:
-            return
-        term, log = self.node.raft.term, package_logger("raft.node")
-        me, old, new = (format_id(i) for i in (self.member_id, self._lead, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, term)
-        elif not self._lead:
-            log.info("%s elected leader %s at term %d", me, new, term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
-        self._lead = lead
-        if lead:
-            self.lead_since = self.reactor.now()
-            self.counts.leader_changes += 1
-            self.stats.became(lead)
-        if lead != self.member_id:
-            self.versions.stop()
 
     # -- snapshots ---------------------------------------------------------
 
@@ -13682,678 +13868,20 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
-        """A snapshot of the leader is durable here: the store becomes what it says."""
+        """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
-        _connect_others(self)
+        self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
-
-
-def _connect_others(etcd: EtcdServer) -> None:
-    for member in etcd.cluster.members.values():
-        if member.id != etcd.member_id:
-            etcd.transport.add_peer(member.id, member.peer_urls)
-
-
-def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
-    """Say why a request got no answer (etcd 2.3: the same three sentences)."""
-    cause = "etcdserver: request timed out"
-    election_s = etcd.config.election_ms / 1000
-    if etcd.lead_since and etcd.lead_since - 2 * election_s < started < etcd.lead_since:
-        cause += ", possibly due to previous leader failure"
-    elif etcd.lead and not _was_connected_since(etcd, started):
-        cause += ", possibly due to connection lost"
-    return RequestTimeout(cause)
-
-
-def expire_requests(etcd: EtcdServer) -> None:
-    """Fail what has waited too long, WORK_ENTRIES_MAX requests in a turn."""
-    error = functools.partial(explain_timeout, etcd)
-    if etcd.proposals.expire(etcd.reactor.now(), error) >= WORK_ENTRIES_MAX:
-        etcd.reactor.call_soon(expire_requests, etcd)
-
-
-def _was_connected_since(etcd: EtcdServer, started: float) -> bool:
-    since = etcd.reactor.wall_ns() / NS - (etcd.reactor.now() - started)
-    if not etcd.is_leader:
-        return 0 < etcd.transport.active_since(etcd.lead) <= since
-    voters = etcd.node.raft.voters
-    connected = 1 + sum(0 < etcd.transport.active_since(v) <= since for v in voters)
-    return connected > len(voters) // 2
-
-
-class Publication:
-    """Tells the cluster our name and client URLs, until it is applied; then calls done()."""
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._propose()
-
-    def _propose(self) -> None:
-        etcd, config = self._etcd, self._etcd.config
-        if etcd.stopping:
-            return
-        member = Member(
-            etcd.member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(etcd.member_id)}/attributes"
-        etcd.do(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
-
-    def _applied(self, result: Any) -> None:
-        etcd, log = self._etcd, package_logger("etcdserver")
-        if etcd.stopping:
-            return
-        if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
-            etcd.reactor.call_later(SYNC_SECONDS, self._propose)
-            return
-        self._done()
-        self._check_peer_urls()
-        log.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
-            " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
-        )
-
-    def _check_peer_urls(self) -> None:
-        """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
-
-        Not if they are the default, or those of a port that the system chose.
-        """
-        etcd, config = self._etcd, self._etcd.config
-        member = etcd.cluster.members.get(etcd.member_id)
-        if member is None:                  # removed before its publication was applied
-            return
-        known = member.peer_urls
-        given = tuple(sorted(config.initial_advertise_peer_urls))
-        is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
-            url.endswith(":0") for url in config.listen_peer_urls
-        )
-        if given != known and is_chosen:
-            package_logger("etcdserver").warning(
-                "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
-                " %s; change that with PUT /v2/members/%s", ",".join(given), ",".join(known),
-                format_id(etcd.member_id),
-            )
-
-
-class Expiry:
-    """The leader's clock reaches the log, where every member expires keys alike.
-
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
-    steps, each when the one before is applied, so that nobody else has to wait for all of them.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._is_under_way = False
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.call_later(SYNC_SECONDS, self._sync)
-
-    def _sync(self) -> None:
-        self._wait()
-        if self._etcd.store.has_ttl and not self._is_under_way:
-            self._step()
-
-    def _step(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping or etcd.no_space or not etcd.is_leader:
-            return
-        now_ns = etcd.reactor.wall_ns()
-        time_ns = etcd.store.expiry_step_ns(now_ns)
-        self._is_under_way = True
-        request = Request(method="SYNC", time=time_ns)
-        etcd.do(request, functools.partial(self._done, time_ns == now_ns))
-
-    def _done(self, is_last: bool, result: Any) -> None:
-        self._is_under_way = False
-        if result is None and not is_last:      # else it failed, and may be tried in a while
-            self._step()
-
-
-class Purge:
-    """Removes snapshots and segments beyond the number to keep, every 30 s."""
-
-    def __init__(self, etcd: EtcdServer, data_dir: DataDir) -> None:
-        self._etcd = etcd
-        config = etcd.config
-        self._kept = (
-            (data_dir.snap, ".snap", config.max_snapshots), (data_dir.wal, ".wal", config.max_wals)
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
-
-    def _remove(self) -> None:
-        disk = self._etcd.snapshots.snapshotter.disk
-        for directory, suffix, keep in self._kept:
-            purge_files(directory, suffix, keep, disk=disk)
-
-    def _done(self, error: Optional[BaseException], _: Any) -> None:
-        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-        if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
-
-
-class DiskWatch:
-    """Has a leader step aside whose disk has not answered for an election timeout.
-
-    Heartbeats do not need the disk, so nobody else would notice.  The heir must have more on its
-    disk than we have on ours: where all members share one slow disk, nothing would be won.
-    Thread: reactor.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._visit = 0                 # of the journal, when it was last looked at; 0: none
-        self._ticks = 0                 # that it has taken
-
-    def tick(self) -> None:
-        """Look whether the same job is still under way."""
-        etcd = self._etcd
-        journal, raft = etcd.journal, etcd.node.raft
-        visit = journal.visits if journal.busy else 0
-        self._ticks = self._ticks + 1 if visit and visit == self._visit else 0
-        self._visit = visit
-        if self._ticks < raft.config.election_ticks or not etcd.is_leader or raft.transferee:
-            return
-        if etcd.handover.begin(beyond=raft.log.stable):
-            package_logger("etcdserver").warning(
-                "stepped aside: the disk has not answered for %d ms",
-                self._ticks * etcd.config.heartbeat_ms,
-            )
-
-
-class GracefulStop:
-    """A planned end: the lead goes to another member, and waiting requests get their answer.
-
-    Takes one election timeout at most, then done() is called.  Thread: reactor.
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 lets the others time out).
-    """
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
-        self._heir = etcd.handover.begin()
-        self._wait()
-
-    def _wait(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping:
-            return                      # ended by something else
-        unled = etcd.lead in (0, etcd.member_id)
-        waiting = unled if self._heir else etcd.lead and len(etcd.proposals)
-        if waiting and etcd.reactor.now() < self._deadline:
-            etcd.reactor.call_later(0.005, self._wait)
-        elif self._heir and not unled:
-            # Others may still send us their proposals: pass them on until they know better.
-            self._heir = 0
-            etcd.reactor.call_later(2 * etcd.config.heartbeat_ms / 1000, self._wait)
-        else:
-            self._done()
-
-
-# ============================================================================
-# member/auth -- Auth records in the store, and the guard before a request.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
-# ============================================================================
-
-
-class Auth:
-    """Users and roles as the store has them, and the question whether somebody may do something.
-
-    `version` changes whenever any of it may have changed; what was decided before is void then.
-    Thread: reactor.
-    """
-
-    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
-        self.checks = PasswordChecks(reactor)
-        self._store = store
-        self._applier = applier
-        self._seen = -1
-        self._enabled = False
-        self._users: Dict[str, Optional[User]] = {}
-        self._roles: Dict[str, Optional[Role]] = {}
-
-    @property
-    def version(self) -> int:
-        """A number that changes with every change of users, roles, or enabled."""
-        return self._applier.auth_changes
-
-    @property
-    def enabled(self) -> bool:
-        """True if requests are checked."""
-        self._look()
-        return self._enabled
-
-    def user(self, name: str) -> Optional[User]:
-        """Return a user, with the role root if it is root."""
-        self._look()
-        if name not in self._users:     # those that do not exist are not remembered
-            stored = self._stored("users", name)
-            if not stored:
-                return None
-            self._users[name] = parse_stored_user(name, stored)
-        return self._users[name]
-
-    def role(self, name: str) -> Optional[Role]:
-        """Return a role; root exists without being stored."""
-        self._look()
-        if name == ROOT:
-            return Role(ROOT, EVERYTHING)
-        if name not in self._roles:
-            stored = self._stored("roles", name)
-            if not stored:
-                return None
-            self._roles[name] = parse_stored_role(name, stored)
-        return self._roles[name]
-
-    def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user; of one that does not exist, one like root's:
-        to refuse it takes as long."""
-        user = self.user(name)
-        if user is not None:
-            return user.password
-        root = self.user(ROOT)
-        return self.checks.passwords.decoy(root.password if root is not None else "")
-
-    def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
-        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
-        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
-        return sorted(names + [ROOT] if kind == "roles" else names)
-
-    @property
-    def has_users(self) -> bool:
-        """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
-
-    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a verified user (None: a guest) may read or write `key`."""
-        log = package_logger("auth")
-        if user is None:
-            role = self.role(GUEST)
-            return role is not None and role.allow(key, write=write, recursive=False)
-        for name in user.roles or ():
-            role = self.role(name)
-            if role is not None and role.allow(key, write=write, recursive=recursive):
-                return True
-        log.warning("invalid access for user %s on key %s.", user.name, key)
-        return False
-
-    @staticmethod
-    def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
-        if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
-                "user %s does not have the %s role for this resource.", user.name, ROOT
-            )
-            return False
-        return user is not None
-
-    def _stored(self, kind: str, name: str) -> Optional[str]:
-        return self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
-
-    def _look(self) -> None:
-        if self._seen != self._applier.auth_changes:
-            self._seen = self._applier.auth_changes
-            self._users, self._roles = {}, {}
-            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
-
-
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user that lies in the store; None, with a log line, if it is none."""
-    try:
-        value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role that lies in the store; None, with a log line, if it is none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
-        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
-        return None
-
-
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRun:
-    """A change under way that waits several times; then done(its result, or its exception).
-
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    __slots__ = ("_server", "_steps", "_done")
-
-    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-        self._server = server
-        self._steps = steps
-        self._done = done
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with what the one before has brought."""
-        try:
-            step = self._steps.send(value)
-        except StopIteration as stop:
-            self._done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self._done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self._server.do(step, self.go_on)
-            else:
-                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self._done(error)
-        else:
-            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
-
-
-class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
-
-    What a change is based on is read through consensus, too, and written only if it is still the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.
-    """
-
-    def __init__(self, auth: Auth) -> None:
-        self._auth = auth
-        self._ensured = False
-
-    def create_user(self, user: User) -> Steps:
-        """Return the new user.  Raises AuthError."""
-        if not user.password:
-            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
-        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
-        user = user._replace(password=hashed).with_root()
-        yield from self._create(f"/users/{user.name}", user.json(),
-                                f"User {user.name} already exists.")
-        package_logger("auth").info("created user %s", user.name)
-        return user
-
-    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user.  Raises AuthError."""
-        missing = AuthError(404, f"User {name} does not exist.")
-        hashed = ""
-        while True:
-            text, index = yield from self._read(f"/users/{name}", missing)
-            old = parse_stored_user(name, text)
-            if old is None:
-                raise missing
-            new = old.change_roles(grant, revoke)
-            if password:
-                hash_it = functools.partial(self._auth.checks.passwords.hash, password)
-                hashed = hashed or (yield hash_it)
-                new = new._replace(password=hashed)
-            if new == old:
-                raise AuthError(400, "User not updated. Use grant/revoke/password to update the"
-                                     " user.")
-            if (yield from self._replace(f"/users/{name}", new.json(), index)):
-                package_logger("auth").info("updated user %s", name)
-                return new
-
-    def delete_user(self, name: str) -> Steps:
-        """Raises AuthError."""
-        if name == ROOT and self._auth.enabled:
-            raise AuthError(403, "Cannot delete root user while auth is enabled.")
-        yield from self._delete(f"/users/{name}", f"User {name} does not exist")
-        package_logger("auth").info("deleted user %s", name)
-
-    def create_role(self, role: Role) -> Steps:
-        """Return the new role.  Raises AuthError."""
-        self._check_role(role.name)
-        yield from self._create(f"/roles/{role.name}", role.json(),
-                                f"Role {role.name} already exists.")
-        package_logger("auth").info("created new role %s", role.name)
-        return role
-
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
-        """Return the changed role.  Raises AuthError."""
-        self._check_role(name)
-        missing = AuthError(404, f"Role {name} does not exist.")
-        while True:
-            text, index = yield from self._read(f"/roles/{name}", missing)
-            old = parse_stored_role(name, text)
-            if old is None:
-                raise missing
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            new = old._replace(permissions=permissions)
-            if new == old:
-                raise AuthError(400, "Role not updated. Use grant/revoke to update the role.")
-            if (yield from self._replace(f"/roles/{name}", new.json(), index)):
-                package_logger("auth").info("updated role %s", name)
-                return new
-
-    def delete_role(self, name: str) -> Steps:
-        """Raises AuthError."""
-        self._check_role(name)
-        yield from self._delete(f"/roles/{name}", f"Role {name} doesn't exist.")
-        package_logger("auth").info("deleted role %s", name)
-
-    def enable(self) -> Steps:
-        """Check requests from now on; there must be a root.  Raises AuthError."""
-        log = package_logger("auth")
-        if self._auth.enabled:
-            raise AuthError(409, "already enabled")
-        no_root = AuthError(409, "No root user available, please create one")
-        yield from self._read(f"/users/{ROOT}", no_root)
-        if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
-            yield from self.create_role(Role(GUEST, EVERYTHING))
-        yield from self._set_enabled("true")
-        log.info("auth: enabled auth")
-
-    def disable(self) -> Steps:
-        """Check no more.  Raises AuthError."""
-        if not self._auth.enabled:
-            raise AuthError(409, "already disabled")
-        yield from self._set_enabled("false")
-        package_logger("auth").info("auth: disabled auth")
-
-    @staticmethod
-    def _check_role(name: str) -> None:
-        if name == ROOT:
-            raise AuthError(403, f"Cannot modify role {name}: is root role.")
-
-    @staticmethod
-    def _do(request: Request) -> Steps:
-        """Return the event, or the error of the store; raises those of consensus."""
-        result = yield request._replace(path=AUTH_PREFIX + request.path)
-        if isinstance(result, RaftInternal):
-            raise result
-        return result
-
-    def _ensure_directories(self) -> Steps:
-        """The first change ever makes the places: four indexes of the store, as in etcd."""
-        if not self._ensured:
-            for path in ("", "/users", "/roles"):
-                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
-            yield from self._do(
-                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
-            )
-            self._ensured = True
-
-    def _read(self, path: str, missing: AuthError) -> Steps:
-        """Return (value, its index) as of now.  Raises `missing`."""
-        result = yield from self._do(Request(method="QGET", path=path))
-        if isinstance(result, EtcdError) or result.node.value is None:
-            raise missing
-        return result.node.value, result.node.modified_index
-
-    def _create(self, path: str, value: object, exists: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path=path, val=json_text(value), prev_exist=False)
-        )
-        if isinstance(result, EtcdError):
-            raise AuthError(409, exists) if isinstance(result, NodeExists) else result
-
-    def _replace(self, path: str, value: object, index: int) -> Steps:
-        """Write if nobody was faster; False if somebody was."""
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(
-            method="PUT", path=path, val=json_text(value), prev_exist=True, prev_index=index,
-        ))
-        return not isinstance(result, EtcdError)
-
-    def _delete(self, path: str, missing: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(method="DELETE", path=path))
-        if isinstance(result, EtcdError):
-            raise AuthError(404, missing) if isinstance(result, KeyNotFound) else result
-
-    def _set_enabled(self, value: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path="/enabled", val=value, prev_exist=True)
-        )
-        if isinstance(result, EtcdError):
-            raise result
-
-
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return what an Authorization header says; None unless it is well-formed Basic (RFC 7617)."""
-    kind, _, encoded = header.partition(" ")
-    if kind.lower() != "basic":
-        return None
-    try:
-        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
-    except ValueError:
-        return None
-    return Credential(user, password) if colon else None
-
-
-class Guard:
-    """Decides from its head whether a request may pass.  A decision is kept with the head until
-    Auth.version changes: verified clients cost no more than without auth.  Thread: reactor."""
-
-    def __init__(self, auth: Auth, reactor: Reactor) -> None:
-        self._auth = auth
-        self._complaints = Complaints("auth", reactor.now)
-
-    def key(
-        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
-        refused: Handler,
-    ) -> Handler:
-        """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
-        def may(user: Optional[User]) -> bool:
-            return self._auth.may_access(user, key, write=write, recursive=recursive)
-
-        return self._decide(head, may, passed, refused)
-
-    def root(
-        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
-    ) -> Handler:
-        """Return who answers what only the role root may do.
-
-        hashes  the answer holds password hashes: also without auth, if there are users
-        """
-        always = hashes and self._auth.has_users
-        return self._decide(head, self._auth.is_root, passed, refused, always=always)
-
-    def _decide(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, *, always: bool = False,
-    ) -> Handler:
-        if not (self._auth.enabled or always):
-            return passed
-        verdict = self._verdict(head, may)
-        if verdict is None:
-            return functools.partial(self._verify, head, may, passed, refused)
-        return passed if verdict else refused
-
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
-        """May it pass?  None: the password has not been verified yet."""
-        header = head.headers.get("authorization", "")
-        if not header:
-            return may(None)
-        credential = parse_credential(header)
-        if credential is None:
-            self._complaints.say("malformed basic auth encoding")
-            return False
-        name = credential.user
-        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
-            return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
-        if right is None:
-            return None
-        user = self._auth.user(name)
-        if right and user is not None:
-            return may(user)
-        why = "no such user" if user is None else "incorrect password for user"
-        self._complaints.say(f"{why}: {name[:64]}.")
-        return False
-
-    def _verify(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, request: HttpRequest,
-    ) -> None:
-        """Answer as soon as it is known whether the password is right."""
-        if request.connection.closed:
-            return
-        verdict = self._verdict(head, may)
-        if verdict is not None:
-            answer = passed if verdict else refused
-            head.parsed = self._auth.version, answer
-            answer(request)
-            return
-        credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
-
-        def checked(known: bool) -> None:
-            if known:
-                self._verify(head, may, passed, refused, request)
-            elif not request.connection.closed:
-                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
-                request.reply(503, f'{{"message":{text}}}'.encode())
-
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
@@ -14398,13 +13926,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
     and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
-    steps = form_steps(data, fields_max)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            fields: Dict[str, str] = end.value
-            return fields
+    return finish(form_steps(data, fields_max))
 
 
 def form_steps(
@@ -15120,7 +14642,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        StepsRun(self._server, steps, done).go_on()
+        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -16009,7 +15531,7 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        # One object, as the keeper compares.
+        # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
         server.snapshots.request(self._receiver)
@@ -18115,35 +17637,40 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tupl
 
 
 # ============================================================================
-# life/data_loss -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- The check for lost data: a member without a log asks whether it ever had one.
 # ============================================================================
 
 
-ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then twice as long, ...
+ASK_AGAIN_SECONDS = 0.1             # after a round without news; doubles with each round
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
 class DataLossCheck:
-    """Keeps a member whose log is empty from voting where its first life may have voted.
+    """Keeps a member whose log is empty from voting twice in a term.
 
-    Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
-    until he has said that our client URLs were never published; who says that they were ends this
-    member with refuse().  It is over when there is a leader: before, we have published nothing.
+    Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
+    until that peer confirms that this member's client URLs were never published.  If a peer
+    reports that they were, the data directory was lost and refuse() ends the member.  The check
+    ends with the first leader: before, this member has published nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
     def __init__(
         self, etcd: EtcdServer, refuse: Callable[[StartError], None], tls: Optional[TlsContext]
     ) -> None:
-        self._etcd = etcd
+        self._reactor = etcd.reactor
+        self._transport = etcd.transport
+        self._cluster = etcd.cluster
+        self._counts = etcd.counts
+        self._member_id = etcd.member_id
         self._refuse = refuse
         self._tls = tls
-        self._heard: Set[int] = set()           # members that know no past of ours
+        self._confirmed: Set[int] = {etcd.member_id}    # members that know no past of ours
         self._asked: Dict[int, HttpCall] = {}
         self._rounds = 0
         self._backoff = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX)
-        etcd.transport.drop = self._drops
-        etcd.reactor.call_later(0.0, self._ask)
+        self._transport.drop = self._drops
+        self._timer: Timer = self._reactor.call_later(0.0, self._ask)
 
     @staticmethod
     def is_due(boot: Bootstrap) -> bool:
@@ -18151,54 +17678,48 @@ class DataLossCheck:
         return boot.snapshot is None and all(entry.term <= 1 for entry in boot.contents.entries)
 
     def _drops(self, message: Message) -> bool:
-        is_heard = message.sender == self._etcd.member_id or message.sender in self._heard
-        return not (is_heard or self._is_over)
+        return message.sender not in self._confirmed and not self._is_over
 
     @property
     def _is_over(self) -> bool:
-        return self._etcd.counts.leader_changes > 0
+        return self._counts.leader_changes > 0
 
     def _ask(self) -> None:
-        etcd = self._etcd
-        if self._is_over or etcd.stopping:
+        if self._is_over:
             self.end()
             return
-        for member in etcd.cluster.members.values():
-            is_known = member.id in self._heard or member.id == etcd.member_id
+        for member in self._cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if urls and not is_known and member.id not in self._asked:
+            if urls and member.id not in self._confirmed and member.id not in self._asked:
                 self._ask_one(member, urls[self._rounds % len(urls)])
         self._rounds += 1
-        etcd.reactor.call_later(self._backoff.next(), self._ask)
+        self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        answer = Answer(CALL_BODY_BYTES_MAX)
-
-        def done(error: Optional[Exception]) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
 
-        self._asked[member.id] = HttpCall(
-            self._etcd.reactor, url, "GET", "/members", {},
-            connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
+        self._asked[member.id] = fetch(
+            self._reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
+            idle_timeout_s=JOIN_ANSWER_SECONDS, body_max=CALL_BODY_BYTES_MAX, tls=self._tls,
         )
 
-    def _answered(self, member_id: int, body: bytes) -> None:
-        etcd = self._etcd
+    def _answered(self, peer_id: int, body: bytes) -> None:
         with contextlib.suppress(ValueError):       # a list without us: it is not up to date
             members = parse_members(body)
-            if is_published(etcd.member_id, members) and not self._is_over:
-                self._refuse(data_lost(etcd.member_id))
-            elif any(member.id == etcd.member_id for member in members):
-                self._heard.add(member_id)
+            if is_published(self._member_id, members) and not self._is_over:
+                self._refuse(data_lost(self._member_id))
+            elif any(member.id == self._member_id for member in members):
+                self._confirmed.add(peer_id)
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and believe everybody."""
-        if self._etcd.transport.drop == self._drops:
-            self._etcd.transport.drop = None
+        """Ask no more, and accept the messages of all peers."""
+        if self._transport.drop == self._drops:
+            self._transport.drop = None
+        self._timer.cancel()
         for call in self._asked.values():
             call.cancel()
         self._asked.clear()
@@ -18254,7 +17775,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
-        self._held = HeldBytes(self._reactor)
+        self._budget = BufferBudget(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -18308,7 +17829,7 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
@@ -18505,12 +18026,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._stop_member)
+            self.etcd.leave(self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop_in_order()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
         """End the member, which sends nothing more: its data may no longer be durable."""
@@ -18646,10 +18168,10 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         names = set(os.listdir(root)) if os.path.exists(root) else set()
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
-        _classify(root, names)
+        check_layout(root, names)
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(path, mode=0o700, exist_ok=True)
-        _touch(path)
+        check_writable(path)
         fsync_dir(root)
     except OSError as error:
         raise StartError(
@@ -20929,8 +20451,8 @@ class _CutTransport(Transport):
                 self._context.snapshot_done(message.to, False)
         super().offer(passed)
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._receive(message, size))
 
 
 class _LocalServer(Server):
@@ -20965,7 +20487,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _start_work(self) -> None:
         assert self.etcd is not None

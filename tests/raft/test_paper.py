@@ -586,7 +586,7 @@ def test_raft_answer_for_entries_replaced_in_the_same_turn_is_dropped():
     node.step(Message(MsgType.APP, to=1, sender=3, term=2, entries=_raft_entries([2])))
     ready = node.ready()
     assert [(m.to, m.term, m.index) for m in ready.held] == [(3, 2, 1)]
-    assert [entry.id for entry in ready.entries] == [EntryID(2, 1)]
+    assert [(entry.term, entry.index) for entry in ready.entries] == [EntryID(2, 1)]
 
 
 def test_raft_hard_state_is_handed_out_once_and_syncs_for_term_and_vote():
@@ -751,7 +751,7 @@ def test_raft_duplicated_msgprop_does_not_share_entries():
     message = Message(MsgType.PROP, to=1, sender=2, entries=[Entry(data=b"x")])
     node.step(message)
     node.step(message)
-    assert [entry.id for entry in node.ready().entries] == [(1, 1), (1, 2), (1, 3)]
+    assert [(entry.term, entry.index) for entry in node.ready().entries] == [(1, 1), (1, 2), (1, 3)]
 
 
 @pytest.mark.parametrize("role", [RaftRole.FOLLOWER, RaftRole.CANDIDATE])

@@ -134,10 +134,6 @@ class Entry:
         self.request = request
         self.encoded: Optional[bytes] = b""
 
-    @property
-    def id(self) -> EntryID:
-        return EntryID(self.term, self.index)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entry) and (self.type, self.term, self.index, self.data) == (
             other.type, other.term, other.index, other.data
