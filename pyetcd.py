@@ -15,10 +15,10 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls
+  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls, versions
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
-  disk:   files, records, snapshots, wal
+  disk:   bolt, files, records, snapshots, v3_data, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   compatibility, frames, streams, links, transport
@@ -159,6 +159,7 @@ from operator import attrgetter
 from struct import unpack_from as _unpack_from
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Container,
     Deque,
@@ -1958,6 +1959,84 @@ def is_local(url: str) -> bool:
     host = url_address(url)[0]
     is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
     return is_loopback or host in WILDCARD_HOSTS
+
+
+# ============================================================================
+# base/versions -- Versions of etcd: the identity that a member announces, and the peers that fit it.
+# ============================================================================
+
+
+UNKNOWN_VERSION = "2.0.0"           # of a peer without the header
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def version_key(version: str) -> Tuple[int, int]:
+    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
+    major, minor, _ = version.split(".", 2)
+    return int(major), int(minor)
+
+
+class Identity(NamedTuple):
+    """The version of etcd that a member acts as (-compat-version).
+
+    Etcd members refuse peers by the first two; a leader makes the lowest `etcdserver` of all
+    members the cluster version.
+    """
+
+    server: str             # X-Server-Version: no cluster above its major.minor is joined
+    min_cluster: str        # X-Min-Cluster-Version: oldest peer and oldest cluster version
+    reported: str           # `etcdserver` in GET /version
+
+    def bears(self, cluster_version: str) -> bool:
+        """True if a member of this identity can live in a cluster of that version."""
+        return version_key(cluster_version) <= version_key(self.server)
+
+    def refusal(self, headers: Mapping[str, str]) -> str:
+        """Return why the two versions in a peer's headers do not fit this identity; "": they do.
+
+        Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+        """
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
+        server = major_minor(version)
+        least = major_minor(headers.get("x-min-cluster-version", UNKNOWN_VERSION))
+        remote = f"remote[{headers.get('x-server-from', '')}]={version}"
+        if server is None or least is None:
+            return f"not a version: {remote}"
+        if server < version_key(self.min_cluster):
+            return f"remote version is too low: {remote}, local={self.server}"
+        if least > version_key(self.server):
+            hint = "; start this member with -compat-version 3.4" if least == (3, 0) else ""
+            return f"local version is too low: {remote}, local={self.server}{hint}"
+        return ""
+
+
+AUTO_IDENTITY = "auto"
+IDENTITIES = {
+    "2.3": Identity(SERVER_VERSION, MIN_CLUSTER_VERSION, SERVER_VERSION),
+    # Accepted by 2.3 as well, which looks only at the minimum of a newer peer.
+    "3.4": Identity("3.4.23", MIN_CLUSTER_VERSION, "3.4.23"),
+    # The same to peers, but the cluster version stays at 2.3, so members of 2.3 may come back.
+    "bridge": Identity("3.4.23", MIN_CLUSTER_VERSION, SERVER_VERSION),
+}
+DEFAULT_IDENTITY = IDENTITIES["2.3"]
+FIRST_V3_VERSION = (3, 0)
+
+
+def choose_identity(name: str, *cluster_versions: Optional[str]) -> Identity:
+    """Return the identity of -compat-version `name` for a cluster of these versions.
+
+    `auto` is 2.3 unless the cluster bears 3.0 or more: its members refuse 2.3 then.
+    """
+    if name != AUTO_IDENTITY:
+        return IDENTITIES[name]
+    keys = [major_minor(version or "") or (0, 0) for version in cluster_versions]
+    return IDENTITIES["3.4"] if max(keys, default=(0, 0)) >= FIRST_V3_VERSION else DEFAULT_IDENTITY
 
 
 # ============================================================================
@@ -5004,6 +5083,310 @@ class Store(NodeTree):
 
 
 # ============================================================================
+# disk/bolt -- Database files of etcd 3 (bbolt): read page by page, and written in one pass.
+# ----------------------------------------------------------------------------
+# Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
+# ============================================================================
+
+
+PAGE_BYTES = 4_096                  # of the files that are written here
+_PAGE_BYTES_MAX = 1 << 16
+_DEPTH_MAX = 32                     # of a tree; one with 2^64 keys has less
+_INLINE_BYTES_MAX = PAGE_BYTES // 4     # a bucket up to this size stands in its parent's page
+_BRANCH, _LEAF, _META, _FREELIST = 1, 2, 4, 16      # kinds of pages
+_BUCKET = 1                         # flag of a leaf element: its value is a bucket
+_BOLT_MAGIC, _BOLT_VERSION = 0xED0CDAED, 2
+_PAGE_HEAD = struct.Struct("<QHHI")         # id, kind, count of elements, overflow
+_LEAF_ELEMENT = struct.Struct("<IIII")      # flags, position, key bytes, value bytes
+_BRANCH_ELEMENT = struct.Struct("<IIQ")     # position, key bytes, page
+_BUCKET_HEAD = struct.Struct("<QQ")         # root page (0: inline), sequence
+_META_BODY = struct.Struct("<IIIIQQQQQ")    # magic, version, page size, flags, root page,
+                                            # sequence, freelist page, pages, transaction
+Items = Iterable[Tuple[bytes, bytes]]
+
+
+class BoltError(Exception):
+    """A file that is no intact database of etcd 3.  The text is one line."""
+
+
+class _Meta(NamedTuple):
+    page_bytes: int
+    root: int
+    pages: int
+    transaction: int
+
+
+def _checksum(data: bytes) -> int:
+    """FNV-1a, 64 bits."""
+    result = 0xCBF29CE484222325
+    for byte in data:
+        result = (result ^ byte) * 0x100000001B3 & UINT64_MAX
+    return result
+
+
+_BUCKET_NAMES = (                   # of etcd 3.0 to 3.4; later ones add theirs when they start
+    b"alarm", b"auth", b"authRoles", b"authUsers", b"cluster", b"key", b"lease", b"members",
+    b"members_removed", b"meta",
+)
+
+
+def v3_buckets(consistent_index: int) -> Dict[bytes, Items]:
+    """Return the buckets of a member of etcd 3 without keys, up to date with a raft index."""
+    return {
+        **dict.fromkeys(_BUCKET_NAMES, ()),
+        b"auth": [(b"authRevision", (1).to_bytes(8, "big"))],
+        b"meta": [(b"consistent_index", consistent_index.to_bytes(8, "big"))],
+    }
+
+
+# -- reading
+
+
+class BoltReader:
+    """The buckets of a database file, as of its last complete transaction.
+
+    Reads one page at a time, so a file of any size costs little memory.  The file may belong to
+    a running member: its pages are replaced, never changed, until the next transactions.
+    All methods raise BoltError and OSError.
+    """
+
+    def __init__(self, path: str, file: Optional[IO[bytes]] = None) -> None:
+        """Read `file` if it is given, and name it `path` in errors."""
+        self.path = path
+        self._file: IO[bytes] = file or open(path, "rb")
+        try:
+            self._meta = self._newest_meta()
+            self._buckets = self._top_buckets()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> BoltReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def names(self) -> List[bytes]:
+        """The names of the buckets, sorted."""
+        return list(self._buckets)
+
+    def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
+        """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""
+        value = self._buckets.get(bucket)
+        if value is None:
+            return
+        if len(value) < _BUCKET_HEAD.size:
+            raise self._damage(f"bucket {bucket!r} is cut")
+        root = _BUCKET_HEAD.unpack_from(value)[0]
+        if root:
+            for _, key, content in self._walk(root):
+                yield key, content
+        else:
+            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
+                yield key, content
+
+    def _newest_meta(self) -> _Meta:
+        found = []
+        sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
+        for offset in (0, *sizes):      # the second one stands one page behind the first
+            self._file.seek(offset)
+            data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
+            if len(data) < _META_BODY.size + 8:
+                continue
+            body = data[:_META_BODY.size]
+            magic, version, page, _, root, _, _, pages, number = _META_BODY.unpack(body)
+            intact = _checksum(body) == int.from_bytes(data[_META_BODY.size:], "little")
+            if magic == _BOLT_MAGIC and version == _BOLT_VERSION and intact and offset in (0, page):
+                found.append(_Meta(page, root, pages, number))
+        if not found or not 512 <= found[0].page_bytes <= _PAGE_BYTES_MAX:
+            raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
+        return max(found, key=lambda meta: meta.transaction)
+
+    def _top_buckets(self) -> Dict[bytes, bytes]:
+        return {key: value for flags, key, value in self._walk(self._meta.root)
+                if flags & _BUCKET}
+
+    def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
+        """Yield (flags, key, value) of all leaves below a page."""
+        waiting = [[root]]              # pages to come, of each level
+        seen = 0
+        while waiting:
+            if not waiting[-1]:
+                waiting.pop()
+                continue
+            page = waiting[-1].pop()
+            kind, data = self._page(page)
+            seen += 1
+            if seen > self._meta.pages or len(waiting) > _DEPTH_MAX:
+                raise self._damage("its pages form a circle")
+            if kind == _LEAF:
+                yield from self._leaf(data, f"page {page}")
+            else:
+                waiting.append(self._children(data, page)[::-1])
+
+    def _page(self, number: int) -> Tuple[int, bytes]:
+        """Return the kind (branch or leaf) and all bytes of a page."""
+        size = self._meta.page_bytes
+        if not 2 <= number < self._meta.pages:
+            raise self._damage(f"page {number} is none of its {self._meta.pages}")
+        self._file.seek(number * size)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise self._damage(f"the file ends before page {number}")
+        id, kind, _, overflow = _PAGE_HEAD.unpack_from(data)
+        if id != number or kind not in (_BRANCH, _LEAF) or overflow >= self._meta.pages:
+            raise self._damage(f"page {number} is damaged")
+        if overflow:
+            data += self._file.read(size * overflow)
+        return kind, data
+
+    def _leaf(self, data: bytes, what: str) -> Iterator[Tuple[int, bytes, bytes]]:
+        for at in self._places(data, _LEAF_ELEMENT.size, what):
+            flags, position, key_bytes, value_bytes = _LEAF_ELEMENT.unpack_from(data, at)
+            key = at + position
+            end = key + key_bytes + value_bytes
+            if end > len(data):
+                raise self._damage(f"{what} is damaged")
+            yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
+
+    def _children(self, data: bytes, page: int) -> List[int]:
+        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
+
+    def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
+        """Return the offsets of the elements of a page."""
+        if len(data) < _PAGE_HEAD.size:
+            raise self._damage(f"{what} is cut")
+        count = _PAGE_HEAD.unpack_from(data)[2]
+        end = _PAGE_HEAD.size + count * size
+        if end > len(data):
+            raise self._damage(f"{what} is damaged")
+        return range(_PAGE_HEAD.size, end, size)
+
+    def _damage(self, what: str) -> BoltError:
+        return BoltError(f"{self.path}: {what}")
+
+
+# -- writing
+
+
+def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+    """Write a database with these buckets into an empty file.  Raises OSError.
+
+    buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
+             any size costs the memory of one page, and of one key for each page
+    """
+    writer = _BoltWriter(file)
+    rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
+    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
+    writer.finish(root)
+
+
+class _BoltWriter:
+    """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._next = 3                  # page
+        file.write(bytes(3 * PAGE_BYTES))
+
+    def bucket(self, items: Items) -> bytes:
+        """Write a bucket; return its value in the tree of buckets."""
+        source = iter(items)
+        first: List[Tuple[bytes, bytes]] = []
+        size = _PAGE_HEAD.size
+        for key, value in source:
+            first.append((key, value))
+            size += _LEAF_ELEMENT.size + len(key) + len(value)
+            if size > _INLINE_BYTES_MAX:
+                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+        return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
+
+    def tree(self, items: Items, flags: int) -> int:
+        """Write the leaves, then each level of branches above them; return the root page."""
+        level = [(chunk[0][0] if chunk else b"", self._write(_leaf_page(self._next, chunk, flags)))
+                 for chunk in _chunks(items, _LEAF_ELEMENT.size)]
+        while len(level) > 1:
+            rows = ((key, page.to_bytes(8, "little")) for key, page in level)
+            level = [(chunk[0][0], self._write(_branch_page(self._next, chunk)))
+                     for chunk in _chunks(rows, _BRANCH_ELEMENT.size - 8)]
+        return level[0][1]
+
+    def finish(self, root: int) -> None:
+        """Write the heads and the free list."""
+        self._file.seek(0)
+        for number in (0, 1):
+            body = _META_BODY.pack(
+                _BOLT_MAGIC, _BOLT_VERSION, PAGE_BYTES, 0, root, 0, 2, self._next, number)
+            head = _PAGE_HEAD.pack(number, _META, 0, 0) + body
+            self._file.write((head + _checksum(body).to_bytes(8, "little"))
+                             .ljust(PAGE_BYTES, b"\0"))
+        self._file.write(_PAGE_HEAD.pack(2, _FREELIST, 0, 0))
+        self._file.seek(0, os.SEEK_END)
+
+    def _write(self, page: bytes) -> int:
+        number = self._next
+        self._file.write(page.ljust(-(-len(page) // PAGE_BYTES) * PAGE_BYTES, b"\0"))
+        self._next += -(-len(page) // PAGE_BYTES)
+        return number
+
+
+def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
+    yield from first
+    yield from rest
+
+
+def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
+    """Yield the items of one page after the other; one empty page if there are none."""
+    chunk: List[Tuple[bytes, bytes]] = []
+    size = _PAGE_HEAD.size
+    for key, value in items:
+        item_bytes = element_bytes + len(key) + len(value)
+        if chunk and size + item_bytes > PAGE_BYTES:
+            yield chunk
+            chunk, size = [], _PAGE_HEAD.size
+        chunk.append((key, value))
+        size += item_bytes
+    yield chunk
+
+
+def _head(number: int, kind: int, count: int, size: int) -> bytes:
+    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
+    return _PAGE_HEAD.pack(number, kind, count, overflow)
+
+
+def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
+    """Return a leaf; number 0: the page of an inline bucket."""
+    table: List[bytes] = []
+    data: List[bytes] = []
+    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
+    for key, value in items:
+        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
+        data += key, value
+        at += len(key) + len(value) - _LEAF_ELEMENT.size
+    body = b"".join(table + data)
+    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+
+
+def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
+    """Return a branch; the values are page numbers in 8 bytes."""
+    table: List[bytes] = []
+    data: List[bytes] = []
+    at = len(items) * _BRANCH_ELEMENT.size
+    for key, page in items:
+        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
+        data.append(key)
+        at += len(key) - _BRANCH_ELEMENT.size
+    body = b"".join(table + data)
+    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
+
+
+# ============================================================================
 # disk/files -- File operations of the log and the snapshots.
 # ============================================================================
 
@@ -5710,6 +6093,85 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
             os.replace(path, target)
             fsync_dir(paths.member)
             fsync_dir(paths.root)
+
+
+# ============================================================================
+# disk/v3_data -- The mark of a cluster that holds data of etcd's v3 API, of which this member keeps none.
+# ============================================================================
+
+
+_MARK = "v3-data"                   # file in the member directory
+
+
+class V3Mark:
+    """Whether the cluster holds v3 data: then this member must not send its empty database.
+
+    A file remembers it, since the entries that wrote the data are compacted in time.
+
+    directory  of the file; "": remember it in memory only
+    """
+
+    def __init__(self, directory: str = "") -> None:
+        self.path = directory and os.path.join(directory, _MARK)
+        self.is_set = bool(directory) and os.path.exists(self.path)
+
+    def set(self, where: str) -> None:
+        """Remember v3 data; `where` it was found goes to the log."""
+        if self.is_set:
+            return
+        self.is_set = True
+        log = package_logger("etcdserver")
+        log.warning(
+            "%s holds data of etcd's v3 API, which this member does not keep: members of etcd 3"
+            " can get it from one another only", where,
+        )
+        if self.path:
+            try:
+                with open(self.path, "wb") as file:
+                    os.fsync(file.fileno())
+                fsync_dir(os.path.dirname(self.path))
+            except OSError as error:
+                log.error("cannot write %s: %s", self.path, error)
+
+
+def empty_database(raft_index: int) -> bytes:
+    """Return the database without keys that etcd 3 needs beside a snapshot up to raft_index."""
+    file = io.BytesIO()
+    write_bolt(file, v3_buckets(raft_index))
+    return file.getvalue()
+
+
+def holds_v3_data(database: IO[bytes]) -> bool:
+    """Return whether a database of etcd 3, from the present position on, holds keys or users.
+
+    A damaged one counts as one that does; none at all holds nothing.
+    """
+    if not database.read(1):
+        return False
+    database.seek(-1, io.SEEK_CUR)
+    try:
+        tail = cast(IO[bytes], _Tail(database))
+        with BoltReader("the database of a snapshot", tail) as reader:
+            return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
+    except (BoltError, OSError):
+        return True
+
+
+_DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
+
+
+class _Tail(io.RawIOBase):
+    """A file from the present position of another one on; closing it leaves the other open."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._start = file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(self._start + offset) - self._start
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
 
 
 # ============================================================================
@@ -8935,19 +9397,7 @@ MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
 _PIPELINE = "pipeline"
 
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
 _OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -8956,24 +9406,6 @@ def _parse_id(text: str) -> Optional[int]:
         return None
     value = int(text, 16)
     return value if value <= UINT64_MAX else None
-
-
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Return why the two versions in a peer's headers do not fit ours; "": they do.
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
 
 
 class PeerStatus:
@@ -9047,6 +9479,34 @@ class Sent(NamedTuple):
     ok: bool                            # False: lost, or dropped
 
 
+class MessageInspector:
+    """The check of messages that peers send, and of databases of 3.x; this one lets all pass."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
+        return None
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        """Return whether the database behind a snapshot of 3.x holds data.  Thread: any."""
+        return False
+
+    def note_v3_data(self) -> None:
+        """Remember that the cluster holds data of the v3 API."""
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Return whether an empty database beside a snapshot would harm that member."""
+        return False
+
+    def empty_database(self, raft_index: int) -> bytes:
+        """Return the database for a member of 3.x beside a snapshot up to raft_index."""
+        return b""
+
+
 class LinkContext(NamedTuple):
     """The identity and the callbacks that all links of this member share."""
 
@@ -9064,6 +9524,8 @@ class LinkContext(NamedTuple):
     round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
     tls: Optional[TlsContext]                       # None: the defaults, for https peers
     decoding: SlicedWork
+    inspector: MessageInspector = MessageInspector()
+    identity: Identity = DEFAULT_IDENTITY
 
 
 ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
@@ -9387,7 +9849,7 @@ class StreamReader:
 
     def _on_head(self, status: int, headers: Dict[str, str]) -> None:
         self._answer.take_head(status, headers)
-        version = headers.get("x-server-version", _UNKNOWN_VERSION)
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
@@ -9582,12 +10044,19 @@ class StreamWriter:
 
 
 class PeerPost:
-    """One message on its way by POST /raft."""
+    """One message on its way by POST.
 
-    def __init__(self, message: Message, body: Sequence[bytes]) -> None:
+    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
+    """
+
+    def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
-        self.body = body                # in pieces
-        self.size = sum(map(len, body))
+        self.body = encode_message_parts(message)       # in pieces
+        self.target, self.content_type = "/raft", "application/protobuf"
+        if database is not None:
+            self.target, self.content_type = "/raft/snapshot", "application/octet-stream"
+            self.body = [_U64.pack(sum(map(len, self.body))), *self.body, database]
+        self.size = sum(map(len, self.body))
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
@@ -9607,7 +10076,6 @@ class Pipeline:
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
         self._congested = False
-        self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
@@ -9616,8 +10084,18 @@ class Pipeline:
             self._drop(message)
             return
         self._congested = False
-        self._waiting.append(PeerPost(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, self._database_for(message)))
         self._send_waiting()
+
+    def _database_for(self, message: Message) -> Optional[bytes]:
+        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
+
+        2.3 takes a snapshot in both forms.
+        """
+        version = self._status.version or self._context.identity.server
+        if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
+            return None
+        return self._context.inspector.empty_database(message.snapshot.index)
 
     def stop(self) -> None:
         """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
@@ -9656,8 +10134,9 @@ class Pipeline:
             self._answered(post, error, answer)
 
         post.call = fetch(
-            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
-            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
+            context.reactor, post.url, post.target, done, method="POST", body=post.body,
+            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
         )
@@ -9822,18 +10301,14 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless the receiver is etcd 3.x.
-
-        That needs a bolt database with it, and exits when it gets none.
-        """
-        version = self.status.version
-        if (major_minor(version) or (0, 0)) < (3, 0):
+        """Send a snapshot, unless the receiver would lose data by the empty database in it."""
+        if not self._context.inspector.needs_v3_data(self._id):
             self._pipeline.offer(message)
             return
         self._context.log_error(
-            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
-            " this member does not have; start it with a copy of another 3.x member's data"
-            " directory, or replace it by a 2.3 member"
+            f"cannot send a snapshot to {self._id:x}: the cluster holds data of etcd's v3 API,"
+            " which this member does not keep; a member of etcd 3 must lead to send it: restart"
+            " this member, and others of pyetcd, until one does"
         )
         self._context.unreachable(self._id)
         self._context.snapshot_done(self._id, False)
@@ -9845,19 +10320,6 @@ class Peer:
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
-
-
-class MessageInspector:
-    """The check of messages that peers send; this one lets all of them pass."""
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Return, in steps, why `message` must not be delivered; "": it may."""
-        yield from ()
-        return ""
-
-    def read_state(self, data: bytes) -> Any:
-        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
-        return None
 
 
 class Transport:
@@ -9884,11 +10346,13 @@ class Transport:
         received: Callable[[int, Message, int], None] = _ignore,
         round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
+        identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
+        self._identity = identity
         self._is_removed = is_removed
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
@@ -9913,7 +10377,7 @@ class Transport:
             1.0 + election_s / 5, self._log.error, self._receive,
             lambda to: self._report_soon(unreachable, to),
             lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding,
+            round_trip, tls, self._decoding, self._inspector, identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -9999,10 +10463,10 @@ class Transport:
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
             "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": MIN_CLUSTER_VERSION,
+            "X-Min-Cluster-Version": self._identity.min_cluster,
             "X-Peerurls": ",".join(peer_urls),
             "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": SERVER_VERSION,
+            "X-Server-Version": self._identity.server,
         }
 
     # -- receiving ---------------------------------------------------------
@@ -10055,7 +10519,7 @@ class Transport:
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
-                or _compatibility_error(head.headers)):
+                or self._identity.refusal(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
@@ -10150,7 +10614,7 @@ class Transport:
 
     def _headers_for(self, request: HttpRequest) -> str:
         is_stream = request.path.startswith("/raft/stream/")
-        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        version = f"X-Server-Version: {self._identity.server}\r\n" if is_stream else ""
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
@@ -10166,12 +10630,16 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: Optional[BaseException], message: Any) -> None:
+        def done(error: Optional[BaseException], found: Any) -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
                 self._refuse(request, 400, str(error), why)
-            elif self._is_removed(message.sender):
+                return
+            message, has_v3_data = found
+            if has_v3_data:
+                self._inspector.note_v3_data()
+            if self._is_removed(message.sender):
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
@@ -10179,7 +10647,7 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
@@ -10196,7 +10664,7 @@ class Transport:
     def _is_compatible(self, request: HttpRequest) -> bool:
         """Check versions, cluster and id, in this order; refuse at the first fault."""
         headers = request.headers
-        fault = _compatibility_error(headers)
+        fault = self._identity.refusal(headers)
         theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
         id = _parse_id(headers.get("x-server-from", "")) or 0
         other = self._other_process(id, advertised)
@@ -10241,11 +10709,13 @@ _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
-    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
-) -> Message:
-    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
+    body: Union[bytes, IO[bytes]], inspector: MessageInspector, is_framed: bool
+) -> Tuple[Message, bool]:
+    """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
-    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
+    is_framed  the form of 3.x: a length, the message, and a database, which is not kept
+
+    Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -10261,15 +10731,16 @@ def _posted_snapshot(
             message = decode_message(data)
         except CodecError as error:
             raise CodecError(f"failed to decode raft message ({error})") from None
+        has_v3_data = is_framed and inspector.has_v3_data(file)
     if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
     snapshot = message.snapshot
     if snapshot is not None:
         try:
-            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+            message.snapshot = snapshot._replace(state=inspector.read_state(snapshot.data))
         except ValueError as error:
             raise CodecError(f"not a snapshot that this member can take: {error}") from None
-    return message
+    return message, has_v3_data
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
@@ -10398,6 +10869,8 @@ class Cluster:
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.was_lowered = False                    # the version, after the newest snapshot
         self._store = store
 
     @classmethod
@@ -10552,19 +11025,26 @@ class Cluster:
         if self.version is None:
             SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
+            self.was_lowered = version_key(version) < version_key(self.version)
             SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
 
-    @staticmethod
-    def _check_version(version: str) -> None:
-        if version_key(version) > version_key(SERVER_VERSION):
+    def _check_version(self, version: str) -> None:
+        if not self.identity.bears(version):
             raise InvariantError(
-                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
-                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
-                " is at least as new as the cluster"
+                f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
+                f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
+                f" that is at least as new as the cluster{self._identity_hint(version)}"
             )
+
+    @staticmethod
+    def _identity_hint(version: str) -> str:
+        """Return the value of -compat-version that bears a cluster version, for the operator."""
+        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
+        name = next(bearing, "")
+        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -10620,12 +11100,6 @@ class Cluster:
         )
 
 
-def version_key(version: str) -> Tuple[int, int]:
-    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
-    major, minor, _ = version.split(".", 2)
-    return int(major), int(minor)
-
-
 def parse_member(context: bytes, id: int) -> Member:
     """Return the member in a conf change's context; parts that are missing are empty.
 
@@ -10657,19 +11131,25 @@ def parse_member(context: bytes, id: int) -> Member:
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
 
+_V3_FIELDS_WITHOUT_DATA = {1, 10, 100}  # of InternalRaftRequest: id, alarm, header
+
 Applied = Union[Event, EtcdError, None]
 
 
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
+    clock    returns unix nanoseconds, for the ttl that is shown; never for what expires
+    v3_mark  is set by an entry that writes data of etcd's v3 API
     """
 
     def __init__(
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
+        v3_mark: Optional[V3Mark] = None,
     ) -> None:
         self.clock = clock
+        self.v3_mark = v3_mark or V3Mark()
+        self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
@@ -10712,9 +11192,16 @@ class Applier:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
+                return None
             if request is None:
+                self._skip_v3(entry)
                 return None
         return self.apply_request(request)
+
+    def _skip_v3(self, entry: Entry) -> None:
+        self.v3_entries += 1
+        if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
+            self.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -10861,7 +11348,7 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry) -> None:
+def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
@@ -10880,7 +11367,7 @@ def check_entry(entry: Entry) -> None:
         if request is not None and not request.path.startswith("/1/"):
             if is_long and request.path.startswith("/0/"):
                 raise CodecError(f"{len(entry.data)} bytes below /0")
-            _check_own_path(request)
+            _check_own_path(request, identity)
         if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
             if len(request.path) * request.path.count("/") > PATH_COST_MAX:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
@@ -10905,7 +11392,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_own_path(request: Request) -> None:
+def _check_own_path(request: Request, identity: Identity) -> None:
     """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
@@ -10914,7 +11401,7 @@ def _check_own_path(request: Request) -> None:
         return
     if request.method != "PUT" or path != "/0/version":
         raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
-    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+    if _VERSION_VALUE.fullmatch(value) and not identity.bears(value):
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
@@ -10932,8 +11419,11 @@ def _check_change(data: bytes) -> None:
 class MemberInspector(MessageInspector):
     """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
 
-    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+    def __init__(
+        self, cluster: Cluster, fault: Callable[[Message], str], v3_mark: Optional[V3Mark] = None,
+    ) -> None:
         self._cluster = cluster
+        self._v3_mark = v3_mark or V3Mark()
         self._fault = fault             # by the rules of Raft alone
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -10947,7 +11437,7 @@ class MemberInspector(MessageInspector):
             return fault
         for entry in message.entries:
             try:
-                check_entry(entry)
+                check_entry(entry, self._cluster.identity)
                 if message.type == MsgType.PROP:
                     check_proposal(entry)
             except CodecError as error:
@@ -10961,9 +11451,23 @@ class MemberInspector(MessageInspector):
     def read_state(self, data: bytes) -> StoreState:
         """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
         state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+        if state.version and not self._cluster.identity.bears(state.version):
             raise ValueError(f"cluster version {state.version} is newer than this program")
         return state
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        return holds_v3_data(database)
+
+    def note_v3_data(self) -> None:
+        self._v3_mark.set("a snapshot of the leader")
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
+        member = self._cluster.members.get(member_id)
+        return self._v3_mark.is_set and not (member and member.features)
+
+    def empty_database(self, raft_index: int) -> bytes:
+        return empty_database(raft_index)
 
 
 # ============================================================================
@@ -10995,6 +11499,7 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
+    compat_version: str = "auto"        # or `2.3`, `3.4`, `bridge`: see base/versions.py
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
@@ -11038,6 +11543,7 @@ if TYPE_CHECKING:
         discovery_fallback: str
         discovery_proxy: str
         discovery_srv: str
+        compat_version: str
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
@@ -13249,6 +13755,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
 class VersionMonitor:
     """Raises the cluster version to the lowest version of any member.  For a leader.
 
+    Differs from etcd: a leader of identity `bridge` lowers it if no member reports a higher one.
     Source: etcd 2.3 etcdserver/cluster_util.go.
     """
 
@@ -13270,9 +13777,10 @@ class VersionMonitor:
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+        current, own = self._cluster.version, self._cluster.identity.reported
+        if current and version_key(current) == version_key(own):
             return
-        self._versions = {self._member_id: SERVER_VERSION}
+        self._versions = {self._member_id: own}
         for member in list(self._cluster.members.values()):
             urls = usable_urls(member.peer_urls)
             if member.id != self._member_id and urls:
@@ -13304,12 +13812,12 @@ class VersionMonitor:
         """Propose the minimum when every member has answered; a first guess when one cannot."""
         current = self._cluster.version
         if self._versions.keys() >= self._cluster.members.keys():
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._propose_version(wanted, current)
+            known = version_key(current) if current else (0, 0)
+            keys = sorted(map(version_key, self._versions.values()))
+            if keys[0] > known or keys[-1] < known:
+                self._propose_version("%d.%d.0" % keys[0], current)
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(MIN_CLUSTER_VERSION, current)
+            self._propose_version(self._cluster.identity.min_cluster, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
         short = wanted.rpartition(".")[0]
@@ -13321,9 +13829,6 @@ class VersionMonitor:
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
 
 
 def _server_version(body: bytes) -> str:
@@ -13469,7 +13974,8 @@ class EtcdServer:
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
+        mark = V3Mark(boot.data_dir.member)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns, mark)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -13487,7 +13993,8 @@ class EtcdServer:
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
+            identity=self.cluster.identity,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -13859,10 +14366,12 @@ class EtcdServer:
 
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
-        is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
+        is_due = self.cluster.was_lowered or (
+            self.snapshots.is_due(self.raft_index, len(self.store), count))
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
+            self.cluster.was_lowered = False        # members of 2.3 get no older state now
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log
@@ -15293,6 +15802,8 @@ _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_heartbeat_send_failures_total",
      "Heartbeats to followers that left a period late or more.",
      lambda s: s.counts.late_heartbeats),
+    ("pyetcd_v3_entries_skipped_total", "Entries of etcd's v3 API, which are not applied.",
+     lambda s: s.applier.v3_entries),
     ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
 )
 # Name, help, label, its value: samples that are always 1.
@@ -15300,7 +15811,7 @@ _FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
     ("etcd_server_id", "Id of this member, in hex.", "server_id",
      lambda s: format_id(s.member_id)),
     ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
-     lambda s: SERVER_VERSION),
+     lambda s: s.cluster.identity.reported),
     ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
      lambda s: s.cluster.version or "not_decided"),
 )
@@ -15578,8 +16089,9 @@ class Download:
 
 
 def version_json(server: EtcdServer) -> bytes:
-    cluster = server.cluster.version or "not_decided"
-    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+    cluster = server.cluster
+    version = cluster.version or "not_decided"
+    return f'{{"etcdserver":"{cluster.identity.reported}","etcdcluster":"{version}"}}'.encode()
 
 
 class StatusApi:
@@ -16936,6 +17448,7 @@ discovery  token  discovery URL used to bootstrap the cluster.
 discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
 discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
 """), Flag("discovery-srv-name", _one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
@@ -17173,6 +17686,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
         on_failure.callback(wal.close)
         member_id, cluster.id = decode_metadata(contents.metadata)
         cluster.local_id = member_id
+        cluster.identity = choose_identity(
+            config.compat_version, store.value("/0/version"), *_logged_versions(contents.entries)
+        )
         if snapshot is not None:
             cluster.recover()
             snapshot = snapshot._replace(data=b"")
@@ -17202,6 +17718,16 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f" move its file away to use the one before"
         ) from None
     package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+
+
+def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the cluster versions that the entries set, for one that no snapshot holds yet."""
+    for entry in entries:
+        if b"/0/version" in entry.data and entry.type == EntryType.NORMAL:
+            with contextlib.suppress(CodecError):
+                request = read_command(entry.data)
+                if request is not None and request.path == "/0/version":
+                    yield request.val
 
 
 def _is_blank(boot: Bootstrap) -> bool:
@@ -17312,6 +17838,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
 
@@ -17348,6 +17875,14 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _log_identity(compat_version: str, identity: Identity) -> None:
+    if identity is not DEFAULT_IDENTITY:
+        why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
+            f"-compat-version is {compat_version}")
+        package_logger("etcdserver").info(
+            "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
@@ -17511,6 +18046,7 @@ def _form(
         cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
             _check_no_past(member.id, cluster.members.values(), tls)
+    cluster.identity = choose_identity(config.compat_version)
     boot = _create_log(config, data_dir, cluster, initial)
     return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
 
@@ -17587,10 +18123,15 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
-    if not _is_compatible(others, tls):
+    versions = list(filter(None, (_cluster_version(member, tls) for member in others)))
+    local.identity = identity = choose_identity(config.compat_version, *versions)
+    low = version_key(identity.min_cluster)
+    if not versions or not all(low <= version_key(v) and identity.bears(v) for v in versions):
+        hint = "" if identity.bears("3.4.0") else "; -compat-version 3.4 joins one of 3.x"
         raise StartError(
             f"incompatible with current running cluster: its version must lie between"
-            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+            f" {identity.min_cluster} and {identity.server}; look at GET /version of its"
+            f" members{hint}"
         )
     local.id, local.local_id = cluster_id, own.id
     local.members = {member.id: member for member in members}
@@ -17615,25 +18156,20 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
     return sorted(matched, key=lambda member: member.id)
 
 
-def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if this program can join a cluster of the version that the members report."""
-    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
-    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    return bool(versions) and all(low <= version <= high for version in versions)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
-    """Return the cluster version that `member` reports; None without an answer or a version."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(load_json(body)["etcdcluster"]))
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
-    return None
+    return ""
 
 
 # ============================================================================
@@ -20049,7 +20585,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     }
     version = store.value("/0/version") or ""
     with contextlib.suppress(ValueError):
-        if version_key(version) <= version_key(SERVER_VERSION):
+        if DEFAULT_IDENTITY.bears(version):
             files["/0/version"] = version
     store.replace_files("/0", files)
 

@@ -18,10 +18,10 @@ from ..base.errors import (
     UnknownChange,
 )
 from ..base.ids import package_logger
-from ..base.limits import SERVER_VERSION
 from ..base.messages import ConfChange, ConfChangeType
 from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
 from ..base.urls import check_url
+from ..base.versions import DEFAULT_IDENTITY, IDENTITIES, version_key
 from ..store.tree import Store
 
 SERVER_LOG = package_logger("etcdserver")
@@ -137,6 +137,8 @@ class Cluster:
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.was_lowered = False                    # the version, after the newest snapshot
         self._store = store
 
     @classmethod
@@ -291,19 +293,26 @@ class Cluster:
         if self.version is None:
             SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
+            self.was_lowered = version_key(version) < version_key(self.version)
             SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
 
-    @staticmethod
-    def _check_version(version: str) -> None:
-        if version_key(version) > version_key(SERVER_VERSION):
+    def _check_version(self, version: str) -> None:
+        if not self.identity.bears(version):
             raise InvariantError(
-                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
-                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
-                " is at least as new as the cluster"
+                f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
+                f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
+                f" that is at least as new as the cluster{self._identity_hint(version)}"
             )
+
+    @staticmethod
+    def _identity_hint(version: str) -> str:
+        """Return the value of -compat-version that bears a cluster version, for the operator."""
+        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
+        name = next(bearing, "")
+        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -357,12 +366,6 @@ class Cluster:
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
-
-
-def version_key(version: str) -> Tuple[int, int]:
-    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
-    major, minor, _ = version.split(".", 2)
-    return int(major), int(minor)
 
 
 def parse_member(context: bytes, id: int) -> Member:

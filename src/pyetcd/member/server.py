@@ -70,6 +70,7 @@ from ..base.messages import (
     Snapshot,
 )
 from ..base.text import utf8
+from ..disk.v3_data import V3Mark
 from ..net.reactor import Reactor
 from ..net.workers import Clock, Timer
 from ..peer.transport import Transport
@@ -121,7 +122,8 @@ class EtcdServer:
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
+        mark = V3Mark(boot.data_dir.member)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns, mark)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -139,7 +141,8 @@ class EtcdServer:
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
+            identity=self.cluster.identity,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -511,10 +514,12 @@ class EtcdServer:
 
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
-        is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
+        is_due = self.cluster.was_lowered or (
+            self.snapshots.is_due(self.raft_index, len(self.store), count))
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
+            self.cluster.was_lowered = False        # members of 2.3 get no older state now
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log
