@@ -2501,7 +2501,7 @@ class Replication:
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
         # Called for a follower whose entries are compacted; None: not ready, asked again later.
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.snapshot_source: Callable[[int], Optional[Snapshot]] = lambda peer: None
         self.commit_unsent = False                  # some follower may not know our commit index
         self._config = config
         self._log = log
@@ -2598,7 +2598,7 @@ class Replication:
         """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
-        snapshot, log = self.snapshot_source(), self._log
+        snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
         if not log.match_term(EntryID(snapshot.term, snapshot.index)):
@@ -10870,7 +10870,7 @@ class Cluster:
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
-        self.was_lowered = False                    # the version, after the newest snapshot
+        self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
     @classmethod
@@ -13226,6 +13226,7 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.nodes = nodes                          # in it
+        self.least_index = 0                        # an older file does not fit every follower
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -13246,14 +13247,18 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if the newest file is older than `count` entries, and the disk was not just full.
+        """True if a new file is needed, and the disk was not just full.
+
+        The newest one is older than `count` entries, or than least_index.
 
         A walk takes 4 us per node.  That of a large store waits for as many entries as it has
         nodes, as it would cost more than the entries do; they take less memory than the nodes.
         The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+        if not self.index < self.least_index <= raft_index and (
+            behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES
+        ):
             return False
         return self._reactor.now() >= self._not_before
 
@@ -13276,8 +13281,9 @@ class SnapshotKeeper:
 
     @property
     def is_requested(self) -> bool:
-        """True if a receiver waits for a snapshot, and none is in the making."""
-        return bool(self._waiting) and not self.busy
+        """True if a follower or a client waits for a snapshot, and none is in the making."""
+        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
+        return (bool(self._waiting) or is_old) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
@@ -14026,7 +14032,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self._snapshot_for
         return node
 
     # -- life --------------------------------------------------------------
@@ -14365,13 +14371,27 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
+        if self.cluster.was_lowered:
+            self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
-        is_due = self.cluster.was_lowered or (
-            self.snapshots.is_due(self.raft_index, len(self.store), count))
+        is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
-            self.cluster.was_lowered = False        # members of 2.3 get no older state now
+
+    def _snapshot_for(self, member_id: int) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower; None: it is not ready.
+
+        etcd 3.x ignores a snapshot from before its addition, and 2.3 exits at one from before the
+        cluster version was lowered to 2.3: they get a new one.
+        """
+        snapshot = self.snapshots.newest()
+        is_v3 = self.cluster.identity.bears("3.0.0")
+        if snapshot and is_v3 and member_id not in snapshot.voters:
+            self.snapshots.least_index = snapshot.index + 1
+        if snapshot and snapshot.index < self.snapshots.least_index:
+            return None
+        return snapshot
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log

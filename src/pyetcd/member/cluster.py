@@ -138,7 +138,7 @@ class Cluster:
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
-        self.was_lowered = False                    # the version, after the newest snapshot
+        self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
     @classmethod

@@ -174,7 +174,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self._snapshot_for
         return node
 
     # -- life --------------------------------------------------------------
@@ -513,13 +513,27 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
+        if self.cluster.was_lowered:
+            self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
-        is_due = self.cluster.was_lowered or (
-            self.snapshots.is_due(self.raft_index, len(self.store), count))
+        is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
-            self.cluster.was_lowered = False        # members of 2.3 get no older state now
+
+    def _snapshot_for(self, member_id: int) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower; None: it is not ready.
+
+        etcd 3.x ignores a snapshot from before its addition, and 2.3 exits at one from before the
+        cluster version was lowered to 2.3: they get a new one.
+        """
+        snapshot = self.snapshots.newest()
+        is_v3 = self.cluster.identity.bears("3.0.0")
+        if snapshot and is_v3 and member_id not in snapshot.voters:
+            self.snapshots.least_index = snapshot.index + 1
+        if snapshot and snapshot.index < self.snapshots.least_index:
+            return None
+        return snapshot
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log

@@ -90,6 +90,7 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.nodes = nodes                          # in it
+        self.least_index = 0                        # an older file does not fit every follower
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -110,14 +111,18 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if the newest file is older than `count` entries, and the disk was not just full.
+        """True if a new file is needed, and the disk was not just full.
+
+        The newest one is older than `count` entries, or than least_index.
 
         A walk takes 4 us per node.  That of a large store waits for as many entries as it has
         nodes, as it would cost more than the entries do; they take less memory than the nodes.
         The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+        if not self.index < self.least_index <= raft_index and (
+            behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES
+        ):
             return False
         return self._reactor.now() >= self._not_before
 
@@ -140,8 +145,9 @@ class SnapshotKeeper:
 
     @property
     def is_requested(self) -> bool:
-        """True if a receiver waits for a snapshot, and none is in the making."""
-        return bool(self._waiting) and not self.busy
+        """True if a follower or a client waits for a snapshot, and none is in the making."""
+        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
+        return (bool(self._waiting) or is_old) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""

