@@ -27,7 +27,8 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
   life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, command_line, testkit
+            proxy, settings, checks, sources, backup, inspection, records, exchange, testkit,
+            verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -178,6 +179,7 @@ from typing import (
     Sequence,
     Set,
     TYPE_CHECKING,
+    TextIO,
     Tuple,
     Type,
     TypeVar,
@@ -4916,6 +4918,12 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
@@ -5150,16 +5158,15 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[IO[bytes]] = None) -> None:
+    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
         """Read `file` if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: IO[bytes] = file or open(path, "rb")
-        try:
+        self._file: BinaryIO = file or open(path, "rb")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._meta = self._newest_meta()
             self._buckets = self._top_buckets()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
         return self
@@ -6150,7 +6157,7 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         return False
     database.seek(-1, io.SEEK_CUR)
     try:
-        tail = cast(IO[bytes], _Tail(database))
+        tail = cast(BinaryIO, _Tail(database))
         with BoltReader("the database of a snapshot", tail) as reader:
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
     except (BoltError, OSError):
@@ -6299,6 +6306,37 @@ class Wal:
             held = Wal._lock(directory, names, disk, cleanup)
             return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
+    @staticmethod
+    def read_until_damage(
+        directory: str, start: EntryID, *, disk: OsDisk
+    ) -> Tuple[WalContents, str]:
+        """Return what the log holds behind the snapshot `start` up to the first damage, and what
+        the damage is; "" if all is well.  Raises FileLocked, OSError.
+        """
+        reader = _WalReader(directory, start, disk)
+        try:
+            names = _segments_from(directory, start.index, disk)
+            with contextlib.ExitStack() as cleanup:
+                for name, handle in Wal._lock(directory, names, disk, cleanup):
+                    reader.read(name, handle, last=name == names[-1])
+            return reader.contents(), ""
+        except FileLocked:
+            raise
+        except WalError as error:
+            return reader.contents_so_far(), str(error)
+
+    @staticmethod
+    def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
+        """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
+        found: Set[EntryID] = set()
+        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
+            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
+                with contextlib.suppress(CodecError):
+                    snapshot_id = _decode_walpb_snapshot(data)
+                    if data != _encode_walpb_snapshot(snapshot_id):
+                        found.add(snapshot_id)
+        return found
+
     # -- reactor's side ----------------------------------------------------
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
@@ -6414,6 +6452,12 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
     """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
+    for record in _snapshot_records(data):
+        with contextlib.suppress(CodecError):
+            yield _decode_walpb_snapshot(record)
+
+
+def _snapshot_records(data: bytes) -> Iterator[bytes]:
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6423,7 +6467,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_walpb_snapshot(_decode_record(data[body:body + length])[2])
+                yield _decode_record(data[body:body + length])[2]
 
 
 class _WalReader:
@@ -6465,6 +6509,10 @@ class _WalReader:
         if last and repairs and decoder.end < len(decoder.data):
             self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
+
+    def contents_so_far(self) -> WalContents:
+        """Return what was read before the damage."""
+        return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
         """Return the log behind the snapshot.  Raises WalError if they do not fit.
@@ -7129,6 +7177,7 @@ class Reactor:
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
+        self.ready_sockets = 0          # in this turn
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
@@ -7336,6 +7385,7 @@ class Reactor:
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
         clock, phases = self.now, self.phase_seconds
+        self.ready_sockets = len(events)
         started = clock()
         phases["waiting"] += started - self._turned_at
         if started >= self._date_until:
@@ -12898,6 +12948,13 @@ class WalWriter:
     """
 
     FULL_SECONDS = 0.25                 # between two tries while the disk is full
+    # The reactor syncs a small write itself: a write through the thread costs two hops, about
+    # as long as a short sync.  A slow sync ends that for the next QUICK_SYNCS_MIN syncs, so a
+    # disk that stalls stops the reactor at most once.
+    INLINE_BYTES_MAX = 1 << 14
+    INLINE_MEAN_SECONDS = 0.0005        # above: readers would wait for the disk too often
+    INLINE_SLOW_SECONDS = 0.005
+    QUICK_SYNCS_MIN = 100
 
     def __init__(
         self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor, *,
@@ -12913,19 +12970,68 @@ class WalWriter:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
+        self._queued = 0                # jobs that the thread was given; owner: the reactor
+        self._finished = 0              # jobs that the thread has done; owner: the thread
+        self._deferred: Optional[WalJob] = None     # the reactor syncs it in its next turn
+        self._mean_s = self.INLINE_MEAN_SECONDS     # of a sync, over about the last 16
+        self._quick_syncs = 0           # in a row
+        self.inline_syncs = 0
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
+        self._queue_deferred()
+        if self._may_sync_inline(job):
+            # In the next turn: messages to followers leave at the end of this one.
+            self._deferred = job
+            self._reactor.call_soon(self._sync_inline)
+        else:
+            self._queue(job)
+
+    def _queue(self, job: WalJob) -> None:
+        self._queued += 1
         self._jobs.put(job)
+
+    def _queue_deferred(self) -> None:
+        job, self._deferred = self._deferred, None
+        if job is not None:
+            self._queue(job)
+
+    def _may_sync_inline(self, job: WalJob) -> bool:
+        return (
+            self._quick_syncs >= self.QUICK_SYNCS_MIN
+            and self._mean_s < self.INLINE_MEAN_SECONDS
+            and self._queued == self._finished
+            and not (job.record or job.snapshot or job.cut or job.release_to)
+            and sum(map(len, job.data)) <= self.INLINE_BYTES_MAX
+        )
+
+    def _sync_inline(self) -> None:
+        """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
+        if self._deferred is None or self._reactor.ready_sockets:
+            self._queue_deferred()
+            return
+        job = self._deferred
+        try:
+            self._write_frames(job.data)
+        except DiskFull:
+            self._queue_deferred()      # the thread repeats it until there is space
+        except OSError as error:
+            self._deferred = None
+            self._fail(error)
+        else:
+            self._deferred = None
+            self.inline_syncs += 1
+            job.done()
 
     def stop(self) -> None:
         """Finish the queued jobs if there is space, close the files, end the thread.
 
         Blocks for the last sync.
         """
+        self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
         if self._thread.is_alive():
@@ -12939,10 +13045,14 @@ class WalWriter:
                     job = self._jobs.get()
                     if job is None or not self._do(job):
                         return
+                    self._finished += 1
                     self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
-            package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
-            self._reactor.call_soon_threadsafe(self._failed, error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
+        self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
         """Do all of a job; False: given up by stop(), as the disk stayed full."""
@@ -12971,7 +13081,10 @@ class WalWriter:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
-        self.sync_durations.observe(now() - started)
+        seconds = now() - started
+        self.sync_durations.observe(seconds)
+        self._mean_s += (seconds - self._mean_s) / 16
+        self._quick_syncs = self._quick_syncs + 1 if seconds < self.INLINE_SLOW_SECONDS else 0
 
     def _try(self, step: Callable[[], None]) -> bool:
         """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
@@ -13359,12 +13472,22 @@ class SnapshotKeeper:
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
-    def newest(self) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+    def newest(self, member_id: int, *, is_v3: bool) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: not ready.
+
+        is_v3  the follower may be of etcd 3.x, which ignores a snapshot from before its addition:
+               then a new one is due
+        """
         if self._cache is None and self.index and not self._loading:
             self._loading = True
             self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
-        return self._cache
+        snapshot = self._cache
+        if snapshot is None or self.index < self.least_index:
+            return None
+        if is_v3 and member_id not in snapshot.voters:
+            self.least_index = snapshot.index + 1
+            return None
+        return snapshot
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
@@ -13910,7 +14033,7 @@ def purge_periodically(
 #
 #     PUT /v2/keys/a
 #       |
-#     KeysApi._write                  reads the form: a Request
+#     KeysApi._put                    reads the form: a Request
 #     KeysApi._submit                 notes which HTTP request waits for the answer
 #     EtcdServer.do                   registers the callback, queues an Entry
 #       :
@@ -13998,9 +14121,8 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
-            identity=self.cluster.identity,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -14032,7 +14154,8 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self._snapshot_for
+        node.raft.replication.snapshot_source = functools.partial(
+            self.snapshots.newest, is_v3=self.cluster.identity.bears("3.0.0"))
         return node
 
     # -- life --------------------------------------------------------------
@@ -14378,20 +14501,6 @@ class EtcdServer:
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
-
-    def _snapshot_for(self, member_id: int) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower; None: it is not ready.
-
-        etcd 3.x ignores a snapshot from before its addition, and 2.3 exits at one from before the
-        cluster version was lowered to 2.3: they get a new one.
-        """
-        snapshot = self.snapshots.newest()
-        is_v3 = self.cluster.identity.bears("3.0.0")
-        if snapshot and is_v3 and member_id not in snapshot.voters:
-            self.snapshots.least_index = snapshot.index + 1
-        if snapshot and snapshot.index < self.snapshots.least_index:
-            return None
-        return snapshot
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log
@@ -17333,7 +17442,7 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+def one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
     """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: str) -> str:
         if text not in choices:
@@ -17427,7 +17536,7 @@ def flag_rows(table: str) -> Tuple[Flag, ...]:
         name, kind, help = re.split(" {2,}", row, maxsplit=2)
         kind, _, field = kind.partition(":")
         field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
-        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        parse, default = _KINDS[kind] if kind in _KINDS else (one_of(*kind.split("|")), "")
         if hasattr(_DEFAULTS, field.partition(".")[0]):
             default = operator.attrgetter(field)(_DEFAULTS)
         else:
@@ -17470,7 +17579,7 @@ discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
 compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
-"""), Flag("discovery-srv-name", _one_of("", refusal=(
+"""), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
     )), "", "not supported: suffix of the SRV names.")),
     "proxy": flag_rows("""
@@ -17501,14 +17610,14 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
         *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
                f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
           for prefix in ("", "peer-")),
-        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+        *(Flag(f"peer-client-{file}", one_of("", refusal=(
             "peers are shown the certificate of -peer-cert-file; leave this out"
         )), "", f"not supported: -peer-{file} serves for both directions.")
           for file in ("cert-file", "key-file")),
-        Flag("tls-min-version", _one_of(
+        Flag("tls-min-version", one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _one_of("", "*", refusal=(
+        Flag("host-whitelist", one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
         )), "*", "not supported: only `*`.")),
@@ -17530,7 +17639,7 @@ peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
 peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
 """),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=(
+        Flag(name, one_of("", refusal=(
             f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
         )), "", "no longer supported.")
         for name in ("peers", "peers-file")
@@ -19429,7 +19538,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore"):
+        if word in ("backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -20087,24 +20196,6 @@ def make_config(settings: Settings) -> ServerConfig:
 # ============================================================================
 
 
-TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": flag_rows("""
-data-dir  text  path to the data directory to copy; its member may run.
-wal-dir  text  path to its dedicated wal directory, if it has one.
-backup-dir  text  path to the copy; must be empty or absent.
-backup-wal-dir  text  path to a dedicated wal directory of the copy.
-dry-run  bool  say what would be done, and change nothing.
-"""),
-    "restore": (*flag_rows("""
-name  text  name of the member whose data directory is made.
-initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
-initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
-data-dir  text  path to the new data directory (default: <name>.etcd).
-wal-dir  text  path to the new dedicated wal directory.
-dry-run  bool  say what would be done, and change nothing.
-"""), Flag("initial-advertise-peer-urls", parse_urls, (),
-           "peer URLs of this member (default: those in -initial-cluster).")),
-}
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
 _READ_RETRIES = 2                   # a running member may remove or finish a file meanwhile
@@ -20267,7 +20358,13 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     member_id, cluster_id = decode_metadata(contents.metadata)
     entries, state = contents.entries, contents.hard_state
     committed = sum(entry.index <= state.commit for entry in entries)
-    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    return with_lone_commits(
+        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+
+
+def with_lone_commits(source: DataSource) -> DataSource:
+    """Return `source` with the entries that a member alone has committed without writing so."""
+    member_id, committed, entries = source.member_id, source.committed, source.entries
     if source.voters == {member_id}:
         # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
@@ -20449,39 +20546,11 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
-
-    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
-    """
-    def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
-        head = struct.pack("<QHHI", id, kind, len(items), 0)
-        at, table, data = 16 * len(items), b"", b""
-        for number, (flags, key, value) in enumerate(items):
-            table += struct.pack("<IIII", flags, at + len(data) - 16 * number, len(key), len(value))
-            data += key + value
-        return head + table + data
-
-    def bucket(*items: Tuple[bytes, int]) -> bytes:
-        rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
-        return bytes(16) + page(0, 2, rows)
-
-    full = {
-        b"auth": bucket((b"authRevision", 1)), b"meta": bucket((b"consistent_index", raft_index)),
-    }
-    names = b"alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
-    pages = [page(3, 2, [(1, name, full.get(name, bucket())) for name in names]), page(2, 16, ())]
-    for transaction in (1, 0):
-        meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, 4096, 0, 3, 0, 2, 4, transaction)
-        checksum = 0xCBF29CE484222325
-        for byte in meta:
-            checksum = (checksum ^ byte) * 0x100000001B3 & UINT64_MAX
-        pages.append(page(transaction, 4, ()) + meta + checksum.to_bytes(8, "little"))
-    handle = OS_DISK.create(path)
-    try:
-        OS_DISK.write(handle, b"".join(data.ljust(4096, b"\0") for data in reversed(pages)))
-        OS_DISK.fsync(handle)
-    finally:
-        OS_DISK.close(handle)
+    """Write the database that etcd 3 wants beside a snapshot: without a key, up to raft_index."""
+    with open(path, "w+b") as file:
+        write_bolt(file, v3_buckets(raft_index))
+        file.flush()
+        OS_DISK.fsync(file.fileno())
 
 
 # -- backup and restore ------------------------------------------------------------
@@ -20611,331 +20680,774 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 
 
 # ============================================================================
-# life/command_line -- The command line: the one module that prints, and touches signals and process limits.
+# life/inspection -- What a data directory holds, read offline and without a change to it.
+# ----------------------------------------------------------------------------
+# Reads directories of etcd 2.0 to 3.7 and of pyetcd.  A damaged directory is read as far as it goes.
 # ============================================================================
 
 
-DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
-_SEE_HELP = "See 'pyetcd -help'."
+_ENTRIES_PER_STEP = 1_000           # between two calls of progress
 
 
-def usage() -> str:
-    lines = [
-        "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd backup [flags]",
-        "       copy the data of a member: see pyetcd backup -help", "",
-        "       pyetcd restore SOURCE [flags]",
-        "       make a new cluster out of a snapshot or a copy: see pyetcd restore -help", "",
-        "       pyetcd -version", "       show the version", "",
-        "       pyetcd -h | -help", "       show the help information about pyetcd", "",
-        "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
-        "environment variable is ETCD_ and its name, upper case, with _ for -.",
-    ]
-    for title, flags in FLAGS.items():
-        lines += ["", f"{title} flags:", "", *_flag_lines(flags)]
-    lines += ["", "of etcd 0.4, without effect flags:", ""]
-    lines += [f"\t--{name}" for name in IGNORED_BOOLS]
-    lines += ["", "of etcd 3 or experimental, without effect flags:"]
-    for reason, names in NO_EFFECT.items():
-        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
-    return "\n".join(lines) + "\n"
+class Database(NamedTuple):
+    """What the database of etcd 3 beside the snapshots says about itself."""
+
+    path: str
+    fault: str                      # why it cannot be read; ""
+    consistent_index: int           # raft index up to which it holds what was applied
+    storage_version: str            # "3.6.0"; "" before etcd 3.6
+    members: int                    # so many in it; 0 before etcd 3.5
+    keys: int                       # revisions of keys of v3
 
 
-def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
-    for flag in flags:
-        default = flag.default
-        if isinstance(default, (tuple, dict)):
-            default = ",".join(default)
-        shown = str(default).lower() if flag.is_bool else f"'{default}'"
-        yield f"\t--{flag.name} {shown}"
-        yield f"\t\t{flag.help}"
+class CommandEntry(NamedTuple):
+    """An entry behind the snapshot that holds a command of v2."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    committed: bool
+    request: Request
 
 
-_TOOL_USAGE = {
-    "backup": (
-        "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
-        "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member that",
-        "is started from the copy with -force-new-cluster is a cluster of one with all keys.",
-    ),
-    "restore": (
-        "usage: pyetcd restore SOURCE -name NAME [flags]", "",
-        "Make the data directory of member NAME of a new cluster with keys, users and roles of",
-        "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data directory.",
-        "On each host, with the same SOURCE and flags but for -name; then start the members.",
-    ),
-}
+class Inspection(NamedTuple):
+    """A data directory, as far as it could be read."""
+
+    source: DataSource
+    snap_dir: str
+    faults: Tuple[str, ...]         # what is damaged or missing, each with what it means
+    segments: Tuple[Tuple[str, int], ...]   # name, bytes
+    snapshot_files: Tuple[str, ...]
+    snapshot_name: str              # of the file that counts; ""
+    voters_recorded: bool           # the log names the voters of that snapshot
+    commands: Tuple[CommandEntry, ...]
+    v3_entries: int                 # behind the snapshot
+    changes: int                    # of members, likewise
+    database: Optional[Database]
+    store: Store                    # after the last committed entry that could be applied
+    snapshot_paths: Tuple[str, ...]     # files and empty directories in the snapshot, not hidden
+    snapshot_etcd_index: int        # nodes with a higher index were written by the log
+    cluster: Cluster
+    applied_at: Tuple[Tuple[int, int], ...]     # (store index, raft index) of entries, ascending
+
+    @property
+    def cluster_version(self) -> str:
+        """The version that all members had, "2.3.0"; "" if it was never decided."""
+        return self.store.value("/0/version") or ""
+
+    @property
+    def received_database(self) -> bool:
+        """True if a database that came with the snapshot waits to replace the present one."""
+        snapshot, snap_dir = self.source.snapshot, self.snap_dir
+        return snapshot is not None and os.path.exists(
+            os.path.join(snap_dir, f"{snapshot.index:016x}.snap.db"))
+
+    @property
+    def is_v3(self) -> bool:
+        """True if etcd 3 has written here."""
+        return self.database is not None or self.v3_entries > 0
+
+    def place(self, modified_index: int) -> int:
+        """Return the raft index of the entry that wrote a node last; 0: it is in the snapshot."""
+        if modified_index <= self.snapshot_etcd_index:
+            return 0
+        at = bisect.bisect_left(self.applied_at, (modified_index, 0))
+        return self.applied_at[at][1] if at < len(self.applied_at) else 0
 
 
-def version_text() -> str:
-    machine = platform.machine().lower()
-    machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return (
-        f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
-        f"Go OS/Arch: {sys.platform}/{machine}\n"
+def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
+    """Read a data directory.  Raises BackupError if it is none, or may not be read."""
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise BackupError(f"{path} {what}; name the data directory of a member")
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir, snap_dir = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    try:
+        return _inspect(path, wal_dir, snap_dir, progress)
+    except FileLocked:
+        raise BackupError(f"{path} belongs to a member in this process; stop it first") from None
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
+
+
+def _inspect(path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> Inspection:
+    if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
+        raise BackupError(
+            f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
+            f" elsewhere, name its directory with -wal-dir"
+        )
+    faults: List[str] = []
+    known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    try:
+        Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
+    except WalError as error:
+        faults.append(str(error))
+    snapshot, name = _newest_intact_snapshot(snap_dir, known, faults)
+    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    contents, damage = Wal.read_until_damage(wal_dir, start, disk=_READ_ONLY_DISK)
+    if damage:
+        last = contents.entries[-1].index if contents.entries else start.index
+        faults.append(f"{damage}; the log is read up to entry {last}")
+    source = _source(path, snapshot, contents, faults)
+    state = _Replay(source, faults, progress)
+    segments = [n for n in _READ_ONLY_DISK.listdir(wal_dir) if _WAL_NAME.fullmatch(n)]
+    return Inspection(
+        source, snap_dir, tuple(faults),
+        tuple((n, os.path.getsize(os.path.join(wal_dir, n))) for n in segments),
+        tuple(filter(_SNAP_NAME.fullmatch, _READ_ONLY_DISK.listdir(snap_dir))), name,
+        start in Wal.voters_recorded(wal_dir, disk=_READ_ONLY_DISK),
+        tuple(state.commands), state.v3_entries, state.changes,
+        _read_database(os.path.join(snap_dir, "db")), state.store,
+        state.snapshot_paths, state.snapshot_etcd_index, state.cluster, tuple(state.applied_at),
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
-
-
-def check_data_dir(config: ServerConfig) -> str:
-    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
-
-    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
-    """
-    log = package_logger("etcd")
-    path = config.data_dir or config.name + ".etcd"
-    if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
-    for kind in ("member", "proxy"):
-        if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-            return kind
-    return ""
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
-        raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
-            f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
-        )
-
-
-def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
-    path = environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        # etcd logs this wherever systemd runs, from a terminal too.
-        if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"READY=1", address)
-    except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
-
-
-class SignalStop:
-    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
-
-    Before install() the signals end the process at once: the member serves nothing yet.
-    """
-
-    _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
-
-    def __init__(self) -> None:
-        self._received = 0
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; ignore later ones."""
-        def received(number: int, frame: object) -> None:
-            if self._received:
-                return
-            self._received = number
-            name = self._SIGNALS[signal.Signals(number)]
-            logging.getLogger("pyetcd").info("received %s signal, shutting down...", name)
-            threading.Thread(target=stop, name="stop", daemon=True).start()
-
-        for number in self._SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, received)
-
-    def end(self) -> None:
-        """Die of the received signal, so that the parent process sees it; not as pid 1."""
-        if self._received and os.getpid() != 1:
-            signal.signal(self._received, signal.SIG_DFL)
-            os.kill(os.getpid(), self._received)
-
-
-def log_tls_and_cors(config: ServerConfig) -> None:
-    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
-    if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
-
-
-def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
-    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+def _newest_intact_snapshot(
+    directory: str, known: Container[EntryID], faults: List[str]
+) -> Tuple[Optional[Snapshot], str]:
+    """Return the newest intact snapshot that the log knows, and the name of its file."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+        match = _SNAP_NAME.fullmatch(name)
+        if not match or EntryID(int(match.group(1), 16), int(match.group(2), 16)) not in known:
+            continue
         try:
-            return Server.from_config(config).__enter__()
-        except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return ProxyServer.from_config(config).__enter__()
+            content = _READ_ONLY_DISK.read(os.path.join(directory, name))
+            return decode_snapshot_file(content), name
+        except CodecError as error:
+            faults.append(f"{os.path.join(directory, name)} is damaged ({error}), so the one before"
+                          " counts")
+    return None, ""
 
 
-def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
-    """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
-    signals = SignalStop()
-    kind = check_data_dir(config)
-    raise_descriptor_limit()
-    server = start_server(config, kind)
-    signals.install(server.stop)
-    notify_systemd(environ)
-    code = server.wait()
-    signals.end()
-    return code
-
-
-class ProgressLine:
-    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
-
-    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
-        self._tool = tool
-        self._now = now
-        self._next = now() + 1.0
-        self._keys = 0
-        self._text = ""                 # on the terminal now
-
-    def show(self, share: float, keys: int) -> None:
-        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
-        self._keys = max(self._keys, keys)
-        if sys.stderr.isatty() and self._now() >= self._next:
-            self._next = self._now() + 0.1
-            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
-
-    def clear(self) -> None:
-        if self._text:
-            self._show("")
-            sys.stderr.write("\r")
-
-    def _show(self, text: str) -> None:
-        sys.stderr.write("\r" + text.ljust(len(self._text)))
-        sys.stderr.flush()
-        self._text = text
-
-
-def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
-    line = ProgressLine(tool)
+def _source(
+    path: str, snapshot: Optional[Snapshot], contents: WalContents, faults: List[str]
+) -> DataSource:
+    member_id = cluster_id = 0
     try:
-        report = _run_tool(tool, list(words), line)
-    except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
-        return 1
-    except BackupError as error:
-        line.clear()
-        sys.stderr.write(f"{tool}: {error}\n")
-        return 1
-    line.clear()
-    sys.stdout.write(report)
-    return 0
+        member_id, cluster_id = decode_metadata(contents.metadata)
+    except CodecError as error:
+        faults.append(f"the log does not say whose it is ({error})")
+    commit = contents.hard_state.commit
+    committed = sum(entry.index <= commit for entry in contents.entries)
+    source = DataSource(path, member_id, cluster_id, snapshot, contents.hard_state,
+                        contents.entries, committed)
+    with contextlib.suppress(CodecError):
+        source = with_lone_commits(source)
+    return source
 
 
-def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return the text to print at the end.  Raises FlagError, BackupError."""
-    is_first = tool == "restore" and words and not words[0].startswith("-")
-    source = words.pop(0) if is_first else ""
-    flags = TOOL_FLAGS[tool]
-    settings = Settings(words, os.environ, flags)
-    if settings.help:
-        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
-    if tool == "restore":
-        source = source or settings.take_word()
-    settings.check_leftover()
-    settings.read_environment()
-    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
-    if tool == "backup":
-        for name in ("data-dir", "backup-dir"):
-            if not settings[name]:
-                raise FlagError(f"-{name} is missing")
-        report = backup(**options, progress=line.show)
-    else:
-        check_restore_settings(settings)
-        if not source:
-            raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(source, **options, progress=line.show)
-    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
+class _Replay:
+    """Applies snapshot and entries, and notes which entry gave the store which index."""
+
+    def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
+        self.store = Store()
+        self.cluster: Cluster = _AnyVersionCluster("", self.store)
+        self.commands: List[CommandEntry] = []
+        self.v3_entries = self.changes = 0
+        self.applied_at: List[Tuple[int, int]] = []
+        self._applier = Applier(self.store, self.cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
+        try:
+            if source.snapshot is not None:
+                self.store.recover(source.snapshot.data,
+                                   lambda share, keys: progress(0.8 * share, keys))
+                self.cluster.recover()
+        except ValueError as error:
+            faults.append(f"the snapshot at index {source.snapshot and source.snapshot.index}"
+                          f" holds no state of a v2 store ({error})")
+        self.snapshot_etcd_index = self.store.current_index
+        self.snapshot_paths = tuple(
+            path for space in ("/1", "/2") for path, node in self.store.nodes_below(space)
+            if not node.children and "/_" not in path)
+        for number, entry in enumerate(source.entries):
+            if not number % _ENTRIES_PER_STEP:
+                progress(0.8 + 0.2 * number / len(source.entries), 0)
+            self._take(entry, number < source.committed, faults)
+
+    def _take(self, entry: Entry, committed: bool, faults: List[str]) -> None:
+        try:
+            if entry.type != EntryType.NORMAL:
+                self.changes += 1
+                if committed:
+                    self._applier.apply_conf_change(decode_conf_change(entry.data))
+            elif entry.data:
+                self._take_command(entry, committed)
+        except ValueError as error:     # CodecError is one
+            faults.append(f"entry {entry.index} cannot be applied: {error}")
+        if committed:
+            self.applied_at.append((self.store.current_index, entry.index))
+
+    def _take_command(self, entry: Entry, committed: bool) -> None:
+        request = read_command(entry.data)
+        if request is None:
+            self.v3_entries += 1
+            return
+        self.commands.append(CommandEntry(entry.index, committed, request))
+        if committed:
+            self._applier.apply_request(request)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run `pyetcd` with these words after the command; return the exit code."""
-    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
-    # delay every write by that much beside a busy reactor.
-    sys.setswitchinterval(0.0005)
-    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
-    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
-    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in TOOL_FLAGS:
-        return run_tool(words[0], words[1:])
+def _read_database(path: str) -> Optional[Database]:
+    """Return what the database says, or None if there is none."""
+    if not os.path.exists(path):
+        return None
     try:
-        settings = Settings(words, os.environ)
-        if settings.help:
-            sys.stdout.write(usage())
+        with BoltReader(path) as reader:
+            meta = dict(reader.items(b"meta"))
+            keys = sum(1 for _ in reader.items(b"key"))
+            members = sum(1 for _ in reader.items(b"members"))
+    except (BoltError, OSError) as error:
+        return Database(path, str(error), 0, "", 0, 0)
+    index = int.from_bytes(meta.get(b"consistent_index", b""), "big")
+    version = meta.get(b"storageVersion", b"").decode("utf-8", "replace")
+    return Database(path, "", index, version, members, keys)
+
+
+# ============================================================================
+# life/records -- Keys on their way between clusters: read from a directory, a cluster or a file; written to one.
+# ----------------------------------------------------------------------------
+# A file is what `pyetcdctl export` writes too, a record a line; a shell script for etcdctl of etcd 3;
+# or a database that `etcdctl snapshot restore` of etcd 3 takes.  All is read and written record by
+# record, so big data costs no more memory than its largest directory or what a member holds anyhow.
+# ============================================================================
+
+
+EXPORT_VERSION = 1                  # of the form with a record a line
+COPY_BYTES = 1 << 20
+ARGUMENT_BYTES_MAX = 1 << 16        # of a value on a command line; a longer one comes by a pipe
+_LEASE_FIRST = 1 << 40              # ids of the leases that are made here
+_REVISION_FIRST = 2                 # of the first key; 1 is that of an empty store
+
+
+class Record(NamedTuple):
+    """A node: value is None for a directory, expires_ns 0 for a permanent one."""
+
+    key: str
+    value: Optional[str]
+    expires_ns: int
+
+    def ttl_s(self, now_ns: int) -> int:
+        """Return the seconds left, at least 1; 0 if permanent, -1 if it has expired."""
+        if not self.expires_ns:
             return 0
-        settings.check_leftover()
-        if settings["version"]:
-            sys.stdout.write(version_text())
-            return 0
-        settings.complete()
-        config = make_config(settings)
-    except FlagError as error:
-        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
-        return 1
-    set_up_logging(settings)
-    for level, package, text in settings.lines:
-        package_logger(package).log(level, "%s", text)
-    if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
+        left = -((now_ns - self.expires_ns) // NS)
+        return left if left > 0 else -1
+
+
+Records = Iterable[Record]
+KeyMap = List[Tuple[str, str]]      # prefix -> its replacement, the longest first
+
+
+def parse_key_map(text: str) -> KeyMap:
+    """Read `/old=/new,/other=`.  Raises ValueError."""
+    pairs = []
+    for part in filter(None, text.split(",")):
+        old, separator, new = part.partition("=")
+        if not separator or not old:
+            raise ValueError(f"{part} is not OLD=NEW, a prefix of keys and what replaces it")
+        pairs.append((old, new))
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
+def mapped(key: str, key_map: KeyMap) -> str:
+    """Return `key` with the longest prefix of the map that fits replaced: of whole parts only."""
+    for old, new in key_map:
+        if key == old or key.startswith(old if old.endswith("/") else old + "/"):
+            return new + key[len(old):]
+    return key
+
+
+# -- sources
+
+
+def records_of_store(store: Store) -> Iterator[Record]:
+    """Yield the nodes of users' keys, parents first."""
+    for path, node in store.nodes_below("/1"):
+        yield Record(path[2:], node.value if node.children is None else None, node.expires_ns)
+
+
+def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
+    """Yield the records of a JSON file, a line each.  Raises BackupError."""
+    if not file.readline().startswith('{"pyetcd_export"'):
+        raise BackupError(
+            f"{path} does not begin as `pyetcd export` and `pyetcdctl export` write; other JSON,"
+            " like an answer of the keys API, is read by `pyetcdctl import`"
         )
+    for number, line in enumerate(file, 2):
+        text = line.strip().rstrip(",")
+        if text == "]}":
+            return
+        try:
+            raw = load_json(text)
+            expiration = raw.get("expiration")
+            value = None if raw.get("dir") else raw["value"]
+            if not isinstance(raw["key"], str) or not isinstance(value, (str, type(None))):
+                raise ValueError("key and value are text")
+            yield Record(raw["key"], value, parse_time(expiration) if expiration else 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackupError(f"{path}, line {number}: no record of an export: {error}") from None
+    raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
+
+
+def records_of_database(
+    path: str, skipped: Callable[[bytes, str], None], now_ns: int
+) -> Iterator[Record]:
+    """Yield the present keys of a database of etcd 3: a snapshot, or member/snap/db.
+
+    skipped is called with keys that v2 cannot hold, and why.  Takes 30 bytes and the key in
+    memory for each key.  Raises BackupError.
+    """
     try:
-        log_tls_and_cors(config)
-        return run_member(config, os.environ)
-    except StartError as error:
-        package_logger("etcd").critical("%s", error)
-        return 1
+        with BoltReader(path) as reader:
+            newest, expires = _newest_revisions(reader), _lease_ends(reader, now_ns)
+            for revision, data in reader.items(b"key"):
+                key, value, lease = _key_value(data)
+                if newest.get(key) != revision:
+                    continue
+                try:
+                    yield Record(_v2_key(key), value.decode("utf-8"), expires.get(lease, 0))
+                except ValueError as error:
+                    skipped(key, str(error))
+    except (BoltError, CodecError) as error:
+        raise BackupError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}") from None
+
+
+def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
+    """Return key -> its newest revision, of keys that are not deleted."""
+    newest: Dict[bytes, bytes] = {}
+    for revision, data in reader.items(b"key"):
+        key = _key_value(data)[0]
+        if len(revision) == 17:
+            newest[key] = revision
+        else:                           # a mark of deletion: 17 bytes and "t"
+            newest.pop(key, None)
+    return newest
+
+
+def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
+    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    ends: Dict[int, int] = {}
+    for _, data in reader.items(b"lease"):
+        fields = {number: value for number, _, value in decode_fields(data)}
+        lease, ttl_s = fields.get(1), fields.get(2)
+        if isinstance(lease, int) and isinstance(ttl_s, int):
+            ends[lease] = now_ns + ttl_s * NS
+    return ends
+
+
+def _key_value(data: bytes) -> Tuple[bytes, bytes, int]:
+    """Return key, value and lease of a mvccpb.KeyValue.  Raises CodecError."""
+    fields: Dict[int, Any] = {number: value for number, _, value in decode_fields(data)}
+    key, value, lease = fields.get(1, b""), fields.get(5, b""), fields.get(6, 0)
+    if isinstance(key, int) or isinstance(value, int) or not isinstance(lease, int):
+        raise CodecError("not a key of etcd 3")
+    return bytes(key), bytes(value), lease
+
+
+def _v2_key(key: bytes) -> str:
+    text = key.decode("utf-8")
+    if not text.strip("/") or "//" in text or text.endswith("/"):
+        raise ValueError("v2 cannot hold a key with an empty part")
+    if {".", ".."} & set(text.split("/")):
+        raise ValueError("v2 cannot hold a key with the part . or ..")
+    return text if text.startswith("/") else "/" + text
+
+
+# -- targets
+
+
+def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
+    """Write the form of `pyetcdctl export`; return the number of keys."""
+    file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
+               ' "nodes": [\n')
+    keys, previous = 0, ""
+    for record in records:
+        if previous:
+            file.write(previous + ",\n")
+        content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
+        expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
+                      if record.expires_ns else "")
+        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        keys += record.value is not None
+    file.write(previous + "\n" * bool(previous) + "]}\n")
+    return keys
+
+
+def write_script(records: Records, file: TextIO, *, leases: bool, now_ns: int) -> int:
+    """Write a script of etcdctl commands for etcd 3; return the number of keys.
+
+    leases  True: a key with a time to live gets a lease of what is left; False: it is permanent
+    """
+    file.write("#!/bin/sh\n# Keys of etcd v2, written by pyetcd export.  Endpoints and access come"
+               " from ETCDCTL_... variables.\nset -e\nexport ETCDCTL_API=3\n")
+    keys = 0
+    for record in records:
+        ttl_s = record.ttl_s(now_ns)
+        if record.value is None or ttl_s < 0:
+            continue
+        option = ""
+        if leases and ttl_s:
+            file.write(f"lease=$(etcdctl lease grant {ttl_s} | cut -d' ' -f2)\n")
+            option = '--lease="$lease" '
+        key, value = shlex.quote(record.key), shlex.quote(record.value)
+        if len(record.value) <= ARGUMENT_BYTES_MAX // 4:
+            file.write(f"etcdctl put {option}-- {key} {value} >/dev/null\n")
+        else:                           # printf is a part of the shell: no limit of arguments
+            file.write(f"printf %s {value} | etcdctl put {option}-- {key} >/dev/null\n")
+        keys += 1
+    return keys
+
+
+def write_database(records: Records, path: str, *, leases: bool, now_ns: int) -> int:
+    """Write a snapshot of etcd 3 with these keys, each at a revision of its own; return how many.
+
+    `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
+    """
+    counted = _V3Keys(records, leases, now_ns)
+    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
+    with open(path, "w+b") as file:
+        write_bolt(file, buckets)
+        file.seek(0)
+        _append_digest(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return counted.count
+
+
+def _append_digest(file: BinaryIO) -> None:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(COPY_BYTES), b""):
+        digest.update(block)
+    file.write(digest.digest())
+
+
+class _V3Keys:
+    """Items of the buckets of keys and leases; the second is to be asked for after the first."""
+
+    def __init__(self, records: Records, leases: bool, now_ns: int) -> None:
+        self.count = 0
+        self._records = records
+        self._with_leases = leases
+        self._now_ns = now_ns
+        self._leases: List[int] = []    # seconds of each
+
+    def keys(self) -> Iterator[Tuple[bytes, bytes]]:
+        for record in self._records:
+            ttl_s = record.ttl_s(self._now_ns)
+            if record.value is None or ttl_s < 0:
+                continue
+            lease = 0
+            if self._with_leases and ttl_s:
+                lease = _LEASE_FIRST + len(self._leases)
+                self._leases.append(ttl_s)
+            revision = _REVISION_FIRST + self.count
+            self.count += 1
+            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
+                   _encode_key_value(record.key.encode(), record.value.encode(), revision, lease))
+
+    def lease_items(self) -> Iterator[Tuple[bytes, bytes]]:
+        for number, ttl_s in enumerate(self._leases, _LEASE_FIRST):
+            yield (number.to_bytes(8, "big"),
+                   b"\x08" + encode_varint(number) + b"\x10" + encode_varint(ttl_s))
+
+
+def _encode_key_value(key: bytes, value: bytes, revision: int, lease: int) -> bytes:
+    """Return a mvccpb.KeyValue, created at `revision` and not changed since."""
+    number = encode_varint(revision)
+    data = b"\x0a%b%b\x10%b\x18%b\x20\x01\x2a%b%b" % (
+        encode_varint(len(key)), key, number, number, encode_varint(len(value)), value)
+    return data + b"\x30" + encode_varint(lease) if lease else data
+
+
+# ============================================================================
+# life/exchange -- Export and import: keys of v2 out of a directory or a cluster, and into a cluster.
+# ============================================================================
+
+
+CALL_SECONDS = 60.0                 # a member may list a large directory that long
+FORMATS = ("json", "script", "db")
+_PROGRESS_KEYS = 1_000              # keys between two calls of progress
+
+
+class Access(NamedTuple):
+    """How a cluster is reached."""
+
+    urls: Tuple[str, ...]
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    username: str = ""              # name:password
+
+
+class KeysClient:
+    """The keys API of a cluster: one connection to the first member that answers.
+
+    Raises BackupError.  Thread: one.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._urls = list(access.urls)
+        self._context: Optional[ssl.SSLContext] = None
+        self._headers = {}
+        self._connection: Optional[http.client.HTTPConnection] = None
+        self.etcd_index = 0             # of the last answer
+        if access.username:
+            token = base64.b64encode(access.username.encode()).decode()
+            self._headers["Authorization"] = f"Basic {token}"
+        if any(url.startswith("https:") for url in access.urls):
+            try:
+                self._context = ssl.create_default_context(cafile=access.ca_file or None)
+                if access.cert_file:
+                    self._context.load_cert_chain(access.cert_file, access.key_file or None)
+            except OSError as error:
+                raise BackupError(f"cannot read the certificates: {error}") from None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def walk(self, key: str = "/") -> Iterator[Record]:
+        """Yield all nodes below `key`, parents first: one directory is listed at a time."""
+        waiting = [key]
+        while waiting:
+            node = self._call("GET", waiting.pop(), {"quorum": "true", "sorted": "true"})["node"]
+            directories = []
+            for child in node.get("nodes", ()):
+                expiration = child.get("expiration")
+                yield Record(child["key"], None if child.get("dir") else child["value"],
+                             parse_time(expiration) if expiration else 0)
+                if child.get("dir"):
+                    directories.append(child["key"])
+            waiting += reversed(directories)
+
+    def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
+        """Write a node; False if it exists: a directory, or with `keep` any.
+
+        Raises ValueError with the cluster's words if it refuses the node.
+        """
+        form: Dict[str, str] = {"ttl": str(ttl_s)} if ttl_s else {}
+        if record.value is None:
+            form["dir"] = "true"
+        else:
+            form["value"] = record.value
+        if keep or record.value is None:
+            form["prevExist"] = "false"
+        answer = self._call("PUT", record.key, {}, form)
+        if answer.get("errorCode") == 105:
+            return False
+        if "errorCode" in answer:
+            raise ValueError(f"{answer.get('message')} ({answer.get('cause')})")
+        return True
+
+    def _call(self, method: str, key: str, query: Dict[str, str],
+              form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
+        path = "/v2/keys" + urllib.parse.quote(key)
+        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        body = urllib.parse.urlencode(form) if form is not None else None
+        headers = dict(self._headers)
+        if body is not None:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        status, data = self._exchange(method, target, body, headers)
+        try:
+            answer = load_json(data)
+            if not isinstance(answer, dict):
+                raise ValueError("no object")
+        except ValueError:
+            raise BackupError(f"{self._urls[0]} answered {status}, and not as etcd does:"
+                              f" {data[:100]!r}") from None
+        if status >= 400 and method == "GET" or status in (401, 403) or status >= 500:
+            raise BackupError(f"{self._urls[0]} refuses {method} {key}: {answer.get('message')}")
+        return answer
+
+    def _exchange(self, method: str, target: str, body: Optional[str],
+                  headers: Dict[str, str]) -> Tuple[int, bytes]:
+        """Return status and body.  A write whose answer is lost is sent again: it may be."""
+        failure: Optional[Exception] = None
+        for _ in range(2 * len(self._urls)):
+            try:
+                connection = self._connection = self._connection or self._dial()
+                connection.request(method, target, body, headers)
+                answer = connection.getresponse()
+                data = answer.read()
+                self.etcd_index = int(answer.headers.get("X-Etcd-Index", "0"))
+                return answer.status, data
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                failure = error
+                self.close()
+                self._connection = None
+                self._urls.append(self._urls.pop(0))
+        raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
+
+    def _dial(self) -> http.client.HTTPConnection:
+        scheme, authority = split_url(self._urls[0])[:2]
+        if scheme == "https":
+            return http.client.HTTPSConnection(
+                authority, timeout=CALL_SECONDS, context=self._context)
+        return http.client.HTTPConnection(authority, timeout=CALL_SECONDS)
+
+
+# -- export
+
+
+class ExportReport(NamedTuple):
+    """What export_keys() has done."""
+
+    keys: int
+    etcd_index: int
+    faults: Tuple[str, ...]         # of a directory that is damaged
+
+    def summary(self) -> str:
+        return f"{self.keys:,} keys, etcd index {self.etcd_index}"
+
+
+def export_keys(
+    source: str, access: Access, *, form: str, target: str, key_map: KeyMap, leases: bool,
+    wal_dir: str, progress: OnProgress,
+) -> ExportReport:
+    """Write the keys of a data directory or a cluster to the file `target`, "" for stdout.
+
+    source  a data directory; "": the cluster of `access`
+
+    Raises BackupError; then the file is not there, or as it was.
+    """
+    if form == "db" and not target:
+        raise BackupError("a database is no text: name a file with -output")
+    with contextlib.ExitStack() as cleanup:
+        faults: Tuple[str, ...] = ()
+        if source:
+            found = inspect_dir(source, wal_dir, progress)
+            records, faults = records_of_store(found.store), found.faults
+            index = found.store.current_index
+        else:
+            client = KeysClient(access)
+            cleanup.callback(client.close)
+            records = client.walk()
+            first = next(records, None)
+            index = client.etcd_index
+            records = _with_first(first, records)
+        shown = _with_progress(_moved(records, key_map), progress)
+        try:
+            keys = _write(shown, form, target, leases, index)
+        except BrokenPipeError:         # a reader of stdout that has enough
+            raise
+        except OSError as error:
+            raise BackupError(f"cannot write {target or 'stdout'}: {error}") from error
+    return ExportReport(keys, index, faults)
+
+
+def _with_first(first: Optional[Record], rest: Iterator[Record]) -> Iterator[Record]:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
+    for record in records:
+        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
+
+
+def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
+    for number, record in enumerate(records):
+        if not number % _PROGRESS_KEYS:
+            progress(1.0, number)
+        yield record
+
+
+def _write(records: Records, form: str, target: str, leases: bool, index: int) -> int:
+    now_ns = SYSTEM_CLOCK.wall_ns()
+    if not target:
+        return _write_text(records, form, sys.stdout, leases, index)
+    temporary = target + ".tmp"
+    try:
+        if form == "db":
+            keys = write_database(records, temporary, leases=leases, now_ns=now_ns)
+        else:
+            with open(temporary, "w", encoding="utf-8") as file:
+                keys = _write_text(records, form, file, leases, index)
+        os.chmod(temporary, 0o700 if form == "script" else 0o600)
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return keys
+
+
+def _write_text(records: Records, form: str, file: TextIO, leases: bool, index: int) -> int:
+    if form == "json":
+        return write_json(records, file, index)
+    return write_script(records, file, leases=leases, now_ns=SYSTEM_CLOCK.wall_ns())
+
+
+# -- import
+
+
+class ImportReport(NamedTuple):
+    """What import_keys() has done."""
+
+    written: int
+    kept: int                       # existed already
+    expired: int
+    refused: Tuple[str, ...]        # keys, each with the reason
+
+    def summary(self) -> str:
+        parts = [f"{self.written:,} keys written"]
+        parts += [f"{count:,} {what}" for count, what in (
+            (self.kept, "existed and were kept"), (self.expired, "had expired"),
+            (len(self.refused), "refused")) if count]
+        return ", ".join(parts)
+
+
+def import_keys(
+    source: str, access: Access, *, key_map: KeyMap, keep: bool, dry_run: bool,
+    progress: OnProgress,
+) -> ImportReport:
+    """Write the keys of a file to a cluster.  Raises BackupError.
+
+    source  JSON of export, a snapshot or database of etcd 3, or a data directory with one
+    """
+    refused: List[str] = []
+    records = _read_source(source, refused)
+    client = KeysClient(access)
+    written = kept = expired = 0
+    try:
+        for record in _with_progress(_moved(records, key_map), progress):
+            ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
+            if ttl_s < 0:
+                expired += record.value is not None
+                continue
+            try:
+                done = dry_run or client.put(record, ttl_s=ttl_s, keep=keep)
+            except ValueError as error:
+                refused.append(f"{record.key}: {error}")
+                continue
+            written += done and record.value is not None
+            kept += not done and record.value is not None
+    finally:
+        client.close()
+    return ImportReport(written, kept, expired, tuple(refused))
+
+
+def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
+    def skipped(key: bytes, why: str) -> None:
+        refused.append(f"{key.decode('utf-8', 'backslashreplace')}: {why}")
+
+    for path in (source, os.path.join(source, "member", "snap", "db"),
+                 os.path.join(source, "snap", "db")):
+        if os.path.isfile(path):
+            break
+    else:
+        raise BackupError(f"{source} is no file and holds no member/snap/db; name a file of export,"
+                          " or a snapshot of etcd 3")
+    try:
+        with open(path, "rb") as head:
+            is_text = head.read(1) == b"{"
+        if not is_text:
+            yield from records_of_database(path, skipped, SYSTEM_CLOCK.wall_ns())
+            return
+        with open(path, encoding="utf-8") as file:
+            yield from records_of_file(file, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackupError(f"cannot read {path}: {error}") from None
 
 
 # ============================================================================
@@ -21505,6 +22017,785 @@ def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
 def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
     """Three members, ready, in this process: pyetcd.LocalCluster."""
     return etcd_cluster_factory()
+
+
+# ============================================================================
+# life/verdicts -- Which etcd starts on a data directory, and which keys or entries are to blame if one does not.
+# ----------------------------------------------------------------------------
+# Source: etcd 3.5 server/etcdserver/server.go, 3.6 and 3.7 server/etcdserver/bootstrap.go,
+# storage/util.go, api/membership/storev2.go and apply_v2.go.
+# ============================================================================
+
+
+BLAMED_MAX = 10                     # keys or entries that a report for people names
+VALUE_CHARS_MAX = 100               # of a value in dump for people
+_VERSIONS = ("2.3", "3.4", "3.5", "3.6", "3.7")
+_META_COMMAND = re.compile(r"/0/(members/[0-9a-fA-F]{1,16}/attributes|version)")
+_CONTENT_ERROR = (
+    "detected disallowed custom content in v2store for stage --v2-deprecation=write-only")
+_ENTRY_ERROR = "detected disallowed v2 WAL for stage --v2-deprecation=write-only"
+
+
+class Verdict(NamedTuple):
+    """Whether a version of etcd starts on the directory."""
+
+    version: str
+    reasons: Tuple[str, ...]        # why it does not; (): it starts
+    keys: Tuple[str, ...] = ()      # of v2 that are to blame: all that the snapshot holds
+    entries: Tuple[CommandEntry, ...] = ()      # of the log that are to blame
+
+    @property
+    def starts(self) -> bool:
+        return not self.reasons
+
+
+def verdicts(found: Inspection) -> List[Verdict]:
+    """Return a verdict for each version, in order."""
+    return [_verdict(version, found) for version in _VERSIONS]
+
+
+def _verdict(version: str, found: Inspection) -> Verdict:
+    if version == "2.3":
+        return Verdict(version, tuple(_reasons_of_2(found)))
+    reasons = list(_reasons_of_3(version, found))
+    keys = tuple(_custom_keys(found)) if version == "3.6" else ()
+    entries = tuple(_custom_entries(version, found))
+    if keys:
+        reasons.append(f"{_CONTENT_ERROR}: {found.snapshot_name} holds {len(keys)} keys of v2")
+    if entries and version == "3.6":
+        reasons.append(f"{_ENTRY_ERROR}: {len(entries)} entries behind the snapshot are commands"
+                       " of v2")
+    elif entries:
+        reasons.append(f"it reads no commands of v2, and {len(entries)} entries behind the"
+                       " snapshot are some")
+    return Verdict(version, tuple(reasons), keys, entries)
+
+
+def _reasons_of_2(found: Inspection) -> Iterator[str]:
+    if found.database is not None:
+        yield f"{found.database.path} is a database of etcd 3"
+    elif found.v3_entries:
+        yield f"the log holds {found.v3_entries} entries of etcd 3"
+    if found.cluster_version and version_key(found.cluster_version) > (2, 3):
+        yield f"the cluster version is {found.cluster_version}"
+
+
+def _reasons_of_3(version: str, found: Inspection) -> Iterator[str]:
+    """What each etcd 3 wants: a database as new as the snapshot, and no newer cluster."""
+    ours, cluster_version = version_key(version + ".0"), found.cluster_version
+    if cluster_version and version_key(cluster_version) > ours:
+        yield f"the cluster version is {cluster_version}, and etcd does not go back"
+    database, snapshot = found.database, found.source.snapshot
+    if database is not None and database.fault:
+        yield f"the database is damaged: {database.fault}"
+        return
+    index = database.consistent_index if database is not None else 0
+    if snapshot is not None and index < snapshot.index and not found.received_database:
+        yield (f"failed to find database snapshot file: the snapshot is at index {snapshot.index},"
+               f" {f'the database at {index}' if database else 'and there is no database'}")
+    elif database is None and cluster_version and version_key(cluster_version) >= (3, 0):
+        yield "database file of the backend is missing: member/snap/db"
+    if database is not None and database.storage_version:
+        if version_key(database.storage_version) > ours and ours >= (3, 6):
+            yield f"the database has the schema of etcd {database.storage_version}"
+    if version == "3.7" and snapshot is not None and not found.voters_recorded:
+        yield ("the log does not name the voters at the snapshot: etcd 3.5 or 3.6 must write one"
+               " first")
+
+
+def _custom_keys(found: Inspection) -> Iterator[str]:
+    """Yield what etcd 3.6 refuses in the snapshot: keys, and users and roles.
+
+    The empty directories that the use of users leaves behind are refused by 3.6.0 only.
+    """
+    for path in found.snapshot_paths:
+        if path.startswith("/1/") or re.match("/2/[^/]+/", path):
+            yield _shown(path)
+
+
+def _custom_entries(version: str, found: Inspection) -> Iterator[CommandEntry]:
+    for entry in found.commands:
+        request = entry.request
+        is_meta = request.method == "PUT" and _META_COMMAND.fullmatch(request.path)
+        if version == "3.7" or version == "3.6" and not is_meta:
+            yield entry
+
+
+# -- reports
+
+
+def check_lines(found: Inspection) -> List[str]:
+    """The report of `pyetcd check` for people."""
+    lines = list(_facts(found))
+    for verdict in verdicts(found):
+        lines.append(f"etcd {verdict.version}:    {'starts' if verdict.starts else 'refuses'}")
+        lines += [f"             {reason}" for reason in verdict.reasons]
+        lines += [f"               {text}" for text in _blamed(verdict)]
+    lines += [f"damage:      {fault}" for fault in found.faults]
+    return [*lines, f"next:        {next_step(found)}"]
+
+
+def _facts(found: Inspection) -> Iterator[str]:
+    source, files = found.source, found.store.nodes_below("/1")
+    keys = [node for _, node in files if node.children is None]
+    in_log = sum(node.modified_index > found.snapshot_etcd_index for node in keys)
+    left_out = len(source.entries) - source.committed
+    yield f"directory:   {source.path}"
+    yield f"identity:    member {source.member_id:x} of cluster {source.cluster_id:x}"
+    yield (f"raft:        term {source.hard_state.term}, index {source.last.index};"
+           f" {left_out} entries not known to be committed")
+    yield (f"snapshot:    index {source.snapshot.index}, {found.snapshot_name}"
+           if source.snapshot else "snapshot:    none")
+    yield (f"log:         {len(found.segments)} segments; behind the snapshot"
+           f" {len(found.commands)} commands of v2, {found.v3_entries} entries of v3,"
+           f" {found.changes} changes of members")
+    version = found.cluster_version
+    yield f"cluster:     version {version or 'not decided'}, " + (", ".join(
+        f"{member.name or '(unnamed)'}={','.join(member.peer_urls)} ({format_id(member.id)})"
+        for member in sorted(found.cluster.members.values())) or "no members")
+    yield (f"v2 keys:     {len(keys):,}: {len(keys) - in_log:,} in the snapshot, {in_log:,} in the"
+           f" log; {sum(node.expires_ns > 0 for node in keys):,} with a time to live; etcd index"
+           f" {found.store.current_index}")
+    if found.database is not None:
+        database = found.database
+        yield (f"database:    consistent index {database.consistent_index}, {database.keys:,}"
+               f" revisions of v3 keys, schema {database.storage_version or 'before 3.6'}")
+
+
+def _blamed(verdict: Verdict) -> Iterator[str]:
+    keys, entries = verdict.keys, verdict.entries
+    yield from keys[:BLAMED_MAX]
+    if len(keys) > BLAMED_MAX:
+        yield f"... and {len(keys) - BLAMED_MAX:,} more: pyetcd dump names all"
+    for entry in entries[:BLAMED_MAX]:
+        yield entry_text(entry)
+    if len(entries) > BLAMED_MAX:
+        yield f"... and {len(entries) - BLAMED_MAX:,} more: pyetcd dump names all"
+
+
+def _shown(path: str) -> str:
+    """A path as users know it: `/foo` for `/1/foo`."""
+    return path[2:] if path.startswith("/1/") else path
+
+
+def entry_text(entry: CommandEntry) -> str:
+    """An entry in a line."""
+    return (f"entry {entry.index}: {entry.request.method} {_shown(entry.request.path)}"
+            f"{'' if entry.committed else ' (not known to be committed)'}")
+
+
+def next_step(found: Inspection) -> str:
+    """Return what to do next: one command, or a few words."""
+    path = found.source.path
+    if found.faults:
+        return (f"replace the member from an intact one, or `pyetcd export {path}` to save what"
+                " could be read")
+    by_version = {verdict.version: verdict for verdict in verdicts(found)}
+    if by_version["3.6"].keys or by_version["3.6"].entries:
+        return (f"`pyetcd export {path} -format script` saves the keys for v3; then remove them"
+                " and make a snapshot: docs/moving.md, \"Free a directory that blocks etcd 3.6\"")
+    if not by_version["3.5"].starts and found.database is None:
+        return (f"`pyetcd restore {path} -name NAME -data-dir NEW` makes a directory that etcd 3.4"
+                " takes")
+    if not by_version["3.7"].starts and by_version["3.6"].starts:
+        return "start etcd 3.6 on it, and let it write a snapshot (--snapshot-count) before 3.7"
+    return "nothing is in the way"
+
+
+def check_json(found: Inspection) -> Dict[str, Any]:
+    """The report of `pyetcd check -json`."""
+    source, database = found.source, found.database
+    return {
+        "directory": source.path,
+        "memberID": f"{source.member_id:x}", "clusterID": f"{source.cluster_id:x}",
+        "term": source.hard_state.term, "commit": source.hard_state.commit,
+        "lastIndex": source.last.index, "etcdIndex": found.store.current_index,
+        "uncommittedEntries": len(source.entries) - source.committed,
+        "snapshot": {"index": source.snapshot.index, "term": source.snapshot.term,
+                     "file": found.snapshot_name} if source.snapshot else None,
+        "snapshots": list(found.snapshot_files),
+        "segments": [{"name": name, "bytes": size} for name, size in found.segments],
+        "v2Entries": len(found.commands), "v3Entries": found.v3_entries,
+        "memberChanges": found.changes,
+        "clusterVersion": found.cluster_version,
+        "members": [
+            {"id": format_id(member.id), "name": member.name, "peerURLs": member.peer_urls,
+             "clientURLs": member.client_urls}
+            for member in sorted(found.cluster.members.values())],
+        "v2Keys": sum(n.children is None for _, n in found.store.nodes_below("/1")),
+        "database": database and {
+            "fault": database.fault, "consistentIndex": database.consistent_index,
+            "storageVersion": database.storage_version, "revisions": database.keys},
+        "verdicts": [
+            {"version": verdict.version, "starts": verdict.starts, "reasons": verdict.reasons,
+             "keys": verdict.keys, "entries": [_entry_json(entry) for entry in verdict.entries]}
+            for verdict in verdicts(found)],
+        "damage": list(found.faults), "next": next_step(found),
+    }
+
+
+def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
+    return {"index": entry.index, "method": entry.request.method, "path": entry.request.path,
+            "committed": entry.committed}
+
+
+def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
+    """Yield an object for each node of v2, users and roles too, then for each command of the log.
+
+    No object holds a password.
+    """
+    for space in ("/1", "/2"):
+        for path, node in found.store.nodes_below(space):
+            entry = found.place(node.modified_index)
+            row: Dict[str, Any] = {
+                "key": _shown(path), "createdIndex": node.created_index,
+                "modifiedIndex": node.modified_index, "place": "log" if entry else "snapshot",
+            }
+            if entry:
+                row["entry"] = entry
+            if node.expires_ns:
+                row["expiration"] = format_time(node.expires_ns)
+            if node.children is not None:
+                row["dir"] = True
+            elif not path.startswith("/2/users/"):
+                row["value"] = node.value
+            yield row
+    for command in found.commands:
+        yield {"entry": command.index, "method": command.request.method,
+               "path": _shown(command.request.path), "committed": command.committed}
+
+
+def dump_lines(found: Inspection) -> Iterator[str]:
+    """Yield dump_json() for people, and for grep."""
+    for row in dump_json(found):
+        if "method" in row:
+            note = "" if row["committed"] else " (not known to be committed)"
+            yield f"entry {row['entry']}\t{row['method']} {row['path']}{note}"
+            continue
+        place = f"entry {row['entry']}" if "entry" in row else "snapshot"
+        kind = "directory" if "dir" in row else json_text(_cut(row.get("value", "(hidden)")))
+        expires = f"\texpires {row['expiration']}" if "expiration" in row else ""
+        yield (f"{row['key']}\tindex {row['createdIndex']}/{row['modifiedIndex']}\t{place}"
+               f"\t{kind}{expires}")
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= VALUE_CHARS_MAX else value[:VALUE_CHARS_MAX] + "..."
+
+
+# ============================================================================
+# life/tools -- The commands beside the server: backup, restore, check, dump, export, import.
+# ============================================================================
+
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2                    # of `check`: a newer etcd does not start on the directory
+
+
+def flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
+    for flag in flags:
+        default = flag.default
+        if isinstance(default, (tuple, dict)):
+            default = ",".join(default)
+        shown = str(default).lower() if flag.is_bool else f"'{default}'"
+        yield f"\t--{flag.name} {shown}"
+        yield f"\t\t{flag.help}"
+
+
+class ProgressLine:
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
+
+    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
+        self._tool = tool
+        self._now = now
+        self._next = now() + 1.0
+        self._keys = 0
+        self._text = ""                 # on the terminal now
+
+    def show(self, share: float, keys: int) -> None:
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
+        self._keys = max(self._keys, keys)
+        if sys.stderr.isatty() and self._now() >= self._next:
+            self._next = self._now() + 0.1
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+
+    def clear(self) -> None:
+        if self._text:
+            self._show("")
+            sys.stderr.write("\r")
+
+    def _show(self, text: str) -> None:
+        sys.stderr.write("\r" + text.ljust(len(self._text)))
+        sys.stderr.flush()
+        self._text = text
+
+
+class Tool(NamedTuple):
+    """One command."""
+
+    words: str                      # that follow its name in the usage
+    brief: str
+    text: Tuple[str, ...]           # of its help
+    flags: Tuple[Flag, ...]
+    run: Callable[[Sequence[str], Settings, ProgressLine], int]     # words, flags -> exit code
+
+
+def run_tool(name: str, words: Sequence[str]) -> int:
+    """Run a command with the words behind its name; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
+    line, tool = ProgressLine(name), TOOLS[name]
+    first = list(words)
+    named: List[str] = []
+    while first and not first[0].startswith("-"):
+        named.append(first.pop(0))
+    try:
+        settings = Settings(first, os.environ, tool.flags)
+        if settings.help:
+            _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
+                   *flag_lines(tool.flags))
+            return 0
+        named += filter(None, [settings.take_word() if not named else ""])
+        settings.check_leftover()
+        settings.read_environment()
+        return tool.run(named, settings, line)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd {name} -help'.\n")
+    except BackupError as error:
+        line.clear()
+        sys.stderr.write(f"{name}: {error}\n")
+    except BrokenPipeError:             # of `| head`: nobody reads the rest
+        sys.stdout = open(os.devnull, "w")
+    return EXIT_FAILED
+
+
+def _print(*lines: str) -> None:
+    sys.stdout.write("".join(line + "\n" for line in lines))
+
+
+def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
+    """Return the only word.  Raises FlagError."""
+    if not words:
+        raise FlagError(f"{name} is missing: {meaning}")
+    if len(words) > 1:
+        raise FlagError(f"'{words[1]}' is one word too many")
+    return words[0]
+
+
+def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
+    return {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
+
+
+# -- backup and restore
+
+
+_BACKUP_FLAGS = flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+""")
+_RESTORE_FLAGS = (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster)."))
+
+
+def _run_backup(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    if words:
+        raise FlagError(f"'{words[0]}' is no flag: name directories with -data-dir and -backup-dir")
+    for name in ("data-dir", "backup-dir"):
+        if not settings[name]:
+            raise FlagError(f"-{name} is missing")
+    report = backup(**_options(settings, _BACKUP_FLAGS), progress=line.show)
+    line.clear()
+    _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
+    return 0
+
+
+def _run_restore(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    check_restore_settings(settings)
+    source = _one_word(words, "SOURCE", "a snapshot file, or a data directory")
+    report = restore(source, **_options(settings, _RESTORE_FLAGS), progress=line.show)
+    line.clear()
+    _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
+    return 0
+
+
+# -- check and dump
+
+
+_READ_FLAGS = flag_rows("""
+wal-dir  text  path to its dedicated wal directory, if it has one.
+json  bool  print JSON: one object, or one for each line.
+""")
+
+
+def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    path = _one_word(words, "DIR", "a data directory")
+    found = inspect_dir(path, settings["wal-dir"], line.show)
+    line.clear()
+    if settings["json"]:
+        _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
+    else:
+        _print(*check_lines(found))
+    if found.faults:
+        return EXIT_FAILED
+    newer = [verdict for verdict in verdicts(found) if verdict.version >= "3.5"]
+    return 0 if all(verdict.starts for verdict in newer) else EXIT_REFUSED
+
+
+def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    path = _one_word(words, "DIR", "a data directory")
+    found = inspect_dir(path, settings["wal-dir"], line.show)
+    line.clear()
+    if settings["json"]:
+        for row in dump_json(found):
+            _print(json.dumps(row, ensure_ascii=False))
+    else:
+        for text in dump_lines(found):
+            _print(text)
+    for fault in found.faults:
+        sys.stderr.write(f"dump: {fault}\n")
+    return EXIT_FAILED if found.faults else 0
+
+
+# -- export and import
+
+
+_CLUSTER_FLAGS = (
+    Flag("endpoints", parse_urls, (), "client URLs of the cluster, comma between."),
+    *flag_rows("""
+ca-file  text  certificates of authorities to check the cluster with.
+cert-file  text  client certificate.
+key-file  text  key of that certificate.
+username  text  name:password of a user.
+"""), Flag("map", parse_key_map, [], "prefixes of keys to replace: /old=/new, comma between."),
+)
+_EXPORT_FLAGS = (
+    Flag("format", one_of(*FORMATS), "json",
+         "json, as pyetcdctl writes; script, of etcdctl for etcd 3; or db, a snapshot of etcd 3."),
+    Flag("ttl", one_of("drop", "lease"), "drop",
+         "what becomes of times to live in etcd 3: permanent keys, or leases of what is left."),
+    *flag_rows("""
+output  text  file to write (default: print it).
+wal-dir  text  path to the dedicated wal directory of DIR, if it has one.
+"""), *_CLUSTER_FLAGS,
+)
+_IMPORT_FLAGS = (*_CLUSTER_FLAGS, *flag_rows("""
+keep  bool  leave keys that exist as they are.
+dry-run  bool  read everything, count, and write nothing.
+"""))
+
+
+def _access(settings: Settings) -> Access:
+    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
+                  settings["key-file"], settings["username"])
+
+
+def _run_export(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    source = _one_word(words, "DIR", "") if words else ""
+    access = _access(settings)
+    if "://" in source:
+        access, source = access._replace(urls=parse_urls(source)), ""
+    if bool(source) == bool(access.urls):
+        raise FlagError("name one source: a data directory, or a cluster with -endpoints")
+    report = export_keys(
+        source, access, form=settings["format"], target=settings["output"],
+        key_map=settings["map"], leases=settings["ttl"] == "lease", wal_dir=settings["wal-dir"],
+        progress=line.show,
+    )
+    line.clear()
+    for fault in report.faults:
+        sys.stderr.write(f"export: {fault}\n")
+    if settings["output"]:
+        _print(f"{settings['output']}: {report.summary()}")
+    return EXIT_FAILED if report.faults else 0
+
+
+def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    source = _one_word(words, "FILE", "what export or etcd 3 has written")
+    access = _access(settings)
+    if not access.urls:
+        raise FlagError("-endpoints is missing: the cluster to write to")
+    report = import_keys(source, access, key_map=settings["map"], keep=settings["keep"],
+                         dry_run=settings["dry-run"], progress=line.show)
+    line.clear()
+    for key in report.refused:
+        sys.stderr.write(f"import: {key}\n")
+    _print(("would be: " if settings["dry-run"] else "") + report.summary())
+    return EXIT_FAILED if report.refused else 0
+
+
+TOOLS: Dict[str, Tool] = {
+    "backup": Tool(
+        "-data-dir DIR -backup-dir COPY", "copy the data of a member", (
+            "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member"
+            " that", "is started from the copy with -force-new-cluster is a cluster of one with all"
+            " keys."), _BACKUP_FLAGS, _run_backup),
+    "restore": Tool(
+        "SOURCE -name NAME", "make a new cluster out of a snapshot or a copy", (
+            "Make the data directory of member NAME of a new cluster with keys, users and roles of",
+            "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data"
+            " directory.",
+            "On each host, with the same SOURCE and flags but for -name; then start the members."),
+        _RESTORE_FLAGS, _run_restore),
+    "check": Tool(
+        "DIR", "say what a data directory holds, and which etcd starts on it", (
+            "Read the data directory of a stopped member of etcd 2.0 to 3.7 or pyetcd, and change"
+            " no byte.", "Exit code: 0, 2 if etcd 3.5, 3.6 or 3.7 refuses it, 1 if it is damaged."),
+        _READ_FLAGS, _run_check),
+    "dump": Tool(
+        "DIR", "print every key of a data directory, and where it stands", (
+            "Print the keys, users and roles of v2 and the commands in the log, one a line, with"
+            " the", "place of each: the snapshot, or an entry of the log."),
+        _READ_FLAGS, _run_dump),
+    "export": Tool(
+        "DIR|URL", "write the keys of v2 to a file: for etcd 3, or to import", (
+            "Write the keys of a data directory, whose member is stopped, or of a cluster."
+            "  Hidden keys", "of a cluster are not listed by it, and so left out."),
+        _EXPORT_FLAGS, _run_export),
+    "import": Tool(
+        "FILE -endpoints URL", "write the keys of a file to a cluster", (
+            "FILE is what export or pyetcdctl has written, a snapshot of etcd 3, or the data"
+            " directory of", "one.  Keys that v2 cannot hold are named, and left out."),
+        _IMPORT_FLAGS, _run_import),
+}
+
+
+# ============================================================================
+# life/command_line -- The command line: the one module that prints, and touches signals and process limits.
+# ============================================================================
+
+
+DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
+_SEE_HELP = "See 'pyetcd -help'."
+
+
+def usage() -> str:
+    lines = [
+        "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        *(line for name, tool in TOOLS.items() for line in (
+            f"       pyetcd {name} {tool.words}",
+            f"       {tool.brief}: see pyetcd {name} -help", "")),
+        "       pyetcd -version", "       show the version", "",
+        "       pyetcd -h | -help", "       show the help information about pyetcd", "",
+        "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
+        "environment variable is ETCD_ and its name, upper case, with _ for -.",
+    ]
+    for title, flags in FLAGS.items():
+        lines += ["", f"{title} flags:", "", *flag_lines(flags)]
+    lines += ["", "of etcd 0.4, without effect flags:", ""]
+    lines += [f"\t--{name}" for name in IGNORED_BOOLS]
+    lines += ["", "of etcd 3 or experimental, without effect flags:"]
+    for reason, names in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def version_text() -> str:
+    machine = platform.machine().lower()
+    machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return (
+        f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
+        f"Go OS/Arch: {sys.platform}/{machine}\n"
+    )
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        return f"{record.asctime} {prefix}{record.message}"
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, indented: no text in it looks like a line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+def set_up_logging(settings: Settings) -> None:
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)
+
+
+def check_data_dir(config: ServerConfig) -> str:
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
+
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
+    """
+    log = package_logger("etcd")
+    path = config.data_dir or config.name + ".etcd"
+    if not config.data_dir:
+        log.info("no data-dir provided, using default data-dir ./%s", path)
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+        raise StartError(
+            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
+        )
+
+
+def notify_systemd(environ: Mapping[str, str]) -> None:
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
+    path = environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        # etcd logs this wherever systemd runs, from a terminal too.
+        if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
+            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"READY=1", address)
+    except OSError as error:
+        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+
+
+class SignalStop:
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
+
+    Before install() the signals end the process at once: the member serves nothing yet.
+    """
+
+    _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
+
+    def __init__(self) -> None:
+        self._received = 0
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def install(self, stop: Callable[[], None]) -> None:
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
+        def received(number: int, frame: object) -> None:
+            if self._received:
+                return
+            self._received = number
+            name = self._SIGNALS[signal.Signals(number)]
+            logging.getLogger("pyetcd").info("received %s signal, shutting down...", name)
+            threading.Thread(target=stop, name="stop", daemon=True).start()
+
+        for number in self._SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, received)
+
+    def end(self) -> None:
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
+        if self._received and os.getpid() != 1:
+            signal.signal(self._received, signal.SIG_DFL)
+            os.kill(os.getpid(), self._received)
+
+
+def log_tls_and_cors(config: ServerConfig) -> None:
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
+    log = package_logger("etcd")
+    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
+    for level, text in (
+        *check_tls("peer", config.peer_tls, peer_urls),
+        *check_tls("client", config.client_tls, config.listen_client_urls),
+    ):
+        log.log(level, "%s", text)
+    if config.cors:
+        log.info("cors = %s", ",".join(config.cors))
+
+
+def start_server(config: ServerConfig, kind: str) -> ServerThread:
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
+
+    kind  as from check_data_dir
+
+    Raises StartError.
+    """
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+    return ProxyServer.from_config(config).__enter__()
+
+
+def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
+    """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
+    signals = SignalStop()
+    kind = check_data_dir(config)
+    raise_descriptor_limit()
+    server = start_server(config, kind)
+    signals.install(server.stop)
+    notify_systemd(environ)
+    code = server.wait()
+    signals.end()
+    return code
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run `pyetcd` with these words after the command; return the exit code."""
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
+    sys.setswitchinterval(0.0005)
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in TOOLS:
+        return run_tool(words[0], words[1:])
+    try:
+        settings = Settings(words, os.environ)
+        if settings.help:
+            sys.stdout.write(usage())
+            return 0
+        settings.check_leftover()
+        if settings["version"]:
+            sys.stdout.write(version_text())
+            return 0
+        settings.complete()
+        config = make_config(settings)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
+        return 1
+    set_up_logging(settings)
+    for level, package, text in settings.lines:
+        package_logger(package).log(level, "%s", text)
+    if settings["snapshot-count"] == 0:
+        package_logger("etcdserver").info(
+            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
+        )
+    try:
+        log_tls_and_cors(config)
+        return run_member(config, os.environ)
+    except StartError as error:
+        package_logger("etcd").critical("%s", error)
+        return 1
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ MODULE_LINES_MAX = 750
 COLUMNS_MAX = 100
 BROAD_HANDLERS_MAX = 4
 # All lines below src/.  Raised only with the reason in the body of the commit.
-SOURCE_LINES_MAX = {"pyetcd": 23_150, "pyetcd_client": 9_100}
+SOURCE_LINES_MAX = {"pyetcd": 26_500, "pyetcd_client": 8_900}
 
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -190,7 +190,7 @@ def _clock_reads(tree: ast.Module) -> Iterator[int]:
 # the tools and the command line.
 _MAY_READ_CLOCKS = {
     "net/workers", "net/tls", "net/dns", "life/discovery", "life/testkit", "life/sources",
-    "life/backup", "life/command_line",
+    "life/backup", "life/inspection", "life/exchange", "life/tools", "life/command_line",
 }
 
 
@@ -290,7 +290,7 @@ def test_house_build_refuses_what_every_room_is_told_not_to_know(rooms: types.Mo
 
 
 @pytest.mark.parametrize("program, module", [
-    ("pyetcd", "store/tree"), ("pyetcd", "base/codec"), ("pyetcd_client", "recipes/locks"),
+    ("pyetcd", "store/tree"), ("pyetcd", "base/codec"), ("pyetcd_client", "recipes/basics"),
 ])
 def test_house_an_edit_of_a_built_file_names_the_module_to_change(
     rooms: types.ModuleType, program: str, module: str, capsys: pytest.CaptureFixture[str]

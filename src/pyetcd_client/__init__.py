@@ -11,9 +11,9 @@
         print(event.action, event.key, event.value)
 
 The client never guesses.  A request goes to another endpoint only if the first connection was
-never made, or if it is a read.  When the fate of a write is unknown (its answer was lost, late or
-unreadable, or the server gave up on it) the error raised says `maybe_applied=True`, and nothing is
-sent again: what to do then is for the caller to decide, who knows whether it may happen twice.
+never made, or if it is a read.  If the fate of a write is unknown (its reply was lost, late or
+malformed, or the server gave up on it) the error has `maybe_applied=True`, and the client does not
+repeat the write: only the program can decide whether it may be applied twice.
 
 `python -m pyetcd_client` is a command line: etcdctl 2.3, and export, mirror, top and others.
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 from .client.client import Client
 from .client.users import Auth, EtcdRole, EtcdUser, auth
 from .client.watching import Watch, WatchedChange, each, to_thread
-from .ctl.program import main  # noqa: F401  # of the script; a program has a main of its own
+from .ctl.program import main  # noqa: F401  # for the script; not in __all__
 from .recipes.barriers import Barrier, Counter, DoubleBarrier
 from .recipes.basics import retry
 from .recipes.copies import CachedTree, ChildrenWatch, DataWatch

@@ -1,4 +1,4 @@
-"""The last lines of the file: it runs as a program."""
+"""The last lines of the file: it is a program, too."""
 
 from __future__ import annotations
 

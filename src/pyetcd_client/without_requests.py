@@ -1,4 +1,4 @@
-"""What a program says where requests is not installed."""
+"""The message of pyetcdctl if the package requests is missing."""
 
 from __future__ import annotations
 

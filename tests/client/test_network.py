@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -197,10 +198,18 @@ def test_client_net_etcd_proxies_are_not_left():
         assert [target for _, target, _ in server.requests] == ["/v2/keys/k"]
 
 
+def _net_resolve_with(address, monkeypatch):
+    """Have dnspython ask this name server."""
+    resolver = pytest.importorskip("dns.resolver", reason="dnspython is not installed")
+    own = resolver.Resolver(configure=False)
+    own.nameservers, own.port = [address[0]], address[1]
+    monkeypatch.setattr(resolver, "default_resolver", own)
+
+
 @pytest.mark.parametrize("service, scheme", [
     ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", "http")])
 def test_client_net_srv_records_name_the_endpoints(service, scheme, disc_dns, monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [disc_dns.address])
+    _net_resolve_with(disc_dns.address, monkeypatch)
     disc_dns.zone = {f"_{service}._tcp.example.test": [
         (10, 0, 2379, "n2.example.test"), (0, 0, 2380, "n1.example.test")]}
     for disc_dns.truncate in (False, True):
@@ -213,11 +222,33 @@ def test_client_net_srv_records_name_the_endpoints(service, scheme, disc_dns, mo
 
 @pytest.mark.parametrize("garbage", [False, True])
 def test_client_net_srv_without_records_is_an_error(garbage, disc_dns, monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [disc_dns.address])
+    _net_resolve_with(disc_dns.address, monkeypatch)
     disc_dns.garbage = garbage
     with Client(srv_domain="none.test") as client, pytest.raises(
             pyetcd_client.ConnectionFailed, match="SRV|lookup"):
         client.get("k", timeout=5)
+
+
+def test_client_net_srv_domain_without_dnspython_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dns.exception", None)
+    with Client(srv_domain="example.test") as client, pytest.raises(
+            pyetcd_client.ConnectionFailed, match="pip install dnspython"):
+        client.get("k")
+
+
+def test_client_net_a_redirect_to_a_malformed_target_is_not_followed():
+    with _ClientRawServer(_client_reply(b"", 307, extra="Location: /v2/a b\r\n")) as server:
+        with Client(server.url) as client, pytest.raises(
+                pyetcd_client.TransportError, match="not percent-encoded"):
+            client.get("k", timeout=1)
+        assert {target for _, target, _ in server.requests} == {"/v2/keys/k"}
+
+
+@pytest.mark.parametrize("option", ["ca_cert", "cert"])
+def test_client_net_a_missing_certificate_file_is_named(option):
+    with Client("https://127.0.0.1:9", **{option: "/no/Such"}) as client, pytest.raises(
+            pyetcd_client.ConnectionFailed, match="there is no file /no/Such"):
+        client.get("k")
 
 
 def test_client_net_passwords_go_to_endpoints_only():
@@ -241,7 +272,7 @@ def test_client_net_settings_come_from_the_environment(monkeypatch):
     client = Client.from_env(connect_timeout=7)
     assert client.endpoints.urls == ("http://b:1", "http://b:2") and client._srv is None
     assert (client.username, client.password, client.connect_timeout) == ("u", "p:w", 7)
-    assert client._trust[:2] == ("a", ("c", "k"))
+    assert client._connection_settings[:2] == ("a", ("c", "k"))
 
 
 def test_client_net_tls_with_certificates(tmp_path, certificates):
@@ -319,11 +350,10 @@ def test_client_net_a_connection_in_the_making_can_be_ended(waits_for, monkeypat
 
 
 def test_client_net_a_silent_name_server_can_be_left(monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "DNS_ANSWER_S", 1e3)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         silent.settimeout(_CLIENT_WAIT_S)
-        monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [silent.getsockname()])
+        _net_resolve_with(silent.getsockname(), monkeypatch)
         with Client(srv_domain="example.test", total_timeout=1e3) as client:
             with _client_background(client.get, "k") as outcome:
                 assert silent.recv(512)

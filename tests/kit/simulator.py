@@ -281,10 +281,12 @@ class _SimWalWriter(pyetcd.WalWriter):
         self._later()
 
     def _later(self):
+        self._reactor.call_later(self._delay_s(), self._work)
+
+    def _delay_s(self):
         sim = self._reactor.sim
         slow = 0.2 if sim.rng.random() < 0.02 else 0.002
-        delay_s = min(sim.rng.expovariate(1 / slow) * self._reactor.member.disk.slowness, 20.0)
-        self._reactor.call_later(delay_s, self._work)
+        return min(sim.rng.expovariate(1 / slow) * self._reactor.member.disk.slowness, 20.0)
 
     def _work(self):
         while self.steps:

@@ -326,7 +326,7 @@ def test_backup_dry_run_and_refusals_change_nothing(
          f" -initial-advertise-peer-urls http://i:1", "--initial-cluster must include"),
         ("backup -data-dir x", "-backup-dir is missing. See 'pyetcd backup -help'."),
         ("restore", "SOURCE is missing"),
-        ("restore a b", "'b' is not a valid flag. See 'pyetcd restore -help'."),
+        ("restore a b", "'b' is one word too many. See 'pyetcd restore -help'."),
         ("restore a -initial-cluster m=http://:1", "has no host"),
     ):
         code = pyetcd.main(words.split())

@@ -454,7 +454,7 @@ def test_aid_examples_of_the_manual_run(_aid_output):
     program = "\n".join([*programs, "import sys", "assert 'pytest' not in sys.modules"])
     code, output = _aid_python(ROOT, "-c", program)
     assert code == 0, output
-    assert re.fullmatch(r"http://127.0.0.1:\d+\netcd[12]\n", output)
+    assert re.fullmatch(r"http://127.0.0.1:\d+\netcd[123]\n", output)
 
 
 def test_aid_examples_of_embedding_run(tmp_path, monkeypatch, capsys):

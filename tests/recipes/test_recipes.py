@@ -511,7 +511,7 @@ def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_serve
 
 
 def test_recipe_election_observer_times_out(_recipe_client, _client_dir):
-    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.05)
+    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.5)
     assert next(seen) is None
     with pytest.raises(pyetcd_client.WatchTimeout):
         next(seen)
@@ -526,7 +526,7 @@ def test_recipe_queue_is_first_in_first_out(_recipe_client, _client_dir):
         queue.put(value)
     assert len(queue) == 4
     assert [queue.get(0) for _ in range(5)] == ["a", "b", "", "a", None]
-    assert len(queue) == 0 and queue.get(timeout=0.05) is None
+    assert len(queue) == 0 and queue.get(timeout=0.5) is None
 
 
 @pytest.mark.parametrize("fate", _RECIPE_FATES)
@@ -642,14 +642,14 @@ def test_recipe_double_barrier_rounds_begin_and_end_together(_recipe_client, _cl
 
 def test_recipe_double_barrier_who_waits_in_vain_is_not_counted(_recipe_client, _client_dir):
     barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
-    assert barrier.enter(timeout=0.05) is False
+    assert barrier.enter(timeout=0.5) is False
     assert _recipe_client.ls(_client_dir + "/members") == []
     other = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
     with _client_background(other.enter) as outcome:
         assert barrier.enter() is True
-    assert outcome == [True] and barrier.leave(timeout=0.05) is False
+    assert outcome == [True] and barrier.leave(timeout=0.5) is False
     assert other.leave() and barrier.leave()
-    assert barrier.enter(timeout=0.05) is False     # the next round needs two again
+    assert barrier.enter(timeout=0.5) is False     # the next round needs two again
 
 
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
@@ -708,7 +708,7 @@ def test_recipe_counter_can_be_cancelled():
         with Client(server.url) as client:
             counter = pyetcd_client.Counter(client, "k")
             with _client_background(add), _client_background(add):
-                _client_eventually(lambda: len(counter._spans) == 2 and server.connections)
+                _client_eventually(lambda: len(counter._scopes) == 2 and server.connections)
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     counter.add(timeout=0)
                 counter.cancel()
@@ -749,9 +749,10 @@ def test_recipe_cached_tree_follows_the_directory(_recipe_client, _client_dir):
         _recipe_client.delete(_client_dir + "/f")
         index = _recipe_client.set(_client_dir + "/f/g", "5").modified_index
         assert tree.wait_for(index, _CLIENT_WAIT_S) and _recipe_names(tree) == {"/f/g": "5"}
-        # etcd 2.3 tells of hidden keys what it finds in its history.
-        assert tree._covers(_client_dir + "/f") and not tree._covers(_client_dir + "/_d/f")
-        assert tree._covers(_client_dir) and not tree._covers(_client_dir + "2/f")
+        # etcd 2.3 returns events of hidden keys from its history.
+        concerns = tree._watch._state._concerns
+        assert concerns(_client_dir + "/f") and not concerns(_client_dir + "/_d/f")
+        assert concerns(_client_dir) and not concerns(_client_dir + "2/f")
         assert tree.error is None and not tree.wait_for(tree.index + 1000, 0.01)
     told = [(key[len(_client_dir):], old and old.value, new and new.value)
             for key, old, new in changes]
@@ -874,8 +875,8 @@ def test_recipe_timeout_of_zero_tries_once_and_does_not_wait(
         _recipe_client, _client_dir, _recipe_blocker, kind, monkeypatch):
     make, wait, nothing = kind
     _recipe_patience(monkeypatch)
-    monkeypatch.setattr(pyetcd_client, "_await", lambda client, span, *_, **__: (
-        1 / 0 if span.wait_s() else False))
+    monkeypatch.setattr(pyetcd_client._CallScope, "wait_for_event", lambda scope, *_, **__: (
+        1 / 0 if scope.wait_s() else False))
     assert wait(make(_recipe_client, _client_dir), 0) is nothing
     with pytest.raises(ValueError, match="timeout"):
         wait(make(_recipe_client, _client_dir), -1)
@@ -894,14 +895,14 @@ def test_recipe_every_wait_can_be_ended_from_another_thread(
             return wait(recipe, None)
 
     with _client_background(work) as outcome:
-        _client_eventually(lambda: recipe._spans and next(iter(recipe._spans)).looked)
+        _client_eventually(lambda: recipe._scopes and next(iter(recipe._scopes)).waited)
         {"recipe": recipe.cancel, "scope": scope.cancel, "client": _recipe_client.close}[ender]()
         _client_eventually(lambda: outcome)
     if ender == "recipe":
         assert outcome == [nothing]
     else:
         assert isinstance(outcome[0], pyetcd_client.Cancelled)
-    assert not recipe._spans and not _recipe_client.scope._wakers
+    assert not recipe._scopes and not _recipe_client.scope._wakers
     if ender != "client":                       # then what is in a line is left to its ttl
         left = [node.key for node in _client_files(_recipe_client, _client_dir)]
         assert not [key for key in left if re.search(r"\d{20}$", key) and "/s/" not in key
@@ -921,7 +922,7 @@ def test_recipe_iterators_end_when_they_are_closed(_recipe_client, _client_dir, 
                      pyetcd_client.ServiceRegistry(_recipe_client, _client_dir).watch("mail")):
         next(observed)
         with _client_background(lambda observed=observed: list(observed)) as outcome:
-            _client_eventually(lambda observed=observed: observed._spans)
+            _client_eventually(lambda observed=observed: observed._scopes)
             observed.close()
             _client_eventually(lambda: outcome)
         assert outcome == [[]]
@@ -941,7 +942,7 @@ def test_recipe_nothing_outlives_the_client(_recipe_client, _client_server, _cli
             thread.name.startswith("pyetcd-") for thread in threading.enumerate()))
     assert sorted(lost) == ["lease", "lock"] and not lock.is_held and not lease.alive
     assert isinstance(tree.error, pyetcd_client.Cancelled) and not tree.wait_for(1 << 60)
-    assert not [way for one in client._idle for way in one._ways.values() if way.connection.sock]
+    assert not [way for one in client._idle for way in one._routes.values() if way.connection.sock]
     changes.close(), tree.close()
     assert lock.release() is False              # the entry goes: the client can be used again
     client.close()
@@ -1043,7 +1044,7 @@ def test_recipe_lock_acquired_again_waits_unless_that_could_never_end(
             return lock.acquire(timeout=0.01)
         assert asyncio.run(task()) is False
         with _client_background(lock.acquire) as outcome:
-            _client_eventually(lambda: len(lock._spans) == 1)
+            _client_eventually(lambda: len(lock._scopes) == 1)
             assert not outcome and lock.release()
         assert outcome == [True] and lock.is_held
     assert lock.is_held                         # this block's hold was given up before
@@ -1687,6 +1688,7 @@ def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
                 member.pause()
                 end.wait(rng.uniform(0.0, 3.0))     # longer than a ttl: locks are lost
                 member.resume()
+        monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
     with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
         urls = [member.client_url for member in cluster.members]

@@ -5,20 +5,10 @@ Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from typing import (
-    IO,
-    BinaryIO,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.limits import UINT64_MAX
 
@@ -83,16 +73,15 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[IO[bytes]] = None) -> None:
+    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
         """Read `file` if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: IO[bytes] = file or open(path, "rb")
-        try:
+        self._file: BinaryIO = file or open(path, "rb")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._meta = self._newest_meta()
             self._buckets = self._top_buckets()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
         return self

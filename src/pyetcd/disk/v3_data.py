@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import IO, cast
+from typing import IO, BinaryIO, cast
 
 from ..base.basics import fsync_dir
 from ..base.ids import package_logger
@@ -60,7 +60,7 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         return False
     database.seek(-1, io.SEEK_CUR)
     try:
-        tail = cast(IO[bytes], _Tail(database))
+        tail = cast(BinaryIO, _Tail(database))
         with BoltReader("the database of a snapshot", tail) as reader:
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
     except (BoltError, OSError):

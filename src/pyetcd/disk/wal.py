@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..base.basics import NO_DESCRIPTOR
 from ..base.codec import (
@@ -153,6 +153,37 @@ class Wal:
             held = Wal._lock(directory, names, disk, cleanup)
             return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
+    @staticmethod
+    def read_until_damage(
+        directory: str, start: EntryID, *, disk: OsDisk
+    ) -> Tuple[WalContents, str]:
+        """Return what the log holds behind the snapshot `start` up to the first damage, and what
+        the damage is; "" if all is well.  Raises FileLocked, OSError.
+        """
+        reader = _WalReader(directory, start, disk)
+        try:
+            names = _segments_from(directory, start.index, disk)
+            with contextlib.ExitStack() as cleanup:
+                for name, handle in Wal._lock(directory, names, disk, cleanup):
+                    reader.read(name, handle, last=name == names[-1])
+            return reader.contents(), ""
+        except FileLocked:
+            raise
+        except WalError as error:
+            return reader.contents_so_far(), str(error)
+
+    @staticmethod
+    def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
+        """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
+        found: Set[EntryID] = set()
+        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
+            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
+                with contextlib.suppress(CodecError):
+                    snapshot_id = _decode_walpb_snapshot(data)
+                    if data != _encode_walpb_snapshot(snapshot_id):
+                        found.add(snapshot_id)
+        return found
+
     # -- reactor's side ----------------------------------------------------
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
@@ -268,6 +299,12 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
     """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
+    for record in _snapshot_records(data):
+        with contextlib.suppress(CodecError):
+            yield _decode_walpb_snapshot(record)
+
+
+def _snapshot_records(data: bytes) -> Iterator[bytes]:
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -277,7 +314,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_walpb_snapshot(_decode_record(data[body:body + length])[2])
+                yield _decode_record(data[body:body + length])[2]
 
 
 class _WalReader:
@@ -319,6 +356,10 @@ class _WalReader:
         if last and repairs and decoder.end < len(decoder.data):
             self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
+
+    def contents_so_far(self) -> WalContents:
+        """Return what was read before the damage."""
+        return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
         """Return the log behind the snapshot.  Raises WalError if they do not fit.

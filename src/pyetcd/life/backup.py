@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import struct
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import fsync_dir
@@ -17,6 +16,7 @@ from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME, DEFAULT_PEER_URLS
 from ..base.messages import Entry, EntryID, HardState
 from ..base.urls import parse_urls
 from ..base.versions import DEFAULT_IDENTITY
+from ..disk.bolt import v3_buckets, write_bolt
 from ..disk.files import OS_DISK
 from ..disk.snapshots import SnapshotFile, Snapshotter
 from ..disk.wal import Wal
@@ -125,39 +125,11 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
-
-    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
-    """
-    def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
-        head = struct.pack("<QHHI", id, kind, len(items), 0)
-        at, table, data = 16 * len(items), b"", b""
-        for number, (flags, key, value) in enumerate(items):
-            table += struct.pack("<IIII", flags, at + len(data) - 16 * number, len(key), len(value))
-            data += key + value
-        return head + table + data
-
-    def bucket(*items: Tuple[bytes, int]) -> bytes:
-        rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
-        return bytes(16) + page(0, 2, rows)
-
-    full = {
-        b"auth": bucket((b"authRevision", 1)), b"meta": bucket((b"consistent_index", raft_index)),
-    }
-    names = b"alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
-    pages = [page(3, 2, [(1, name, full.get(name, bucket())) for name in names]), page(2, 16, ())]
-    for transaction in (1, 0):
-        meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, 4096, 0, 3, 0, 2, 4, transaction)
-        checksum = 0xCBF29CE484222325
-        for byte in meta:
-            checksum = (checksum ^ byte) * 0x100000001B3 & UINT64_MAX
-        pages.append(page(transaction, 4, ()) + meta + checksum.to_bytes(8, "little"))
-    handle = OS_DISK.create(path)
-    try:
-        OS_DISK.write(handle, b"".join(data.ljust(4096, b"\0") for data in reversed(pages)))
-        OS_DISK.fsync(handle)
-    finally:
-        OS_DISK.close(handle)
+    """Write the database that etcd 3 wants beside a snapshot: without a key, up to raft_index."""
+    with open(path, "w+b") as file:
+        write_bolt(file, v3_buckets(raft_index))
+        file.flush()
+        OS_DISK.fsync(file.fileno())
 
 
 # -- backup and restore ------------------------------------------------------------

@@ -12,20 +12,18 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
 from ..base.ids import one_line, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..member.configuration import ServerConfig
-from ..net.workers import SYSTEM_CLOCK
-from .backup import backup, restore
-from .checks import check_restore_settings, check_tls, make_config
+from .checks import check_tls, make_config
 from .embedding import Server, ServerThread
-from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, Flag, FlagError
+from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
 from .proxy import ProxyServer
 from .settings import Settings
-from .sources import TOOL_FLAGS, BackupError
+from .tools import TOOLS, flag_lines, run_tool
 
 DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
 _SEE_HELP = "See 'pyetcd -help'."
@@ -34,48 +32,22 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd backup [flags]",
-        "       copy the data of a member: see pyetcd backup -help", "",
-        "       pyetcd restore SOURCE [flags]",
-        "       make a new cluster out of a snapshot or a copy: see pyetcd restore -help", "",
+        *(line for name, tool in TOOLS.items() for line in (
+            f"       pyetcd {name} {tool.words}",
+            f"       {tool.brief}: see pyetcd {name} -help", "")),
         "       pyetcd -version", "       show the version", "",
         "       pyetcd -h | -help", "       show the help information about pyetcd", "",
         "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
         "environment variable is ETCD_ and its name, upper case, with _ for -.",
     ]
     for title, flags in FLAGS.items():
-        lines += ["", f"{title} flags:", "", *_flag_lines(flags)]
+        lines += ["", f"{title} flags:", "", *flag_lines(flags)]
     lines += ["", "of etcd 0.4, without effect flags:", ""]
     lines += [f"\t--{name}" for name in IGNORED_BOOLS]
     lines += ["", "of etcd 3 or experimental, without effect flags:"]
     for reason, names in NO_EFFECT.items():
         lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
     return "\n".join(lines) + "\n"
-
-
-def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
-    for flag in flags:
-        default = flag.default
-        if isinstance(default, (tuple, dict)):
-            default = ",".join(default)
-        shown = str(default).lower() if flag.is_bool else f"'{default}'"
-        yield f"\t--{flag.name} {shown}"
-        yield f"\t\t{flag.help}"
-
-
-_TOOL_USAGE = {
-    "backup": (
-        "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
-        "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member that",
-        "is started from the copy with -force-new-cluster is a cluster of one with all keys.",
-    ),
-    "restore": (
-        "usage: pyetcd restore SOURCE -name NAME [flags]", "",
-        "Make the data directory of member NAME of a new cluster with keys, users and roles of",
-        "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data directory.",
-        "On each host, with the same SOURCE and flags but for -name; then start the members.",
-    ),
-}
 
 
 def version_text() -> str:
@@ -238,78 +210,6 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
-class ProgressLine:
-    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
-
-    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
-        self._tool = tool
-        self._now = now
-        self._next = now() + 1.0
-        self._keys = 0
-        self._text = ""                 # on the terminal now
-
-    def show(self, share: float, keys: int) -> None:
-        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
-        self._keys = max(self._keys, keys)
-        if sys.stderr.isatty() and self._now() >= self._next:
-            self._next = self._now() + 0.1
-            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
-
-    def clear(self) -> None:
-        if self._text:
-            self._show("")
-            sys.stderr.write("\r")
-
-    def _show(self, text: str) -> None:
-        sys.stderr.write("\r" + text.ljust(len(self._text)))
-        sys.stderr.flush()
-        self._text = text
-
-
-def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
-    line = ProgressLine(tool)
-    try:
-        report = _run_tool(tool, list(words), line)
-    except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
-        return 1
-    except BackupError as error:
-        line.clear()
-        sys.stderr.write(f"{tool}: {error}\n")
-        return 1
-    line.clear()
-    sys.stdout.write(report)
-    return 0
-
-
-def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return the text to print at the end.  Raises FlagError, BackupError."""
-    is_first = tool == "restore" and words and not words[0].startswith("-")
-    source = words.pop(0) if is_first else ""
-    flags = TOOL_FLAGS[tool]
-    settings = Settings(words, os.environ, flags)
-    if settings.help:
-        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
-    if tool == "restore":
-        source = source or settings.take_word()
-    settings.check_leftover()
-    settings.read_environment()
-    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
-    if tool == "backup":
-        for name in ("data-dir", "backup-dir"):
-            if not settings[name]:
-                raise FlagError(f"-{name} is missing")
-        report = backup(**options, progress=line.show)
-    else:
-        check_restore_settings(settings)
-        if not source:
-            raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(source, **options, progress=line.show)
-    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -319,7 +219,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in TOOL_FLAGS:
+    if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:
         settings = Settings(words, os.environ)

@@ -82,7 +82,7 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+def one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
     """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: str) -> str:
         if text not in choices:
@@ -176,7 +176,7 @@ def flag_rows(table: str) -> Tuple[Flag, ...]:
         name, kind, help = re.split(" {2,}", row, maxsplit=2)
         kind, _, field = kind.partition(":")
         field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
-        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        parse, default = _KINDS[kind] if kind in _KINDS else (one_of(*kind.split("|")), "")
         if hasattr(_DEFAULTS, field.partition(".")[0]):
             default = operator.attrgetter(field)(_DEFAULTS)
         else:
@@ -219,7 +219,7 @@ discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
 compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
-"""), Flag("discovery-srv-name", _one_of("", refusal=(
+"""), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
     )), "", "not supported: suffix of the SRV names.")),
     "proxy": flag_rows("""
@@ -250,14 +250,14 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
         *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
                f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
           for prefix in ("", "peer-")),
-        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+        *(Flag(f"peer-client-{file}", one_of("", refusal=(
             "peers are shown the certificate of -peer-cert-file; leave this out"
         )), "", f"not supported: -peer-{file} serves for both directions.")
           for file in ("cert-file", "key-file")),
-        Flag("tls-min-version", _one_of(
+        Flag("tls-min-version", one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _one_of("", "*", refusal=(
+        Flag("host-whitelist", one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
         )), "*", "not supported: only `*`.")),
@@ -279,7 +279,7 @@ peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
 peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
 """),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=(
+        Flag(name, one_of("", refusal=(
             f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
         )), "", "no longer supported.")
         for name in ("peers", "peers-file")

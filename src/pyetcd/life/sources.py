@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from typing import Callable, Container, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Container, List, NamedTuple, Optional, Set, Tuple
 
 from ..base.codec import decode_conf_change, decode_metadata
 from ..base.errors import CodecError, FileLocked, WalError
 from ..base.messages import Entry, EntryID, EntryType, HardState, Snapshot
-from ..base.urls import parse_urls
 from ..disk.files import _SNAP_NAME, OsDisk
 from ..disk.snapshots import Snapshotter, decode_snapshot_file
 from ..disk.wal import Wal
@@ -18,27 +17,8 @@ from ..member.applier import Applier
 from ..member.cluster import Cluster, Member
 from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
-from .flags import Flag, flag_rows
 from .restart import _voters
 
-TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": flag_rows("""
-data-dir  text  path to the data directory to copy; its member may run.
-wal-dir  text  path to its dedicated wal directory, if it has one.
-backup-dir  text  path to the copy; must be empty or absent.
-backup-wal-dir  text  path to a dedicated wal directory of the copy.
-dry-run  bool  say what would be done, and change nothing.
-"""),
-    "restore": (*flag_rows("""
-name  text  name of the member whose data directory is made.
-initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
-initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
-data-dir  text  path to the new data directory (default: <name>.etcd).
-wal-dir  text  path to the new dedicated wal directory.
-dry-run  bool  say what would be done, and change nothing.
-"""), Flag("initial-advertise-peer-urls", parse_urls, (),
-           "peer URLs of this member (default: those in -initial-cluster).")),
-}
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
 _READ_RETRIES = 2                   # a running member may remove or finish a file meanwhile
@@ -201,7 +181,13 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     member_id, cluster_id = decode_metadata(contents.metadata)
     entries, state = contents.entries, contents.hard_state
     committed = sum(entry.index <= state.commit for entry in entries)
-    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    return with_lone_commits(
+        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+
+
+def with_lone_commits(source: DataSource) -> DataSource:
+    """Return `source` with the entries that a member alone has committed without writing so."""
+    member_id, committed, entries = source.member_id, source.committed, source.entries
     if source.voters == {member_id}:
         # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(

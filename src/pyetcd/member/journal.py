@@ -62,6 +62,13 @@ class WalWriter:
     """
 
     FULL_SECONDS = 0.25                 # between two tries while the disk is full
+    # The reactor syncs a small write itself: a write through the thread costs two hops, about
+    # as long as a short sync.  A slow sync ends that for the next QUICK_SYNCS_MIN syncs, so a
+    # disk that stalls stops the reactor at most once.
+    INLINE_BYTES_MAX = 1 << 14
+    INLINE_MEAN_SECONDS = 0.0005        # above: readers would wait for the disk too often
+    INLINE_SLOW_SECONDS = 0.005
+    QUICK_SYNCS_MIN = 100
 
     def __init__(
         self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor, *,
@@ -77,19 +84,68 @@ class WalWriter:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
+        self._queued = 0                # jobs that the thread was given; owner: the reactor
+        self._finished = 0              # jobs that the thread has done; owner: the thread
+        self._deferred: Optional[WalJob] = None     # the reactor syncs it in its next turn
+        self._mean_s = self.INLINE_MEAN_SECONDS     # of a sync, over about the last 16
+        self._quick_syncs = 0           # in a row
+        self.inline_syncs = 0
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
+        self._queue_deferred()
+        if self._may_sync_inline(job):
+            # In the next turn: messages to followers leave at the end of this one.
+            self._deferred = job
+            self._reactor.call_soon(self._sync_inline)
+        else:
+            self._queue(job)
+
+    def _queue(self, job: WalJob) -> None:
+        self._queued += 1
         self._jobs.put(job)
+
+    def _queue_deferred(self) -> None:
+        job, self._deferred = self._deferred, None
+        if job is not None:
+            self._queue(job)
+
+    def _may_sync_inline(self, job: WalJob) -> bool:
+        return (
+            self._quick_syncs >= self.QUICK_SYNCS_MIN
+            and self._mean_s < self.INLINE_MEAN_SECONDS
+            and self._queued == self._finished
+            and not (job.record or job.snapshot or job.cut or job.release_to)
+            and sum(map(len, job.data)) <= self.INLINE_BYTES_MAX
+        )
+
+    def _sync_inline(self) -> None:
+        """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
+        if self._deferred is None or self._reactor.ready_sockets:
+            self._queue_deferred()
+            return
+        job = self._deferred
+        try:
+            self._write_frames(job.data)
+        except DiskFull:
+            self._queue_deferred()      # the thread repeats it until there is space
+        except OSError as error:
+            self._deferred = None
+            self._fail(error)
+        else:
+            self._deferred = None
+            self.inline_syncs += 1
+            job.done()
 
     def stop(self) -> None:
         """Finish the queued jobs if there is space, close the files, end the thread.
 
         Blocks for the last sync.
         """
+        self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
         if self._thread.is_alive():
@@ -103,10 +159,14 @@ class WalWriter:
                     job = self._jobs.get()
                     if job is None or not self._do(job):
                         return
+                    self._finished += 1
                     self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
-            package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
-            self._reactor.call_soon_threadsafe(self._failed, error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
+        self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
         """Do all of a job; False: given up by stop(), as the disk stayed full."""
@@ -135,7 +195,10 @@ class WalWriter:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
-        self.sync_durations.observe(now() - started)
+        seconds = now() - started
+        self.sync_durations.observe(seconds)
+        self._mean_s += (seconds - self._mean_s) / 16
+        self._quick_syncs = self._quick_syncs + 1 if seconds < self.INLINE_SLOW_SECONDS else 0
 
     def _try(self, step: Callable[[], None]) -> bool:
         """Do a step; False if the disk is full.  Reports each change of that to the reactor."""

@@ -4,7 +4,7 @@ The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
 
     PUT /v2/keys/a
       |
-    KeysApi._write                  reads the form: a Request
+    KeysApi._put                    reads the form: a Request
     KeysApi._submit                 notes which HTTP request waits for the answer
     EtcdServer.do                   registers the callback, queues an Entry
       :
@@ -43,6 +43,7 @@ EtcdServer.on_turn makes the steps between the dotted lines, once per turn of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from typing import Any, Callable, List, Optional
 
@@ -140,9 +141,8 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
-            identity=self.cluster.identity,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -174,7 +174,8 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self._snapshot_for
+        node.raft.replication.snapshot_source = functools.partial(
+            self.snapshots.newest, is_v3=self.cluster.identity.bears("3.0.0"))
         return node
 
     # -- life --------------------------------------------------------------
@@ -520,20 +521,6 @@ class EtcdServer:
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
-
-    def _snapshot_for(self, member_id: int) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower; None: it is not ready.
-
-        etcd 3.x ignores a snapshot from before its addition, and 2.3 exits at one from before the
-        cluster version was lowered to 2.3: they get a new one.
-        """
-        snapshot = self.snapshots.newest()
-        is_v3 = self.cluster.identity.bears("3.0.0")
-        if snapshot and is_v3 and member_id not in snapshot.voters:
-            self.snapshots.least_index = snapshot.index + 1
-        if snapshot and snapshot.index < self.snapshots.least_index:
-            return None
-        return snapshot
 
     def _compact(self, index: int) -> bool:
         log = self.node.raft.log

@@ -223,12 +223,22 @@ class SnapshotKeeper:
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
-    def newest(self) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+    def newest(self, member_id: int, *, is_v3: bool) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: not ready.
+
+        is_v3  the follower may be of etcd 3.x, which ignores a snapshot from before its addition:
+               then a new one is due
+        """
         if self._cache is None and self.index and not self._loading:
             self._loading = True
             self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
-        return self._cache
+        snapshot = self._cache
+        if snapshot is None or self.index < self.least_index:
+            return None
+        if is_v3 and member_id not in snapshot.voters:
+            self.least_index = snapshot.index + 1
+            return None
+        return snapshot
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False

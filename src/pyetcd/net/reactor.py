@@ -52,6 +52,7 @@ class Reactor:
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
+        self.ready_sockets = 0          # in this turn
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
@@ -259,6 +260,7 @@ class Reactor:
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
         clock, phases = self.now, self.phase_seconds
+        self.ready_sockets = len(events)
         started = clock()
         phases["waiting"] += started - self._turned_at
         if started >= self._date_until:

@@ -481,6 +481,12 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"

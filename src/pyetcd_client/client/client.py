@@ -1,10 +1,11 @@
-"""The Client class: all of it under one name."""
+"""The Client class: members, status, and requests without a verb of their own."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Union
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..transport.calls import (
@@ -25,13 +26,8 @@ from ..transport.results import (
     _T,
     Member,
     _as_reply,
-    _parse_health,
-    _parse_leader,
-    _parse_machines,
-    _parse_member,
+    _keep_reply,
     _parse_members,
-    _parse_not,
-    _parse_nothing,
     _parse_object,
     _parse_version,
     _Reply,
@@ -41,157 +37,153 @@ from .watching import _Watching
 
 
 class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests for which there is no verb."""
+    """Members, statistics, versions, health; and requests without a verb of their own."""
 
-    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
+    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # python-etcd's names
 
     # -- members
 
-    def member_list(self) -> List[Member]:
+    def member_list(self) -> list[Member]:
         """Return the members of the cluster, ordered by id."""
         return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
 
-    def leader_member(self) -> Optional[Member]:
-        """Return the leader as the answering member knows it; None during an election."""
+    def leader_member(self) -> Member | None:
+        """Return the leader known to the replying member; None during an election."""
         return self._perform(_Call(
-            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
+            "GET", f"{self.version_prefix}/members/leader",
+            lambda reply: Member.from_json(_parse_object(reply)) if reply.status == 200 else None,
             statuses=_HEALTH_STATUSES))
 
-    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
-        """Add a member that will be reached at `peer_urls`; start it after that.
+    def member_add(self, peer_urls: str | Iterable[str]) -> Member:
+        """Add a member with these peer URLs, before it starts.
 
         Raises HttpError with status 409 if another member has one of the URLs.
         """
-        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
+        return self._perform(self._members_call(
+            "POST", "", peer_urls, lambda reply: Member.from_json(_parse_object(reply))))
 
-    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
+    def member_update(self, id: str, peer_urls: str | Iterable[str]) -> None:
         """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
-        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
+        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _keep_reply))
 
     def member_remove(self, id: str) -> None:
         """Remove the member with this id from the cluster.
 
-        Raises KeyNotFound; HttpError with status 410 if it was removed already.
+        Raises KeyNotFound; HttpError with status 410 if it is removed already.
         """
         path = f"{self.version_prefix}/members/{id}"
-        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
+        self._perform(_Call("DELETE", _target(path, {}), _keep_reply))
 
-    # -- what the answering member says of itself
+    # -- status of the replying member
 
-    def statistics(self, name: str = "self") -> Dict[str, Any]:
-        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
+    def statistics(self, name: str = "self") -> dict[str, Any]:
+        """Return statistics of the member: `self`, `store` or (from the leader only) `leader`."""
         if name not in ("self", "store", "leader"):
             raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
         return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
 
-    def server_version(self) -> Dict[str, str]:
-        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
+    def server_version(self) -> dict[str, str]:
+        """Return {"etcdserver": ..., "etcdcluster": ...} of the replying member."""
         return self._perform(_Call("GET", "/version", _parse_version))
 
-    def health(self, endpoint: Optional[str] = None) -> bool:
-        """Return what one server says of itself (the one in use, if none is given).
+    def health(self, endpoint: str | None = None) -> bool:
+        """Return whether a server (default: the one in use) reports itself as healthy.
 
-        Raises TransportError if it does not answer.
+        Raises TransportError if it does not reply.
         """
-        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
+        # A string in 2.x and 3.4, a boolean in the "nhealth" form that etcdctl accepts too.
+        call = _Call("GET", "/health", lambda reply: _parse_object(reply)["health"] in (
+            "true", True), statuses=_HEALTH_STATUSES)
         with Scope(self.total_timeout, self.scope) as scope:
             if endpoint is None:
                 self._discover_endpoints(scope.deadline)
             base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
             return self._attempt(base_url, call, scope.deadline)
 
-    # -- the same as python-etcd shows it: each a request, but for the last group
+    # -- properties of python-etcd: each sends a request, except for the last six
 
     @property
-    def machines(self) -> List[str]:
+    def machines(self) -> list[str]:
         """Client URLs of all members."""
-        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
+        return self._perform(_Call(
+            "GET", f"{self.version_prefix}/machines",
+            lambda reply: reply.body.decode("utf-8", "replace").replace(",", " ").split()))
 
     @property
-    def members(self) -> Dict[str, Dict[str, Any]]:
-        """The members as the API describes them, by id."""
+    def members(self) -> dict[str, dict[str, Any]]:
+        """The members in the API's JSON, by id."""
         return {member.id: dict(member.raw) for member in self.member_list()}
 
     @property
-    def leader(self) -> Dict[str, Any]:
-        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
+    def leader(self) -> dict[str, Any]:
+        """The leader in the API's JSON.  Raises LeaderElectionInProgress."""
         leader = self.leader_member()
         if leader is None:
             raise LeaderElectionInProgress("there is no leader at the moment")
         return dict(leader.raw)
 
     @property
-    def stats(self) -> Dict[str, Any]:
-        """Statistics of the answering member."""
+    def stats(self) -> dict[str, Any]:
         return self.statistics()
 
     @property
-    def leader_stats(self) -> Dict[str, Any]:
-        """What the leader knows of its followers; HttpError from any other member."""
+    def leader_stats(self) -> dict[str, Any]:
         return self.statistics("leader")
 
     @property
-    def store_stats(self) -> Dict[str, Any]:
-        """Counters of the store."""
+    def store_stats(self) -> dict[str, Any]:
         return self.statistics("store")
 
     @property
     def version(self) -> str:
-        """Version of the answering server."""
         return self.server_version().get("etcdserver", "")
 
     @property
     def cluster_version(self) -> str:
-        """Version all members can work with; "" from etcd 2.0."""
+        """The version that all members support; "" from etcd 2.0."""
         return self.server_version().get("etcdcluster", "")
 
     @property
     def base_uri(self) -> str:
-        """URL of the server in use."""
         return self.endpoints.current
 
     @property
     def protocol(self) -> str:
-        """http or https, as the server in use wants it."""
         return urlsplit(self.base_uri).scheme
 
     @property
     def host(self) -> str:
-        """Host of the server in use."""
         return urlsplit(self.base_uri).hostname or ""
 
     @property
     def port(self) -> int:
-        """Port of the server in use."""
         parts = urlsplit(self.base_uri)
         return parts.port or (443 if parts.scheme == "https" else 80)
 
     @property
-    def expected_cluster_id(self) -> Optional[str]:
-        """`cluster_id`, as python-etcd calls it."""
+    def expected_cluster_id(self) -> str | None:
         return self.cluster_id
 
     @expected_cluster_id.setter
-    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
+    def expected_cluster_id(self, cluster_id: str | None) -> None:
         self.cluster_id = cluster_id
 
-    # -- requests for which there is no verb
+    # -- requests without a verb
 
     def api_execute(
-        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
-        timeout: Optional[float] = None,
+        self, path: str, method: str, params: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> _Reply:
-        """Send a request of your own and return the answer: `status`, `headers`, `data`.
+        """Send any request and return the reply: `status`, `headers`, `data`.
 
         path     begins with a slash and the version prefix
-        params   go into the query of a GET or DELETE, into the form of a PUT or POST
-        timeout  seconds in all; None: the client's; 0: no end, as for python-etcd
+        params   query of a GET or DELETE, form of a PUT or POST
+        timeout  seconds in all; None: the client's; 0: no limit, as in python-etcd
 
-        All verbs go through here if a subclass or an attribute of the client replaces this method
-        (JSON through `api_execute_json`), but not `watcher` and what is built on it.
+        If a subclass or an attribute of the client replaces this method, all verbs call it (those
+        with JSON `api_execute_json`), except for `watcher` and its users.
 
-        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
-        parameter `wait`.
+        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
         """
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
@@ -201,24 +193,22 @@ class _Cluster(_Caller):
         return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
 
     def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
+        self, path: str, method: str, params: Any = None, timeout: float | None = None,
     ) -> _Reply:
-        """Send a request of your own with `params` as JSON and return the answer."""
+        """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
         return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
 
-    # -- below: no public names
-
     def _execute(
-        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
-        content_type: str, timeout: Optional[float],
+        self, path: str, method: str, query: Mapping[str, _Field], body: bytes | None,
+        content_type: str, timeout: float | None,
     ) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
             raise EtcdValueError(f"HTTP method {method} is not one of the API")
         return super()._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type,
+            method, _target(path, query), _keep_reply, body, content_type,
             math.inf if timeout == 0 else timeout, waits=query.get("wait") in (True, "true")))
 
     def _is_replaced(self, name: str = "api_execute") -> bool:
@@ -230,7 +220,7 @@ class _Cluster(_Caller):
         if not self._is_replaced(name):
             return super()._perform(call)
         path, _, text = call.target.partition("?")
-        given: Dict[str, Any] = {}
+        given: dict[str, Any] = {}
         if call.form is not None:
             text = call.form.decode()
         if as_json:
@@ -240,10 +230,10 @@ class _Cluster(_Caller):
             if call.method == "GET":
                 given["timeout"] = 0 if call.timeout == math.inf else call.timeout
         answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
-        return self._judge(self.base_uri, call, _as_reply(answer))
+        return self._interpret(self.base_uri, call, _as_reply(answer))
 
     def _members_call(
-        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
+        self, method: str, path: str, peer_urls: str | Iterable[str],
         parse: Callable[[_Reply], _T],
     ) -> _Call[_T]:
         urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
@@ -260,30 +250,30 @@ class Client(_Watching, _Cluster, _Users):
     Client(("::1", 2379))                           the same
     Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
     Client(endpoints=[...])                         the same
-    Client(srv_domain="example.org")                those that DNS names
-    Client.from_env()                               those that ETCDCTL_* name
+    Client(srv_domain="example.org")                the servers in DNS (needs dnspython)
+    Client.from_env()                               the servers in ETCDCTL_*
 
-    port, protocol       of hosts that come without
-    version_prefix       what all paths begin with, but for /version and /health
-    cert, ca_cert        files: our certificate, or it and its key as a pair; whom to believe
-    verify               False: believe any server
+    port, protocol       defaults for hosts without them
+    version_prefix       begins all paths except for /version and /health
+    cert, ca_cert        files: client certificate, or a pair with its key; trusted authorities
+    verify               False: do not verify the server's certificate
     username, password   sent to the endpoints with every request
-    proxies              {"http": url, "https": url}; the environment is not asked
+    proxies              {"http": url, "https": url}; the environment is ignored
     connect_timeout      seconds to make a connection
     read_timeout         seconds for each silence of the server; 0 for no limit
     total_timeout        seconds for a call over all endpoints; None for no limit
-    allow_reconnect      False: never try another endpoint, and none twice.  True: as `sync`
-    retry                False: try each endpoint once
-    allow_redirect       follow redirects of reads, and those that were not carried out
+    allow_reconnect      False: one endpoint, one attempt.  True: as `sync`
+    retry                False: one attempt for each endpoint
+    allow_redirect       follow redirects of reads, and those of writes that were not executed
     sync                 use the URLs that the members publish, too; never with use_proxies
-    expected_cluster_id  refuse another cluster; None: than the first one that answers
+    expected_cluster_id  refuse other clusters; None: the first cluster that replies
     per_host_pool_size   idle connections to keep
     lock_prefix          directory of the locks
-    session_timeout      seconds without an answer until `state` is LOST
+    session_timeout      seconds without a reply until `state` is LOST
     on_state             called with the new `state`, see add_listener
 
-    Every keys method returns an EtcdResult and raises an EtcdError.  Keys may be written with or
-    without the leading slash.  Nothing is sent before the first call.
+    Every keys method returns an EtcdResult and raises an EtcdError.  The leading slash of a key is
+    optional.  Nothing is sent before the first call.
 
-    Thread: any.  Calls at the same time have connections of their own.
+    Thread: any.  Concurrent calls use separate connections.
     """

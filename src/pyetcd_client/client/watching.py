@@ -1,30 +1,15 @@
-"""Watching: changes of a key or a directory, without a gap."""
+"""Watching: all changes of a key or a directory, in order."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextvars
 import enum
 import math
-import threading
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import (
-    Any,
-    AsyncIterator,
-    Callable,
-    ClassVar,
-    Deque,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    Mapping,
-    Optional,
-    Tuple,
-    cast,
-)
+from typing import Any, Callable, ClassVar, cast
 
 from ..transport.calls import (
     _SUCCESS,
@@ -35,7 +20,7 @@ from ..transport.calls import (
     clean_key,
     is_endpoint_failure,
 )
-from ..transport.connections import Scope, _Exchange
+from ..transport.connections import Scope, _Closeable, _Exchange, _start_thread
 from ..transport.defaults import (
     HISTORY_EVENTS,
     WATCH_HEAD_S,
@@ -56,78 +41,78 @@ from ..transport.errors import (
     WatcherCleared,
     WatchTimeout,
 )
-from ..transport.results import _T, EtcdResult, Node, _parse_not, _parse_result, _Reply
+from ..transport.results import _T, EtcdResult, Node, _keep_reply, _parse_result, _Reply
 from .verbs import _Keys
 
 
 class _Step(enum.Enum):
-    """What a watch asks next."""
+    """The next request of a watch."""
 
-    LIST = "what there is"
-    RELIST = "what there is by quorum: at least as new as what was told"
-    CHECK = "by quorum, whether the store went back, or only this member lags behind"
+    LIST = "the nodes, as a starting point"
+    RELIST = "the nodes by quorum: at least as new as the events so far"
+    CHECK = "the index by quorum: did the store go back, or does this member lag behind?"
     POLL = "the next change"
 
 
 class _WatchState:
-    """What a watch knows, and what follows from each answer.  No network and no clock in here.
+    """The state machine of a watch, without network and clock.
 
-    step      what to ask next
+    step      the next request
     index     the next change to ask for; None: from now on
-    found     events that are not told yet
-    reached   whether a server ever answered
-    doubtful  whether the last head shows an older store: restored, or of a member that lags behind
+    found     events to be returned
+    reached   True after the first reply of any server
+    doubtful  True if the last head shows an older store: restored, or of a member that lags behind
 
-    How the steps follow each other, from LIST (with relist) or POLL on:
+    Transitions, from LIST (with relist) or POLL on:
 
     LIST    listed -> POLL
     POLL    change -> POLL.  Index cleared (401) -> RELIST; without relist POLL from the newest
-            index known to be quiet, or the error.  An older store, by index or term, and silence
-            after that -> CHECK
-    CHECK   older -> RELIST; without relist the error that etcd has for a lost history, 401.
-            As new as it should be -> where we were
-    RELIST  listed: the difference is found -> POLL
+            index known to be quiet, or the error.  An older store, by index or term, followed by
+            silence -> CHECK
+    CHECK   older -> RELIST; without relist etcd's error for a lost history, 401.
+            Otherwise -> the previous step
+    RELIST  listed: the difference becomes events -> POLL
 
-    quiet   (index, when): the store was at `index`, and nothing of ours had come.  The watch moves
-            up to it only when etcd would forget where it stands.
+    quiet   (index, time): the store was at `index` and this watch had no event.  The watch moves
+            up to it only before etcd would forget the watch's own index.
     """
 
-    def __init__(self, path: str, *, recursive: bool, index: Optional[int], relist: bool) -> None:
+    def __init__(self, path: str, *, recursive: bool, index: int | None, relist: bool) -> None:
         self.step = _Step.LIST if relist else _Step.POLL
         self.index = index
-        self.found: Deque[EtcdResult] = deque()
+        self.found: deque[EtcdResult] = deque()
         self.reached = False
         self.doubtful = False
         self.quiet = (0, 0.0)
         self._path = path
         self._recursive = recursive
         self._relist = relist
-        self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
-        self._newest = (0, 0)                       # index and term of a store seen
+        self._known: dict[str, Node] | None = None   # with relist: the nodes after all events
+        self._newest = (0, 0)                       # highest index and term of the store
         self._other_term = False                    # the last head has an older one
 
-    # -- answers to POLL
+    # -- replies to POLL
 
     def head(self, index: int, term: int, now_s: float) -> None:
-        """Note where the store was when it began to wait for us."""
+        """Take index and term of the store when it accepted the watch."""
         self.reached = True
         self.doubtful = self._is_older(index, term)
         self._other_term = 0 < term < self._newest[1]
         if self.doubtful:
             return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
-        if self.index is None:                      # in case the connection breaks now
+        if self.index is None:                      # for another connection, if this one breaks
             self.index = index + 1
         self.quiet = index, now_s
 
     def is_doubtful(self) -> bool:
-        """Whether to check where the store is, rather than wait for it: it showed an older one."""
+        """Return whether to check the store, which showed an older index, instead of waiting."""
         if self.doubtful:
             self.step = _Step.CHECK
         return self.doubtful
 
     def alive(self, index: int, term: int, now_s: float) -> bool:
-        """Note where the store is while it waits for us; return False if that must be checked."""
+        """Take index and term while the watch waits; return False if they must be checked."""
         self.reached = True
         if self._is_older(index, term):
             self.step = _Step.CHECK
@@ -137,35 +122,39 @@ class _WatchState:
             self.quiet = index, now_s
         return True
 
-    def change(self, event: EtcdResult, asked: Optional[int]) -> None:
-        """Take the change that came for index `asked`.  Raises BadReply for an older one."""
+    def change(self, event: EtcdResult, asked: int | None) -> None:
+        """Take the event for index `asked`.  Raises BadReply for an older one."""
         if asked is not None and event.modified_index < asked:
             raise BadReply(f"asked for index {asked} on, got {event.modified_index}")
         self.reached = True
-        if self._other_term:                        # perhaps of another history
+        if self._other_term:                        # perhaps an event of another history
             self.step = _Step.CHECK
             return
         self.index = event.modified_index + 1
         if self._concerns(event.key):
             if self._known is not None:
-                self._keep(self._known, event)
+                for key, node in _changes(self._known, event).items():
+                    if node is None:
+                        del self._known[key]
+                    else:
+                        self._known[key] = node
             self.found.append(event)
 
     def cleared(self, error: EventIndexCleared) -> None:
-        """Go on after more changes than etcd remembers.  Raises `error` if ours may be lost."""
+        """Continue after more changes than etcd remembers.  Raises `error` if some may be lost."""
         self.reached = True
         if self._relist:
             self.step = _Step.RELIST
         elif self.quiet[0] and self.quiet[0] >= (self.index or 0):
-            self.index = self.quiet[0] + 1          # others changed much, and ours did not
+            self.index = self.quiet[0] + 1          # only other keys have changed
         else:
             raise error
 
     def settle(self, now_s: float) -> None:
-        """Move up, if etcd might forget the index.
+        """Move up to the quiet index before etcd forgets the present one.
 
-        A change out of the history follows its head at once, and one that came later was sent
-        before a server told its index to somebody else.
+        An event from the history follows its head at once, and a server sends a later event before
+        it tells its new index to another request.
         """
         index, told_at = self.quiet
         far = self.index is None or index - self.index >= HISTORY_EVENTS // 2
@@ -173,17 +162,17 @@ class _WatchState:
             self.index = index + 1
 
     def is_busy(self, since: int) -> bool:
-        """Whether to leave a request as it is: etcd could forget where it stands meanwhile."""
+        """Return whether to keep the present request: etcd could forget its index meanwhile."""
         index = self.quiet[0]
         return index - since >= HISTORY_EVENTS // 2 or not (index or self.index)
 
-    # -- answers to the others
+    # -- replies to the other steps
 
-    def listed(self, nodes: Dict[str, Node], index: int, term: int) -> None:
-        """Take a listing; if there was one before, what differs is found."""
+    def listed(self, nodes: dict[str, Node], index: int, term: int) -> None:
+        """Take a listing; the difference to the one before becomes events."""
         self.reached = True
         first = self.step is _Step.LIST
-        if first and self._is_older(index, term):   # than the index we were given
+        if first and self._is_older(index, term):   # than the given index
             self.step = _Step.CHECK
             return
         if not first:
@@ -193,7 +182,7 @@ class _WatchState:
         self._newest, self._known, self.step = (index, term), nodes, _Step.POLL
 
     def checked(self, index: int, term: int) -> None:
-        """Take what a quorum says.  Raises EventIndexCleared."""
+        """Take index and term by quorum.  Raises EventIndexCleared."""
         went_back = self._is_older(index, term)
         if self._relist:
             self.step = (_Step.RELIST if went_back else
@@ -207,25 +196,23 @@ class _WatchState:
                 cause=self._path, index=index)
 
     def replaced(self) -> None:
-        """Note that another cluster answers: nothing of what was seen counts there."""
+        """Forget index and term of the store, which another cluster has replaced."""
         self._newest, self.quiet = (0, 0), (0, 0.0)
         if self._relist:
             self.step = _Step.RELIST
 
-    # -- below: what those above have in common
-
     def _is_older(self, index: int, term: int) -> bool:
-        """Whether a store shows less than what was seen, or than the index we were given."""
-        if not index and not term:                  # it does not say
+        """Return whether a store is older than its newest state, or than the given index."""
+        if not index and not term:                  # not in the reply
             return False
         newest = max(self._newest[0], (self.index or 1) - 1)
         return index < newest or 0 < term < self._newest[1]
 
     def _concerns(self, key: str) -> bool:
-        """Whether a change of `key` is one of ours.
+        """Return whether a change of `key` belongs to this watch.
 
-        Out of its history etcd 2.3 and 3.4 hand out what a waiting watch would not be told: what
-        is hidden below a directory, and removals of directories whose name begins like ours.
+        From their history etcd 2.3 and 3.4 return events that a waiting watch would not get: of
+        hidden keys below a directory, and removals of directories with a common name prefix.
         """
         ours = self._path
         if key == ours or _is_below(ours, key):
@@ -233,57 +220,46 @@ class _WatchState:
         below = self._recursive and _is_below(key, ours)
         return below and "/_" not in key[len(ours.rstrip("/")):]
 
-    @staticmethod
-    def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
-        """Bring the copy of what is there up to date."""
-        if event.action not in _REMOVALS:
-            known[event.key] = _alone(event.node)
-            return
-        gone = known.pop(event.key, None)
-        if gone is None or gone.dir:                # with all that was below
-            for key in [key for key in known if _is_below(key, event.key)]:
-                del known[key]
 
-
-class Watch:
+class Watch(_Closeable):
     """An endless iterator over the changes of a key; made by `client.watcher`.
 
-    It asks for one change after the other, each from the index after the last, so that none is
-    lost and none repeated while a server restarts, the leader changes or an endpoint fails.
-    Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
-    the history or when its consumer is slow, and report some deletions twice.
+    Each request asks for the first change after the last one, so that none is lost or repeated
+    while a server restarts, the leader changes or an endpoint fails.  Server-side streams are not
+    used: in etcd 2.3 and 3.4 a stream falls silent after an event from the history or behind a
+    slow consumer, and some deletions appear twice.
 
-    index    the first change to consider; None: from the first `next` on
-    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401), or
-             when the store went back: a backup was restored, or the cluster made anew.
-             True: list the key again and yield the difference to what is known as events with
-             `relisted` set: a "set" for each node that changed (of directories, only those that
+    index    the first change to return; None: from the first `next` on
+    relist   reaction to more than 1000 missed changes of any key (error 401), and to a store that
+             went back, because a backup was restored or the cluster was created anew.
+             True: list the key again and return the difference to the known nodes as events with
+             `relisted` set: a "set" for each changed node (of directories, only those that
              are empty or have a ttl), in the order of their last changes, then a "delete" for the
-             topmost of what is gone.  Of several changes only the last is seen.  For this the
-             watch lists the key at the start too (a directory to all depths if recursive), and
-             holds a copy of it in memory.
-             False: raise EventIndexCleared; nothing is listed.
-    timeout  seconds each `next` may take, None: no limit; 0: take what is in the history, wait for
-             nothing.  Then WatchTimeout, after which `next` may be called again and misses nothing
+             topmost of the removed nodes.  Of several changes only the last one appears.  For this
+             the watch lists the key at the start (a directory to all depths if recursive), and
+             keeps a copy in memory.
+             False: raise EventIndexCleared; no listing.
+    timeout  seconds for each `next`; None: no limit; 0: return events of the history, do not wait.
+             Then WatchTimeout, after which `next` may be called again and misses nothing
 
-    An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
-    answers at the start that error is raised; later the watch waits and tries again.  Raises
-    ClusterIdChanged when a server of another cluster answers; see there.
+    Another watch continues at an event's `modified_index` + 1.  If no endpoint replies at the start
+    that error is raised; later the watch waits and retries.  Raises ClusterIdChanged when a server
+    of another cluster replies; see there.
 
-    A server that says nothing is asked something else, a key that nobody has, on another
-    connection: after WATCH_HEAD_S without the head of its answer, then every WATCH_PROBE_S.  If
-    it does not answer that either, the next endpoint is asked.
+    A silent server is probed with a read of a key that does not exist, on another connection:
+    after WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  If the probe fails, the watch
+    moves to the next endpoint.
 
-    Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
-    of the watched directory itself (made, given another ttl) unless they come first in there.
-    What lies below, and the removal of the directory, it always finds.
+    Limit: in a recursive watch from the history etcd 2.3 and 3.4 overlook changes of the watched
+    directory itself (created, new ttl) unless they are the first.  They find all changes below,
+    and the removal of the directory.
 
     Thread: one, except for `close`.
     """
 
     def __init__(
-        self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = True, timeout: Optional[float] = None,
+        self, client: _Keys, key: str, *, recursive: bool = False, index: int | None = None,
+        relist: bool = True, timeout: float | None = None,
     ) -> None:
         self._client = client
         self._path = clean_key(key)
@@ -291,20 +267,20 @@ class Watch:
         self._timeout = timeout
         self._state = _WatchState(                  # 0 is "now" too
             self._path, recursive=recursive, index=index or None, relist=relist)
-        self._endpoint = ""                         # asked last
-        self._exchange: Optional[_Exchange] = None  # the last one
-        self._alive = False                         # whether that server answers us
-        self._asked_at = 0.0                        # when; monotonic seconds
-        self._until = math.inf                      # deadline of the `next` under way
-        self._patience_s = WATCH_POLL_S             # after an answer
-        self._failures = 0                          # since the last answer
-        self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
-        self._life = Scope()                        # until `close`
+        self._endpoint = ""                         # of the last request
+        self._exchange: _Exchange | None = None  # of the last request
+        self._alive = False                         # that server replied to it, or to a probe
+        self._asked_at = 0.0                        # time of the request; monotonic seconds
+        self._until = math.inf                      # deadline of the present `next`
+        self._patience_s = WATCH_POLL_S             # wait after a reply
+        self._failures = 0                          # since the last reply
+        self.error: EtcdError | None = None      # the present failure, if any
+        self._life = Scope()                        # cancelled by `close`
         self._within = client.scope
 
     @property
-    def index(self) -> Optional[int]:
-        """The next change to consider; None: from now on."""
+    def index(self) -> int | None:
+        """The index of the next change; None: from now on."""
         return self._state.index
 
     def __iter__(self) -> Watch:
@@ -314,8 +290,8 @@ class Watch:
         try:
             with Scope(self._timeout, self._life, self._within) as scope:
                 while not self._state.found:
-                    self._look(scope)
-                scope.left_s()                      # closed meanwhile: no more is told
+                    self._advance(scope)
+                scope.left_s()                      # closed meanwhile: no more events
                 return self._state.found.popleft()
         except Cancelled:
             if not self._life.cancelled:
@@ -323,21 +299,13 @@ class Watch:
             raise StopIteration from None
 
     def close(self) -> None:
-        """End the iteration, from any thread: a `next` that waits in another one ends at once."""
+        """End the iteration, also a waiting `next`, at once.  Thread: any."""
         self._life.cancel()
 
     cancel = close
 
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # -- below: the way to the servers
-
-    def _look(self, scope: Scope) -> None:
-        """Ask once and give the answer to the state.  Raises WatchTimeout, and what is final."""
+    def _advance(self, scope: Scope) -> None:
+        """Perform one step of the state.  Raises WatchTimeout, and errors that are final."""
         client, state = self._client, self._state
         state.settle(time.monotonic())
         if scope.left_s() <= 0:
@@ -346,29 +314,30 @@ class Watch:
         try:
             client._discover_endpoints(min(scope.deadline, time.monotonic() + WATCH_POLL_S))
             self._endpoint = client.endpoints.current
-            self._ASK[state.step](self, scope)
+            self._STEPS[state.step](self, scope)
         except EventIndexCleared as error:
             state.cleared(error)
-        except ClusterIdChanged:
+        except ClusterIdChanged as error:
+            self.error = error
             state.replaced()
             raise
         except RequestTimeout as error:
             if not self._alive:
-                self._silent(error, scope)
+                self._on_silence(error, scope)
             elif scope.once:
-                scope.deadline = 0.0                # the head came, and no change behind it
+                scope.deadline = 0.0                # a head without an event
         except EtcdError as error:
-            self._fail(error, scope)
+            self._on_failure(error, scope)
         else:
-            self._answered()
+            self._on_reply()
             self._failures = 0
-            if state.step is _Step.CHECK:           # whoever lags behind may need a moment
+            if state.step is _Step.CHECK:           # a member that lags behind may need a moment
                 scope.wait(_backoff_s(1))
 
     def _poll(self, scope: Scope) -> None:
         asked = self._state.index
         query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
-        event = self._ask(query, scope, _parse_result, self._on_head)
+        event = self._send(query, scope, _parse_result, self._on_head)
         try:
             self._state.change(event, asked)
         except BadReply as error:
@@ -379,25 +348,26 @@ class Watch:
         query = {"recursive": self._recursive or None,
                  "quorum": self._state.step is _Step.RELIST or None}
         try:
-            top = self._ask(query, scope, _parse_result)
+            top = self._send(query, scope, _parse_result)
         except (KeyNotFound, NotDir) as error:
             self._state.listed({}, error.index, 0)
             return
         nodes = (top.node, *top.node.walk()) if self._recursive else (top.node,)
         self._state.listed(
-            {node.key: _alone(node) for node in nodes}, top.etcd_index, top.raft_term)
+            {node.key: _childless(node) for node in nodes}, top.etcd_index, top.raft_term)
 
     def _check(self, scope: Scope) -> None:
-        reply = self._ask({"quorum": True}, scope, _parse_not, statuses=_ANY_ANSWER, below=_NOBODYS)
-        self._state.checked(*_store_in(reply))
+        reply = self._send(
+            {"quorum": True}, scope, _keep_reply, statuses=_ANY_STATUS, below=_PROBE_KEY)
+        self._state.checked(*_index_and_term(reply))
 
-    _ASK: ClassVar[Dict[_Step, Callable[[Watch, Scope], None]]] = {
+    _STEPS: ClassVar[dict[_Step, Callable[[Watch, Scope], None]]] = {
         _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
-    def _ask(
+    def _send(
         self, query: Mapping[str, _Field], scope: Scope, parse: Callable[[_Reply], _T],
-        on_head: Optional[Callable[[_Reply], None]] = None, *,
-        statuses: FrozenSet[int] = _SUCCESS, below: str = "",
+        on_head: Callable[[_Reply], None] | None = None, *,
+        statuses: frozenset[int] = _SUCCESS, below: str = "",
     ) -> _T:
         """Send one request to the endpoint in use."""
         client = self._client
@@ -406,24 +376,24 @@ class Watch:
         self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
         self._patience_s = WATCH_LOOK_S if scope.once else WATCH_POLL_S
         self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
-                                   self._head_s(), client.connect_timeout, self._is_patient)
+                                   self._head_s(), client.connect_timeout, self._keeps_waiting)
         return client._request(self._endpoint, call, self._exchange)
 
     def _rounds(self) -> int:
-        """Return how often all endpoints failed."""
+        """Return how many times all endpoints failed since the last reply."""
         return self._failures // max(1, len(self._client.endpoints.urls))
 
     def _head_s(self) -> float:
         return min(WATCH_HEAD_S * (1 << min(self._rounds(), 5)), WATCH_POLL_S)
 
     def _on_head(self, head: _Reply) -> None:
-        self._client._expect_cluster(self._endpoint, head)
-        self._state.head(*_store_in(head), time.monotonic())
-        self._answered()
+        self._client._check_cluster_id(self._endpoint, head)
+        self._state.head(*_index_and_term(head), time.monotonic())
+        self._on_reply()
         self._failures = 0
 
-    def _answered(self) -> None:
-        """Note that the server is there, and give it time."""
+    def _on_reply(self) -> None:
+        """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         if self._exchange is not None:
@@ -431,17 +401,13 @@ class Watch:
             silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
             self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
-    def _is_patient(self) -> bool:
-        """Whether to wait on for a server that said nothing for a while."""
+    def _keeps_waiting(self) -> bool:
+        """Return whether to continue waiting for a silent server, after a probe."""
         if self._alive and self._state.is_doubtful():
             return False
-        return self._see()
-
-    def _see(self) -> bool:
-        """Ask a silent server something else; return whether to wait on for this answer."""
         client, before = self._client, self._state.quiet[0]
-        target = _keys_target(self._path + _NOBODYS, {}, client.key_endpoint)
-        call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
+        target = _keys_target(self._path + _PROBE_KEY, {}, client.key_endpoint)
+        call = _Call("GET", target, _keep_reply, statuses=_ANY_STATUS)
         wait_s = self._head_s()
         exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
         self._alive = False
@@ -451,28 +417,27 @@ class Watch:
             raise
         except EtcdError:
             return False
-        self._answered()
-        return self._state.alive(*_store_in(reply), time.monotonic()) and (
+        self._on_reply()
+        return self._state.alive(*_index_and_term(reply), time.monotonic()) and (
             time.monotonic() - self._asked_at < WATCH_POLL_S or self._state.is_busy(before))
 
-    def _silent(self, error: RequestTimeout, scope: Scope) -> None:
-        """Note that nothing came, not even a head."""
+    def _on_silence(self, error: RequestTimeout, scope: Scope) -> None:
+        """Handle a request without any reply, not even a head."""
         if scope.left_s() > 0:
-            self._fail(error, scope)
+            self._on_failure(error, scope)
         elif time.monotonic() - self._asked_at >= min(1.0, self._client.connect_timeout):
-            self._client._give_up(self._endpoint)   # for the next `next`
+            self._client._leave_endpoint(self._endpoint)    # for the next `next`
 
-    def _fail(self, error: EtcdError, scope: Scope) -> None:
-        """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
+    def _on_failure(self, error: EtcdError, scope: Scope) -> None:
+        """Continue with the next endpoint, after a wait if all failed.  Raises a final error.
 
-        When etcd clears its watchers (400) the same question may be asked again.
+        When etcd clears its watchers (400) the same request is sent again.
         """
-        client = self._client
+        client, self.error = self._client, error
         if is_endpoint_failure(error):
-            client._give_up(self._endpoint, error)
+            client._leave_endpoint(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):
             raise error
-        self.error = error
         self._failures += 1
         rounds = self._rounds()
         if not rounds:
@@ -483,25 +448,37 @@ class Watch:
         scope.wait(_backoff_s(rounds))
 
 
-_NOBODYS = "/_pyetcd-client"                        # below the key, and never there
-_ANY_ANSWER: FrozenSet[int] = frozenset(range(200, 500))
+_PROBE_KEY = "/_pyetcd-client"                      # below the watched key; never exists
+_ANY_STATUS: frozenset[int] = frozenset(range(200, 500))
 
 
-def _store_in(reply: _Reply) -> Tuple[int, int]:
-    """Return index and term of the store that answered; 0 if it does not say."""
+def _index_and_term(reply: _Reply) -> tuple[int, int]:
+    """Return index and term of the store in the headers of a reply; 0 if they are missing."""
     return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
 
 
-_REMOVALS: FrozenSet[str] = frozenset(("delete", "expire", "compareAndDelete"))
+_REMOVALS: frozenset[str] = frozenset(("delete", "expire", "compareAndDelete"))
 
 
-def _alone(node: Node) -> Node:
-    """Return a node without children and JSON: less to remember."""
+def _childless(node: Node) -> Node:
+    """Return a node without children and JSON, to save memory."""
     return replace(node, nodes=(), raw={})
 
 
-def _identity(node: Optional[Node]) -> Tuple[Any, ...]:
-    """Return what is the same as long as nobody writes a node: not the time that is left to it."""
+def _changes(known: Mapping[str, Node], event: EtcdResult) -> dict[str, Node | None]:
+    """Return the nodes that an event changes, by key; None: it is removed."""
+    if event.action not in _REMOVALS:
+        return {event.key: _childless(event.node)}
+    gone = known.get(event.key)
+    if gone is not None and not gone.dir:
+        return {event.key: None}
+    # A directory, perhaps one above the watched one, is removed with all nodes in it.
+    return dict.fromkeys(
+        key for key in known if key == event.key or _is_below(key, event.key))
+
+
+def _identity(node: Node | None) -> tuple[Any, ...]:
+    """Return the properties that only a write changes; the remaining ttl is none of them."""
     return () if node is None else (
         node.value, node.dir, node.modified_index, node.created_index)
 
@@ -515,9 +492,9 @@ def _difference(
 ) -> Iterator[EtcdResult]:
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
-    After a store was restored a node may differ though its index is lower than `since`.
+    After a restore a node may differ although its index is lower than `since`.
     """
-    # Nobody is told of directories that come with the first key in them.
+    # Directories that appear together with the first key in them have no event.
     parents = {key.rpartition("/")[0] or "/" for key in found if key != "/"}
     changed = [
         node for node in found.values() if (node.key not in parents or node.ttl is not None) and (
@@ -537,43 +514,38 @@ def _difference(
 
 
 async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """Call `function` on a thread, and return what it returns; as asyncio.to_thread, but:
+    """Call `function` on a thread and return its result; as asyncio.to_thread, but cancellable.
 
-    When the task is cancelled, so is a Scope around the call: it ends within milliseconds, and the
-    task goes on after that, so that nothing runs behind its back.  A function that waits for
-    something else is waited for.  There are as many threads as calls: a hundred watches do not
-    keep another call waiting.
+    Cancelling the task cancels a Scope around the call.  The call ends within milliseconds, and
+    the task continues after that, so that nothing runs in the background.  A function that waits
+    for other things runs to its end first.  There is one thread for each call, so that a hundred
+    watches do not block another call.
 
         async with asyncio.timeout(5):
             await to_thread(client.get, "k", quorum=True)
             await to_thread(lock.acquire)
     """
-    # Not above: it takes as long to import as all the rest, and who needs it has it already.
+    # Its import takes as long as all others together, and programs with tasks have it already.
     import asyncio
 
     scope, context = Scope(), contextvars.copy_context()
-    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
-    def run() -> None:
-        try:
-            with scope:
-                outcome.set_result(context.run(function, *args, **kwargs))
-        except BaseException as error:              # the task's, whatever it is
-            outcome.set_exception(error)
+    def run() -> _T:
+        with scope:
+            return context.run(function, *args, **kwargs)
 
-    threading.Thread(target=run, name="pyetcd-to-thread", daemon=True).start()
-    done = asyncio.wrap_future(outcome)
+    done = asyncio.wrap_future(_start_thread("pyetcd-to-thread", run))
     try:
         return await asyncio.shield(done)
     except asyncio.CancelledError:
         scope.cancel()
         await asyncio.wait([done])
-        done.exception()                            # asked for, lest asyncio reports it
+        done.exception()                            # retrieved, or asyncio would report it
         raise
 
 
 async def each(items: Iterable[_T]) -> AsyncIterator[_T]:
-    """Iterate over a watch, or whatever waits between its items, in asyncio; closes it at the end.
+    """Iterate in asyncio over a watch, or any iterable that waits; close it at the end.
 
         async for event in each(client.watcher("/config", recursive=True)): ...
     """
@@ -591,9 +563,9 @@ async def each(items: Iterable[_T]) -> AsyncIterator[_T]:
 
 
 class WatchedChange(EtcdResult):
-    """The change that `Client.watch` returned; to iterate over it is to go on watching.
+    """The result of `Client.watch`; an iteration over it continues the watch.
 
-    The first item is this change; later ones follow for ever, see Watch.
+    The first item is this change; all later changes follow, see Watch.
     """
 
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
@@ -604,8 +576,8 @@ class WatchedChange(EtcdResult):
         with self.__dict__["_later"](self.modified_index + 1) as later:
             yield from later
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        # A copy, in another process perhaps, has no client to go on with.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, perhaps in another process, has no client to continue with.
         plain = {name: value for name, value in self.__dict__.items() if name != "_later"}
         return EtcdResult, (), plain
 
@@ -614,15 +586,15 @@ class _Watching(_Keys):
     """The verbs that wait for changes."""
 
     def read(
-        self, key: str, *, recursive: Optional[bool] = None, wait: bool = False,
-        waitIndex: Optional[int] = None, sorted: Optional[bool] = None,
-        quorum: Optional[bool] = None, timeout: Optional[float] = None,
+        self, key: str, *, recursive: bool | None = None, wait: bool = False,
+        waitIndex: int | None = None, sorted: bool | None = None,
+        quorum: bool | None = None, timeout: float | None = None,
     ) -> EtcdResult:
-        """Return the node at `key`, or with `wait` its next change, by python-etcd's options.
+        """Return the node at `key`, or with `wait` its next change, with python-etcd's options.
 
-        waitIndex  the first change to consider; None: the next one from now on
-        timeout    seconds for this call, 0: no end, as for python-etcd.  With `wait`: None is the
-                   client's read_timeout; then WatchTimeout.  Without: None is as for `get`
+        waitIndex  the first change to return; None: the next one from now on
+        timeout    seconds; 0: no limit, as in python-etcd; None: the client's read_timeout with
+                   `wait`, else as in `get`.  Raises WatchTimeout
         """
         if not wait:
             return self.get(key, recursive=bool(recursive), sorted=bool(sorted),
@@ -631,20 +603,20 @@ class _Watching(_Keys):
         return self.watch(key, waitIndex, limit or math.inf, recursive)
 
     def watch(
-        self, key: str, index: Optional[int] = None, timeout: Optional[float] = None,
-        recursive: Optional[bool] = None,
+        self, key: str, index: int | None = None, timeout: float | None = None,
+        recursive: bool | None = None,
     ) -> WatchedChange:
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
-        index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None: for ever; 0: look for one since `index`, and do
-                 not wait.  Raises WatchTimeout.
+        index    the first change to return, such as the last modified_index + 1; None: from now on
+        timeout  seconds to wait; None: no limit; 0: return a change since `index`, do not wait.
+                 Raises WatchTimeout
 
-        Iterate over what is returned to get this change and all later ones.
+        Iterate over the result to get this change and all later ones.
 
         Raises EventIndexCleared if `index` is more than 1000 changes back.
         """
-        if self._is_replaced():                     # the program's own sends one request
+        if self._is_replaced():                     # the program's own method sends one request
             query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
             change = self._keys_call("GET", key, query=query, timeout=timeout)
         else:
@@ -655,16 +627,16 @@ class _Watching(_Keys):
             key, recursive=bool(recursive), index=later))
 
     def watcher(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        timeout: Optional[float] = None, relist: bool = True,
+        self, key: str, *, recursive: bool = False, index: int | None = None,
+        timeout: float | None = None, relist: bool = True,
     ) -> Watch:
         """Return an endless iterator over the changes of `key`; see Watch."""
         return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
 
     def eternal_watch(
-        self, key: str, index: Optional[int] = None, recursive: Optional[bool] = None,
+        self, key: str, index: int | None = None, recursive: bool | None = None,
     ) -> Iterator[EtcdResult]:
-        """Yield the changes of `key` for ever; `watcher` gives one that can be cancelled."""
+        """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)
             index = change.modified_index + 1

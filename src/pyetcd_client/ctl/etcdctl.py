@@ -20,20 +20,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Container,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    TypeVar,
-)
+from typing import Any, Callable, TypeVar
 
 from ..client.client import Client
 from ..client.watching import Watch
@@ -47,15 +36,15 @@ from .output import (
     _UNAVAILABLE,
     EXIT_OK,
     EXIT_UNHEALTHY,
-    _complain,
-    _emit,
-    _emit_lines,
+    _coloured,
     _escape,
     _ExitError,
     _failure_line,
-    _in_columns,
-    _painted,
+    _print,
+    _print_error,
+    _print_lines,
     _Progress,
+    _table_lines,
 )
 from .program import _ask_password, _command, _Flag, _given_client, _keys_command, _Run, _split_user
 
@@ -67,16 +56,16 @@ _SNAP_TTL_MIN_S = 300           # `import --snap` gives short-lived keys at leas
 _TTL = _Flag(("ttl",), int, "seconds until it expires; 0 and less: never")
 _SORT = _Flag(("sort",), bool, "order by key")
 _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
-_RECURSIVE = _Flag(("recursive", "r"), bool, "with all that lies below")
+_RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
 _AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
                      least=0)
-_ROLES = _Flag(("roles",), list, "name of a role; may be given again")
+_ROLES = _Flag(("roles",), list, "name of a role; may be repeated")
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
 _A_USER = "Please provide a username"
 _A_ROLE = "Please provide a role name"
 _PERMISSION_FLAGS = (
-    _Flag(("path",), str, "a key, or all that begin with it if it ends in *"),
+    _Flag(("path",), str, "a key, or a prefix of keys if it ends in *"),
     _Flag(("read",), bool, "the right to read"),
     _Flag(("write",), bool, "the right to write"),
     _Flag(("readwrite", "rw"), bool, "both rights"),
@@ -107,8 +96,8 @@ def _cmd_ls(run: _Run) -> None:
     if run.output != "simple":
         run.print_result(result)
         return
-    shown = _escape if sys.stdout.isatty() else str     # keys may hold a terminal's commands
-    _emit_lines(_painted(shown(node.key), _BLUE if node.dir else "")
+    shown = _escape if sys.stdout.isatty() else str     # keys may hold terminal commands
+    _print_lines(_coloured(shown(node.key), _BLUE if node.dir else "")
                 + ("/" if node.dir and options.on("p") else "")
                 for node in (result.node.walk() if result.node.dir else (result.node,)))
 
@@ -130,33 +119,26 @@ def _cmd_mk(run: _Run) -> None:
     run.print_result(write(key, value, ttl=run.ttl()))
 
 
-@_keys_command("update", "<key> [value]", "write a key that must exist", _TTL)
-def _cmd_update(run: _Run) -> None:
-    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
-
-
-@_keys_command("mkdir", "<key>", "make a directory that must not exist", _TTL)
-def _cmd_mkdir(run: _Run) -> None:
-    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
-
-
-@_keys_command("setdir", "<key>", "make a directory, also in place of a key", _TTL)
-def _cmd_setdir(run: _Run) -> None:
-    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl()))
-
-
-@_keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)
-def _cmd_updatedir(run: _Run) -> None:
-    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True))
-
-
-def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) -> Result:
+def _set_dir(client: Client, key: str, ttl: int | None, **conditions: Any) -> Result:
     return client.write(key, None, ttl=ttl, dir=True, **conditions)
+
+
+_keys_command("update", "<key> [value]", "write a key that must exist", _TTL)(
+    lambda run: run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl())))
+_keys_command("mkdir", "<key>", "create a directory that must not exist", _TTL)(
+    lambda run: run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl())))
+_keys_command("setdir", "<key>", "create a directory, also in place of a key", _TTL)(
+    lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl())))
+_keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)(
+    lambda run: run.print_unless_silent(
+        _set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
+_keys_command("rmdir", "<key>", "remove an empty directory, or a key")(
+    lambda run: run.print_unless_silent(run.client.rmdir(run.key())))
 
 
 @_keys_command("rm", "<key>", "remove a key or a directory",
                _Flag(("dir",), bool, "also an empty directory"),
-               _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
+               _Flag(("recursive", "r"), bool, "also a directory with everything below"),
                _Flag(("with-value",), str, "remove only if this is the value", 1),
                _Flag(("with-index",), int, "remove only if this is the modified index", 1))
 def _cmd_rm(run: _Run) -> None:
@@ -165,12 +147,7 @@ def _cmd_rm(run: _Run) -> None:
         **run.conditions("with-value", "with-index")))
 
 
-@_keys_command("rmdir", "<key>", "remove an empty directory, or a key")
-def _cmd_rmdir(run: _Run) -> None:
-    run.print_unless_silent(run.client.rmdir(run.key()))
-
-
-def _changes(run: _Run, key: str) -> Watch:
+def _watch(run: _Run, key: str) -> Watch:
     after_index = run.options.number("after-index")
     return run.client.watcher(
         key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
@@ -181,13 +158,13 @@ def _changes(run: _Run, key: str) -> Watch:
                _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
                _RECURSIVE)
 def _cmd_watch(run: _Run) -> None:
-    with contextlib.suppress(KeyboardInterrupt):    # the way to end --forever: not an error
-        with _changes(run, run.key()) as changes:
+    with contextlib.suppress(KeyboardInterrupt):    # ends --forever; not an error
+        with _watch(run, run.key()) as changes:
             for change in changes:
                 if change.node.dir:
                     continue
                 if run.options.on("recursive"):
-                    _emit(f"[{change.action}] {change.key}")
+                    _print(f"[{change.action}] {change.key}")
                 run.print_result(change)
                 if not run.options.on("forever"):
                     break
@@ -201,19 +178,19 @@ def _cmd_exec_watch(run: _Run) -> None:
         key, command = run.args[:-len(run.behind) or None], run.behind
     if len(key) != 1 or not command:
         raise _ExitError("Error:  key and command to exec required")
-    children: List[subprocess.Popen[bytes]] = []
+    children: list[subprocess.Popen[bytes]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        with _changes(run, key[0]) as changes:
+        with _watch(run, key[0]) as changes:
             for change in changes:
                 children = [child for child in children if child.poll() is None]
                 if change.node.dir:
-                    _complain(f"Ignored dir {change.key} change")
+                    _print_error(f"Ignored dir {change.key} change")
                 else:
                     children.append(_start_for(change, command))
 
 
 def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a command with a change in its environment; like etcdctl, do not wait for its end."""
+    """Start a command with a change in its environment; do not wait for its end, as in etcdctl."""
     added = {"ACTION": change.action, "MODIFIED_INDEX": str(change.modified_index),
              "KEY": change.key, "VALUE": change.value or ""}
     environment = {**os.environ, **{f"ETCD_WATCH_{name}": text for name, text in added.items()}}
@@ -227,10 +204,10 @@ def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes
 
 
 @contextlib.contextmanager
-def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> Iterator[None]:
-    """Make errors of the members and auth APIs one line without "Error:", and exit code 1.
+def _one_line_errors(prefix: str = "", shown: Container[int] | None = None) -> Iterator[None]:
+    """Turn errors of the members and auth APIs into one line without "Error:", and exit code 1.
 
-    spoken  HTTP statuses whose message etcdctl shows; of others it tells the number.  None: all
+    shown  HTTP statuses whose message etcdctl prints, in place of the number; None: all
     """
     try:
         yield
@@ -238,22 +215,22 @@ def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> I
         line = error.message
         if is_endpoint_failure(error):
             line = _UNAVAILABLE
-        elif spoken is not None and error.status not in spoken:
+        elif shown is not None and error.status not in shown:
             line = f"unexpected status code {error.status}"
         raise _ExitError(prefix + line) from error
 
 
 def _print_json(shown: Any) -> None:
-    _emit(json.dumps(shown, ensure_ascii=False, separators=(",", ":")))
+    _print(json.dumps(shown, ensure_ascii=False, separators=(",", ":")))
 
 
 @_command("member list", "", "print the members", formats=_JSON_TOO,
           wrong=_NO_ARGUMENTS)
 def _cmd_member_list(run: _Run) -> None:
     client = run.client
-    with _as_one_line(spoken=()):
+    with _one_line_errors(shown=()):
         members = client.member_list()
-    with _as_one_line("Failed to get leader:  ", spoken=()):
+    with _one_line_errors("Failed to get leader:  ", shown=()):
         leader = client.leader_member()
     leads = [leader is not None and leader.id == member.id for member in members]
     if run.output == "json":
@@ -264,25 +241,24 @@ def _cmd_member_list(run: _Run) -> None:
     for member, leading in zip(members, leads):
         peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
         rows.append([f"{member.id}:", f"name={member.name}", f"peerURLs={peer_urls}",
-                     f"clientURLs={client_urls}", f"isLeader={str(leading).lower()}"])
-        if not member.name:
-            rows[-1] = [f"{member.id}[unstarted]:", "", f"peerURLs={peer_urls}"]
-    _emit_lines(_in_columns(rows, [_GREEN if leading else "" for leading in leads]))
+                     f"clientURLs={client_urls}", f"isLeader={str(leading).lower()}"]
+                    if member.name else [f"{member.id}[unstarted]:", "", f"peerURLs={peer_urls}"])
+    _print_lines(_table_lines(rows, [_GREEN if leading else "" for leading in leads]))
 
 
-@_command("member add", "<name> <peerURL>", "announce a member that will be started",
+@_command("member add", "<name> <peerURL>", "add a member, before it starts",
           wrong="Provide a name and a single member peerURL")
 def _cmd_member_add(run: _Run) -> None:
     name, url = run.args
     client = run.client
-    with _as_one_line(spoken=(400, 409)):
+    with _one_line_errors(shown=(400, 409)):
         added = client.member_add([url])
-        _emit(f"Added member named {name} with ID {added.id} to cluster")
+        _print(f"Added member named {name} with ID {added.id} to cluster")
         members = client.member_list()
     cluster = ",".join(
         f"{name if member.id == added.id else member.name}={peer_url}"
         for member in members for peer_url in member.peer_urls)
-    _emit(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
+    _print(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
 
 
@@ -290,7 +266,7 @@ def _cmd_member_add(run: _Run) -> None:
           wrong="Provide a single member ID")
 def _cmd_member_remove(run: _Run) -> None:
     asked, client = run.args[0], run.client
-    with _as_one_line("Error while verifying ID against known members: ", spoken=()):
+    with _one_line_errors("Error while verifying ID against known members: ", shown=()):
         members = client.member_list()
     found = [member.id for member in members if member.id == asked] or [
         member.id for member in members if member.name == asked]
@@ -300,13 +276,13 @@ def _cmd_member_remove(run: _Run) -> None:
         raise _ExitError(f"{len(found)} members are named {asked}; remove one of them by its id: "
                          f"{', '.join(found)}")
     id = found[0]
-    with _as_one_line(f"Received an error trying to remove member {id}: ", spoken=()):
+    with _one_line_errors(f"Received an error trying to remove member {id}: ", shown=()):
         try:
             client.member_remove(id)
         except HttpError as error:
             if error.status != http.HTTPStatus.GONE:    # removed already
                 raise
-    _emit(f"Removed member {id} from cluster")
+    _print(f"Removed member {id} from cluster")
 
 
 @_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs",
@@ -315,9 +291,9 @@ def _cmd_member_remove(run: _Run) -> None:
 def _cmd_member_update(run: _Run) -> None:
     id, urls = run.args
     client = run.client
-    with _as_one_line(spoken=(400, 404, 409)):
+    with _one_line_errors(shown=(400, 404, 409)):
         client.member_update(id, urls.split(","))
-    _emit(f"Updated member with ID {id} in cluster")
+    _print(f"Updated member with ID {id} in cluster")
 
 
 @_command("cluster-health", "", "ask every member whether it is healthy",
@@ -328,7 +304,7 @@ def _cmd_cluster_health(run: _Run) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             _check_health(run.connect(_given_client))
-            _emit("\nnext check after 10 second...\n")
+            _print("\nnext check after 10 second...\n")
             time.sleep(_HEALTH_EVERY_S)
     return EXIT_OK
 
@@ -337,33 +313,33 @@ def _check_health(client: Client) -> int:
     try:
         members = client.member_list()
     except EtcdError:
-        _emit("cluster may be unhealthy: failed to list members")
+        _print("cluster may be unhealthy: failed to list members")
         raise
     width = max(len(member.id) for member in members) if sys.stdout.isatty() and members else 0
     healthy = [_member_is_healthy(client, member, width) for member in members]
-    _emit("cluster is " + (_painted("healthy", _GREEN) if any(healthy)
-                           else _painted("unhealthy", _RED)))
+    _print("cluster is " + (_coloured("healthy", _GREEN) if any(healthy)
+                           else _coloured("unhealthy", _RED)))
     return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
     """Ask a member for its health and print the verdict."""
-    unreachable = f"member {member.id:{width}} is {_painted('unreachable', _RED)}"
+    unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
-        _emit(f"{unreachable}: no available published client urls")
+        _print(f"{unreachable}: no available published client urls")
         return False
     for url in member.client_urls:
         try:
             healthy = client.health(url)
         except (EtcdError, ValueError) as error:
             why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
-            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
+            _print(f"failed to check the health of member {member.id} on {url}: {why}")
             continue
         word = "healthy" if healthy else "unhealthy"
-        verdict = _painted(word, _GREEN if healthy else _RED)
-        _emit(f"member {member.id:{width}} is {verdict}: got {word} result from {url}")
+        verdict = _coloured(word, _GREEN if healthy else _RED)
+        _print(f"member {member.id:{width}} is {verdict}: got {word} result from {url}")
         return healthy
-    _emit(f"{unreachable}: [{' '.join(member.client_urls)}] are all unreachable")
+    _print(f"{unreachable}: [{' '.join(member.client_urls)}] are all unreachable")
     return False
 
 
@@ -392,10 +368,10 @@ def _cmd_backup(run: _Run) -> None:
         raise _ExitError(str(error)) from error
 
 
-def _spread(
+def _run_parallel(
     items: Sequence[_Job], workers: int, work: Callable[[_Job], None], progress: _Progress,
 ) -> None:
-    """Call `work` for every item on `workers` threads; what one raises ends them all."""
+    """Call `work` for every item on `workers` threads; an exception ends them all."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -411,18 +387,18 @@ def _spread(
             stop.set()
 
     with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
-        try:                                        # Ctrl-C may come before all have begun
+        try:                                        # Ctrl-C may come before all have started
             for future in [pool.submit(serve) for _ in range(max(1, workers))]:
                 future.result()
         finally:
             stop.set()
 
 
-def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, Optional[int]]]:
+def _read_snapshot_04(path: str, hidden: Sequence[str]) -> list[tuple[str, str, int | None]]:
     """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
 
-    Such a file is the JSON of a store, or a line with a checksum and JSON that holds the former in
-    base64.  Hidden directories are left out, except those in `hidden`; so is what has expired.
+    Such a file is the JSON of a store, or a line with a checksum and JSON with the former in
+    base64.  Hidden directories are omitted, except those in `hidden`; so are expired files.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -444,7 +420,7 @@ def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, 
 
 def _snapshot_files(
     node: Mapping[str, Any], key: str, *, hidden: bool,
-) -> Iterator[Tuple[str, str, Optional[int]]]:
+) -> Iterator[tuple[str, str, int | None]]:
     children = node.get("Children")
     if children is None:
         yield key, node["Value"], _seconds_left(node["ExpireTime"])
@@ -454,7 +430,7 @@ def _snapshot_files(
             yield from _snapshot_files(child, f"{key}/{name}", hidden=hidden)
 
 
-def _seconds_left(instant: Optional[str]) -> Optional[int]:
+def _seconds_left(instant: str | None) -> int | None:
     """Return the whole seconds until an RFC 3339 instant, rounded up; None for none."""
     if not instant or instant.startswith("0001-"):  # Go's zero time
         return None
@@ -467,40 +443,40 @@ def _seconds_left(instant: Optional[str]) -> Optional[int]:
 
 
 def _import_snapshot_04(run: _Run) -> int:
-    """Write the files of a snapshot of etcd 0.4, as `import --snap` of etcdctl does."""
+    """Write the files of a snapshot of etcd 0.4: `import --snap` of etcdctl."""
     path, workers = run.options.text("snap"), run.options.number("c", 10)
     files = _read_snapshot_04(path, run.options.texts("hidden"))
     client = run.client
 
-    def write(record: Tuple[str, str, Optional[int]]) -> None:
+    def write(record: tuple[str, str, int | None]) -> None:
         key, value, ttl = record
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
-    _emit(f"starting to import snapshot {path} with {workers} clients")
+    _print(f"starting to import snapshot {path} with {workers} clients")
     with _Progress("import", len(files)) as progress:
-        _spread(files, workers, write, progress)
-    _emit(f"finished importing {len(files)} keys")
+        _run_parallel(files, workers, write, progress)
+    _print(f"finished importing {len(files)} keys")
     return EXIT_OK
 
 
 # -- users, roles, auth
 
 
-def _names(entries: Optional[Sequence[Any]], field: str) -> List[str]:
-    """Return names out of a list of names or of objects: servers have both."""
+def _names(entries: Sequence[Any] | None, field: str) -> list[str]:
+    """Return the names in a list of names or of objects: servers have both."""
     return [entry[field] if isinstance(entry, dict) else str(entry) for entry in entries or ()]
 
 
-def _ask(ask: Callable[..., _Answer], *args: Any) -> _Answer:
-    """Ask the auth API; what goes wrong ends the command with one line."""
-    with _as_one_line():
-        return ask(*args)
+def _auth_call(call: Callable[..., _Answer], *args: Any) -> _Answer:
+    """Call the auth API; an error ends the command with one line."""
+    with _one_line_errors():
+        return call(*args)
 
 
-def _is_there(ask: Callable[[str], Any], name: str) -> bool:
-    with _as_one_line():
+def _exists(get: Callable[[str], Any], name: str) -> bool:
+    with _one_line_errors():
         try:
-            ask(name)
+            get(name)
         except EtcdError as error:
             if is_endpoint_failure(error):
                 raise
@@ -511,108 +487,96 @@ def _is_there(ask: Callable[[str], Any], name: str) -> bool:
 def _call_command(
     name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
 ) -> None:
-    """Enter a command that makes one call and says that this was done."""
+    """Add a command that makes one call and prints `done`."""
     @_command(name, arguments, help, wrong=wrong)
     def run_it(run: _Run) -> None:
-        _ask(call, run.client, *run.args)
-        _emit(done.format(*run.args))
+        _auth_call(call, run.client, *run.args)
+        _print(done.format(*run.args))
 
 
 @_command("user add", "<name>[:<password>]", "make a user", wrong=_A_USER)
 def _cmd_user_add(run: _Run) -> None:
     text, client = run.args[0], run.client
     name = text.partition(":")[0]
-    if _is_there(client.user_get, name):
+    if _exists(client.user_get, name):
         raise _ExitError(f"User {name} already exists")
-    _ask(client.user_add, name, _split_user(text, "New password: ")[1])
-    _emit(f"User {name} created")
+    _auth_call(client.user_add, name, _split_user(text, "New password: ")[1])
+    _print(f"User {name} created")
 
 
 @_command("user get", "<name>", "print a user's roles", wrong=_A_USER, formats=_JSON_TOO)
 def _cmd_user_get(run: _Run) -> None:
-    user = _ask(run.client.user_get, run.args[0])
+    user = _auth_call(run.client.user_get, run.args[0])
     roles = _names(user.get("roles"), "role")
     if run.output == "json":
         _print_json({"user": user["user"], "roles": roles})
     else:
-        _emit(f"User: {user['user']}\nRoles: {' '.join(roles)}")
-
-
-@_command("user list", "", "print the names of all users", wrong=_NO_ARGUMENTS,
-          formats=_JSON_TOO)
-def _cmd_user_list(run: _Run) -> None:
-    _list_names(run, "user", Client.user_list)
-
-
-@_command("role list", "", "print the names of all roles", wrong=_NO_ARGUMENTS,
-          formats=_JSON_TOO)
-def _cmd_role_list(run: _Run) -> None:
-    _list_names(run, "role", Client.role_list)
+        _print(f"User: {user['user']}\nRoles: {' '.join(roles)}")
 
 
 def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]) -> None:
     client = run.client
-    with _as_one_line(spoken=()):
+    with _one_line_errors(shown=()):
         names = _names(listing(client), kind)
     if run.output == "json":
         _print_json({f"{kind}s": names})
     else:
-        _emit_lines(names)
+        _print_lines(names)
 
 
+_command("user list", "", "print the names of all users", wrong=_NO_ARGUMENTS, formats=_JSON_TOO)(
+    lambda run: _list_names(run, "user", Client.user_list))
+_command("role list", "", "print the names of all roles", wrong=_NO_ARGUMENTS, formats=_JSON_TOO)(
+    lambda run: _list_names(run, "role", Client.role_list))
 _call_command(
     "user remove", "<name>", "remove a user", Client.user_remove, "User {} removed", _A_USER)
-
-
-@_command("user grant", "<name>", "give a user roles", _ROLES, wrong=_A_USER)
-def _cmd_user_grant(run: _Run) -> None:
-    _change_roles(run, Client.user_grant)
-
-
-@_command("user revoke", "<name>", "take roles from a user", _ROLES, wrong=_A_USER)
-def _cmd_user_revoke(run: _Run) -> None:
-    _change_roles(run, Client.user_revoke)
 
 
 def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> None:
     roles = run.options.texts("roles")
     if not roles:
         raise _ExitError("No roles specified; please use `-roles`")
-    _ask(change, run.client, run.args[0], roles)
-    _emit(f"User {run.args[0]} updated")
+    _auth_call(change, run.client, run.args[0], roles)
+    _print(f"User {run.args[0]} updated")
+
+
+_command("user grant", "<name>", "grant roles to a user", _ROLES, wrong=_A_USER)(
+    lambda run: _change_roles(run, Client.user_grant))
+_command("user revoke", "<name>", "revoke roles of a user", _ROLES, wrong=_A_USER)(
+    lambda run: _change_roles(run, Client.user_revoke))
 
 
 @_command("user passwd", "<name>", "change a user's password", wrong=_A_USER)
 def _cmd_user_passwd(run: _Run) -> None:
     name, client = run.args[0], run.client
-    _ask(client.user_get, name)
-    _ask(client.user_password, name, _ask_password("New password: "))
-    _emit("Password updated")
+    _auth_call(client.user_get, name)
+    _auth_call(client.user_password, name, _ask_password("New password: "))
+    _print("Password updated")
 
 
 @_command("role add", "<name>", "make a role", wrong=_A_ROLE)
 def _cmd_role_add(run: _Run) -> None:
     name, client = run.args[0], run.client
-    if _is_there(client.role_get, name):
+    if _exists(client.role_get, name):
         raise _ExitError(f"Role {name} already exists")
-    _ask(client.role_add, name)
-    _emit(f"Role {name} created")
+    _auth_call(client.role_add, name)
+    _print(f"Role {name} created")
 
 
-def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
-    """Return the paths that a role may read, and those that it may write."""
+def _permitted(role: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the paths that a role may read and those that it may write."""
     kv = role["permissions"]["kv"]
     return list(kv.get("read") or ()), list(kv.get("write") or ())
 
 
 @_command("role get", "<name>", "print what a role permits", wrong=_A_ROLE, formats=_JSON_TOO)
 def _cmd_role_get(run: _Run) -> None:
-    role = _ask(run.client.role_get, run.args[0])
+    role = _auth_call(run.client.role_get, run.args[0])
     read, write = _permitted(role)
     if run.output == "json":
         _print_json(role)
     else:
-        _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
+        _print_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
                      "KV Write:", *(f"\t{path}" for path in write)])
 
 
@@ -620,18 +584,8 @@ _call_command(
     "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 
 
-@_command("role grant", "<name>", "permit a path", *_PERMISSION_FLAGS, wrong=_A_ROLE)
-def _cmd_role_grant(run: _Run) -> None:
-    _change_permission(run, Client.role_grant, "granted")
-
-
-@_command("role revoke", "<name>", "permit a path no longer", *_PERMISSION_FLAGS, wrong=_A_ROLE)
-def _cmd_role_revoke(run: _Run) -> None:
-    _change_permission(run, Client.role_revoke, "revoked")
-
-
 def _change_permission(
-    run: _Run, change: Callable[[Client, str, str, str], Dict[str, Any]], done: str,
+    run: _Run, change: Callable[[Client, str, str, str], dict[str, Any]], done: str,
 ) -> None:
     path = run.options.text("path")
     if not path:
@@ -643,13 +597,17 @@ def _change_permission(
     if len(kinds) != 1:
         raise _ExitError("Please specify exactly one of -read, -write or -readwrite")
     name, client = run.args[0], run.client
-    before = _ask(client.role_get, name)
-    after = _ask(change, client, name, path, kinds[0])
+    before = _auth_call(client.role_get, name)
+    after = _auth_call(change, client, name, path, kinds[0])
     unchanged = _permitted(before) == _permitted(after)
-    _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
+    _print(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
 
 
-_call_command("auth enable", "", "let only users with the right do something",
+_command("role grant", "<name>", "permit a path", *_PERMISSION_FLAGS, wrong=_A_ROLE)(
+    lambda run: _change_permission(run, Client.role_grant, "granted"))
+_command("role revoke", "<name>", "undo role grant", *_PERMISSION_FLAGS, wrong=_A_ROLE)(
+    lambda run: _change_permission(run, Client.role_revoke, "revoked"))
+_call_command("auth enable", "", "check the rights of every request",
               Client.auth_enable, "Authentication Enabled", _NO_ARGUMENTS)
-_call_command("auth disable", "", "let everybody do everything",
+_call_command("auth disable", "", "permit every request",
               Client.auth_disable, "Authentication Disabled", _NO_ARGUMENTS)

@@ -11,34 +11,24 @@ import shutil
 import signal
 import sys
 import time
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Callable, NamedTuple
 
 from ..client.client import Client
 from ..transport.calls import clean_key
 from ..transport.errors import DirNotEmpty, EtcdError, KeyNotFound
 from ..transport.results import Member, Node
-from .etcdctl import _QUORUM, _spread
+from .etcdctl import _QUORUM, _run_parallel
 from .output import (
     _BLUE,
     EXIT_OK,
     EXIT_SERVER_ERROR,
-    _complain,
-    _emit,
-    _emit_lines,
+    _coloured,
     _escape,
     _ExitError,
-    _painted,
+    _print,
+    _print_error,
+    _print_lines,
     _Progress,
 )
 from .program import (
@@ -57,47 +47,46 @@ from .program import (
     _Run,
     _split_command,
 )
-from .transfer import (
-    _BENCH_KEYS,
-    _BENCH_PREFIX,
-    _BENCH_SIZE_BYTES,
-    _BENCH_TOTAL,
-    _TOP_EVERY_S,
-    _TREE_VALUE_MAX,
-    _patient,
-)
+from .transfer import _with_long_timeouts
+
+_TOP_EVERY_S = 2.0
+_TREE_VALUE_MAX = 60            # characters of a value that `tree --values` prints
+_BENCH_TOTAL = 10_000
+_BENCH_PREFIX = "/pyetcd-bench"
+_BENCH_SIZE_BYTES = 64
+_BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
 
 # -- tree
 
 
-@_command("tree", "[key]", "draw a directory with all below it",
+@_command("tree", "[key]", "print a directory as a tree",
           _Flag(("values",), bool, "with the values of keys"),
           _Flag(("ascii",), bool, "without box characters"), _QUORUM, own=True)
 def _cmd_tree(run: _Run) -> None:
     options = run.options
-    node = _patient(run.client, run.settings).get(
+    node = _with_long_timeouts(run.client, run.settings).get(
         (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
     strokes = ("|-- ", "`-- ", "|   ") if options.on("ascii") else ("├── ", "└── ", "│   ")
-    _emit(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
-    _emit_lines(_tree_lines(node, options, strokes))
+    _print(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
+    _print_lines(_tree_lines(node, options, strokes))
     below = list(node.walk()) if node.dir else [node]
     dirs = sum(child.dir for child in below)
-    _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
+    _print(f"\n{dirs} directories, {len(below) - dirs} keys")
 
 
-def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
+def _tree_lines(node: Node, options: _Options, strokes: tuple[str, str, str]) -> Iterator[str]:
     """Yield a line for each node below `node`."""
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
-        name = _painted(_escape(child.key.rpartition("/")[2]), _BLUE if child.dir else "")
+        name = _coloured(_escape(child.key.rpartition("/")[2]), _BLUE if child.dir else "")
         yield (end if last else fork) + name + _tree_tail(child, options)
         for line in _tree_lines(child, options, strokes):
             yield ("    " if last else along) + line
 
 
 def _tree_tail(node: Node, options: _Options) -> str:
-    """Return what stands behind a name: the kind, the value, the time left."""
+    """Return the text after a name: slash, value, seconds left."""
     text = "/" if node.dir else ""
     if options.on("values") and not node.dir:
         value = _escape(node.value or "")
@@ -115,7 +104,7 @@ _TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATC
 
 
 class _Sample(NamedTuple):
-    """What one member said of itself."""
+    """Statistics of one member."""
 
     taken_at: float                                 # monotonic seconds
     self_stats: Mapping[str, Any]
@@ -126,18 +115,18 @@ class _Sample(NamedTuple):
 
 
 class _Top:
-    """Samples all members; draws a table of what happened since the last time."""
+    """Samples all members; prints a table of the rates since the last sample."""
 
     def __init__(self, run: _Run) -> None:
         self._client = run.client
         self._access = run.access
         self._members = self._client.member_list()
-        self._clients: Dict[str, Client] = {}       # by member id
-        self._samples: Dict[str, _Sample] = {}
+        self._clients: dict[str, Client] = {}       # by member id
+        self._samples: dict[str, _Sample] = {}
 
-    def lines(self) -> List[str]:
+    def lines(self) -> list[str]:
         """Take a sample of every member; return the table."""
-        with contextlib.suppress(EtcdError):        # nobody answers: the list known is shown
+        with contextlib.suppress(EtcdError):        # no reply: use the known list
             self._members = self._client.member_list()
         members = self._members
         with concurrent.futures.ThreadPoolExecutor(max(1, len(members)), "pyetcdctl-top") as pool:
@@ -151,20 +140,20 @@ class _Top:
                 f"answer", "",
                 *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
 
-    def _sample(self, member: Member) -> Optional[_Sample]:
+    def _sample(self, member: Member) -> _Sample | None:
         if not member.client_urls:
             return None
         client = self._clients.get(member.id)
         if client is None:
             client = self._clients[member.id] = self._access.client(endpoints=member.client_urls)
         try:
-            with client:                            # its thread ends: so do its connections
+            with client:                            # closes its connections
                 return _Sample(time.monotonic(), client.statistics("self"),
                                client.statistics("store"))
         except EtcdError:
             return None
 
-    def _row(self, member: Member, sample: Optional[_Sample]) -> Tuple[str, ...]:
+    def _row(self, member: Member, sample: _Sample | None) -> tuple[str, ...]:
         name, address = member.name or member.id, ",".join(member.client_urls)
         if sample is None:
             return (name, "silent" if member.name else "unstarted", *"-" * 6, address)
@@ -184,9 +173,9 @@ class _Top:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[Callable[[float], bool]]:
-    """Take the terminal; yields a function that waits and says whether q was pressed.
+    """Take over the terminal; yield a function that waits and returns whether q was pressed.
 
-    The terminal is as before afterwards, also after Ctrl-C and SIGTERM.
+    The terminal is restored afterwards, also after Ctrl-C and SIGTERM.
     """
     import select
     import termios
@@ -208,19 +197,19 @@ def _screen() -> Iterator[Callable[[float], bool]]:
         signal.signal(signal.SIGTERM, handler)
 
 
-@_command("top", "", "show what every member does, until q or Ctrl-C",
-          _Flag(("interval",), float, "time between two looks (default: 2s)", 0.001),
+@_command("top", "", "show the activity of every member, until q or Ctrl-C",
+          _Flag(("interval",), float, "time between two samples (default: 2s)", 0.001),
           _Flag(("once",), bool, "print the rates of one interval as text, then end"), own=True)
 def _cmd_top(run: _Run) -> None:
     top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
     if run.options.on("once"):
         top.lines()
         time.sleep(every_s)
-        _emit_lines(top.lines())
+        _print_lines(top.lines())
         return
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         while True:
-            _emit_lines([*top.lines(), ""])
+            _print_lines([*top.lines(), ""])
             time.sleep(every_s)
     with _screen() as quit_pressed:
         while True:
@@ -235,7 +224,7 @@ def _cmd_top(run: _Run) -> None:
 
 
 class _Bench:
-    """Sends requests on many connections; keeps how long each took."""
+    """Sends requests on many connections; records their latencies."""
 
     def __init__(self, client: Client, options: _Options, kind: str) -> None:
         self._client = client
@@ -246,46 +235,46 @@ class _Bench:
         prefix = clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
         self.directory = f"{prefix}/{random.getrandbits(32):08x}"
         self._made = list(self._missing(prefix))
-        self.latencies_s: List[float] = []          # append is atomic
-        self.failures: List[EtcdError] = []
+        self.latencies_s: list[float] = []          # append is atomic
+        self.failures: list[EtcdError] = []
 
     def prepare(self) -> None:
-        """Write what will be read."""
+        """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
             with _Progress("bench: preparing", len(keys)) as progress:
-                _spread(keys, self.connections, lambda key: self._put(key), progress)
+                _run_parallel(keys, self.connections, lambda key: self._put(key), progress)
 
     def run(self) -> float:
-        """Send all requests; return the seconds that took."""
+        """Send all requests; return the duration in seconds."""
         numbers = range(self.total)
         with _Progress("bench", self.total) as progress:
             started_at = time.monotonic()
-            _spread(numbers, self.connections, self._one, progress)
+            _run_parallel(numbers, self.connections, self._one, progress)
             return time.monotonic() - started_at
 
     def clean_up(self) -> None:
-        """Remove what was written, and the directories that were not there before."""
+        """Remove the keys and all directories that this run created."""
         try:
             with contextlib.suppress(KeyNotFound):
                 self._client.delete(self.directory, recursive=True)
             for directory in self._made:
-                with contextlib.suppress(KeyNotFound, DirNotEmpty):     # another bench uses it
+                with contextlib.suppress(KeyNotFound, DirNotEmpty):     # in use by another run
                     self._client.rmdir(directory)
         except EtcdError as error:
-            _complain(f"pyetcdctl bench: {self.directory} is still there: {error}")
+            _print_error(f"pyetcdctl bench: {self.directory} is still there: {error}")
 
     def _missing(self, directory: str) -> Iterator[str]:
-        """Yield the directories that have to be made, the inner ones first."""
+        """Yield the missing directories, the inner ones first."""
         while directory:
             try:
                 self._client.get(directory)
             except KeyNotFound:
                 yield directory
-            except EtcdError:                       # the requests to come will tell
+            except EtcdError:                       # later requests report it
                 return
             else:
-                if directory == _BENCH_PREFIX:      # left by one that was killed
+                if directory == _BENCH_PREFIX:      # left by a run that was killed
                     yield directory
                 return
             directory = directory.rpartition("/")[0]
@@ -301,7 +290,7 @@ class _Bench:
         self._client.set(key, self.value)
 
     def _one(self, number: int) -> None:
-        # Multiples of a number without common factors: reads and writes mix evenly.
+        # 37 and 100 are coprime: reads and writes mix evenly.
         is_read = number * 37 % 100 < self._reads_percent
         begun_at = time.perf_counter()
         try:
@@ -312,11 +301,11 @@ class _Bench:
             self.latencies_s.append(time.perf_counter() - begun_at)
 
 
-@_command("bench", "[put|get|mixed]", "put load on a cluster; print rate and times",
-          _Flag(("connections",), int, "requests under way at once (default: 8)", 1),
+@_command("bench", "[put|get|mixed]", "put load on a cluster; print rate and latencies",
+          _Flag(("connections",), int, "concurrent requests (default: 8)", 1),
           _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})", 1),
           _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})", 0),
-          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)", 0),
+          _Flag(("reads",), int, "with mixed: percentage of reads (default: 90)", 0),
           _Flag(("prefix",), str, f"directory to work in (default: {_BENCH_PREFIX})"),
           own=True)
 def _cmd_bench(run: _Run) -> int:
@@ -325,21 +314,21 @@ def _cmd_bench(run: _Run) -> int:
         raise _ExitError("bench is put, get or mixed, with --reads from 0 to 100")
     if kind != "mixed":
         run.options.refuse(f"with {kind}", "reads")
-    bench = _Bench(_patient(run.client, run.settings), run.options, kind)
+    bench = _Bench(_with_long_timeouts(run.client, run.settings), run.options, kind)
     try:
         bench.prepare()
         elapsed_s = bench.run()
     finally:
         bench.clean_up()
     done = len(bench.latencies_s)
-    _emit(f"{kind}: {done:,} requests, values of {len(bench.value):,} bytes, {bench.connections} "
+    _print(f"{kind}: {done:,} requests, values of {len(bench.value):,} bytes, {bench.connections} "
           f"connections, {elapsed_s:.2f} s: {done / elapsed_s:,.0f} per second")
     if done:
-        _emit("milliseconds: " + ", ".join(
+        _print("milliseconds: " + ", ".join(
             f"{name} {bench.percentile_ms(share):.2f}" for name, share in (
                 ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
     if bench.failures:
-        _emit(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
+        _print(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
     return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
 
 
@@ -392,15 +381,15 @@ complete -c pyetcdctl -a '(__pyetcdctl_words)'
           own=True, mixed=False)
 def _cmd_completion(run: _Run) -> None:
     if run.args[:1] == ["words"]:
-        _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
+        _print_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
         return
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
-    _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
+    _print(_COMPLETIONS[run.args[0]].rstrip("\n"))
 
 
-def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
-    """Return (word, note) for all that may stand in place of the last of `words`."""
+def _candidates(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (word, note) for each completion of the last of `words`."""
     *before, current = words
     settings, rest, awaited = _scan(before, _GLOBAL_FLAGS, mixed=False)
     name, args = _split_command(rest)
@@ -408,7 +397,7 @@ def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
     if name:
         _, args, awaited = _scan(args, _COMMANDS[name].flags, mixed=_COMMANDS[name].mixed)
         flags = _COMMANDS[name].flags
-    found: List[Tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     if awaited is not None:
         values = ("simple", "extended", "json") if awaited.names[0] == "output" else ()
         found = [(value, "") for value in values]
@@ -426,8 +415,8 @@ def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
 
 def _scan(
     words: Sequence[str], flags: Sequence[_Flag], *, mixed: bool,
-) -> Tuple[_Options, List[str], Optional[_Flag]]:
-    """Return options, arguments, and the flag whose value is to come, if words end with one."""
+) -> tuple[_Options, list[str], _Flag | None]:
+    """Return options, arguments, and the last flag if its value is missing."""
     for flag in flags:
         if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
             with contextlib.suppress(_MisuseError, _ExitError):
@@ -440,12 +429,12 @@ def _scan(
         return _Options(), [], None
 
 
-def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
-    """Return the keys in the directory that `current` names so far; none if nobody answers."""
+def _keys_like(settings: _Options, current: str) -> list[tuple[str, str]]:
+    """Return the keys in the directory of `current`; none without a reply."""
     directory = current.rpartition("/")[0]
     user = settings.text("username", "ETCDCTL_USERNAME")
     if user and ":" not in user and not os.environ.get("ETCDCTL_PASSWORD"):
-        return []                                   # no questions while somebody types
+        return []                                   # a completion must not ask for it
     try:
         with _given_client(settings, _Access.from_settings(settings)) as client:
             nodes = client.get(directory, sorted=True).node.nodes

@@ -1,6 +1,6 @@
-"""Output of the command line, as etcdctl 2.3 has it.
+"""Output of the command line in the formats of etcdctl 2.3.
 
-Knows the public names of the client only.
+Uses public names of the client only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import re
 import sys
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from re import Match
+from typing import Any, Callable
 from urllib.parse import urlsplit
 
 from ..transport.calls import is_endpoint_failure
@@ -33,7 +35,7 @@ EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
 EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
 
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
-_PROGRESS_EVERY_S = 0.1         # the line on a terminal is drawn no more often
+_PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
 _NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
@@ -52,9 +54,7 @@ class _ExitError(Exception):
         self.code = code
 
 
-def _did_you_mean(
-    word: str, known: Iterable[str], show: Callable[[str], str] = str,
-) -> str:
+def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
     import difflib
 
     found = difflib.get_close_matches(word, list(known), 1)
@@ -65,18 +65,18 @@ def _did_you_mean(
 
 
 _BLUE, _GREEN, _RED = "1;34", "32", "31"
-_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
+_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # not possible in a line
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
 
 
 def _escape(text: str) -> str:
-    """Return `text` in one line without tabs; _unescape has the way back."""
+    """Return `text` as one line without tabs; the inverse of `_unescape`."""
     return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
 
 
 def _unescape(text: str) -> str:
-    """Return what _escape was given.  Raises ValueError."""
+    """Undo `_escape`.  Raises ValueError."""
     def original(match: Match[str]) -> str:
         code = match[1]
         if len(code) == 5:
@@ -87,51 +87,48 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
 
 
-def _painted(text: str, colour: str) -> str:
-    """Return `text` in a colour, where somebody sees it and has not said NO_COLOR."""
+def _coloured(text: str, colour: str) -> str:
+    """Return `text` in a colour on a terminal, unless NO_COLOR is set."""
     if not colour or not sys.stdout.isatty() or (
             os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def _in_columns(rows: Sequence[Sequence[str]], colours: Sequence[str]) -> Iterator[str]:
-    """Yield a line a row: aligned and coloured on a terminal, with single spaces elsewhere."""
+def _table_lines(rows: Sequence[Sequence[str]], colours: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
         if sys.stdout.isatty():
             row = [text.ljust(width) for text, width in zip(row, widths)]
-        yield _painted(" ".join(filter(None, row)).rstrip(), colour)
+        yield _coloured(" ".join(filter(None, row)).rstrip(), colour)
 
 
-def _emit(text: str) -> None:
-    """Print a line at once, whatever the locale: keys and values are bytes to a terminal."""
+def _print(text: str) -> None:
+    """Print a line at once, as UTF-8 in any locale: keys and values are bytes to a terminal."""
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
     sys.stdout.buffer.flush()
 
 
-def _emit_lines(lines: Iterable[str]) -> None:
+def _print_lines(lines: Iterable[str]) -> None:
     """Print many lines in few writes."""
-    some = iter(lines)
-    while True:
-        batch = list(itertools.islice(some, _LINES_PER_WRITE))
-        if not batch:
-            return
-        _emit("\n".join(batch))
+    rest = iter(lines)
+    for batch in iter(lambda: list(itertools.islice(rest, _LINES_PER_WRITE)), []):
+        _print("\n".join(batch))
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     line = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     print(line, file=sys.stderr)
 
 
 class _Progress:
-    """A line on stderr that says how far long work is; nothing unless stderr is a terminal."""
+    """A line on stderr with the progress of long work; only on a terminal."""
 
     def __init__(self, work: str, total: int = 0) -> None:
         self._work = work
-        self._total = total                         # 0: not known
+        self._total = total                         # 0: unknown
         self._visible = sys.stderr.isatty()
         self._drawn_at = 0.0
 
@@ -144,7 +141,6 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def show(self, done: int) -> None:
-        """Draw the line, unless that was done a moment ago."""
         if not self._visible or time.monotonic() - self._drawn_at < _PROGRESS_EVERY_S:
             return
         self._drawn_at = time.monotonic()
@@ -152,7 +148,7 @@ class _Progress:
         print(f"\r\x1b[K{self._work}: {done:,}{share}", end="", file=sys.stderr, flush=True)
 
 
-def _value_text(node: Optional[Node]) -> str:
+def _value_text(node: Node | None) -> str:
     return (node.value or "") if node is not None else ""
 
 
@@ -168,10 +164,10 @@ def _result_extended(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _node_json(node: Optional[Node]) -> Optional[Dict[str, Any]]:
+def _node_json(node: Node | None) -> dict[str, Any] | None:
     if node is None:
         return None
-    shown: Dict[str, Any] = {"key": "" if node.key == "/" else node.key}
+    shown: dict[str, Any] = {"key": "" if node.key == "/" else node.key}
     if node.dir:
         shown["dir"] = True
     shown["value"] = node.value or ""
@@ -202,7 +198,7 @@ def _failure_line(error: EtcdError) -> str:
         address = urlsplit(error.endpoint).netloc
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         return f"dial tcp {address}: connect: {error.message}" if never_sent else error.describe()
-    if not error.status:                            # not found in DNS
+    if not error.status:                            # of a DNS lookup
         return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
@@ -214,7 +210,7 @@ _HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 
 def _error_lines(error: EtcdError) -> str:
-    """Return what etcdctl prints on stderr about `error`."""
+    """Return etcdctl's message for `error`."""
     if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"

@@ -1,15 +1,17 @@
-"""The program: options, which client a command gets, help, errors and exit codes."""
+"""The program: options, clients of commands, help, errors and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import math
 import os
 import random
 import re
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from ..client.client import Client
 from ..transport.calls import is_endpoint_failure
@@ -30,11 +32,11 @@ from .output import (
     EXIT_MISUSE,
     EXIT_OK,
     EXIT_SERVER_ERROR,
-    _complain,
     _did_you_mean,
-    _emit,
     _error_lines,
     _ExitError,
+    _print,
+    _print_error,
     _result_extended,
     _result_json,
     _value_text,
@@ -42,17 +44,17 @@ from .output import (
 
 
 class _MisuseError(Exception):
-    """A line that says nothing to etcdctl 2.3 either; the text tells why.  Help is shown."""
+    """A command line that etcdctl 2.3 does not accept either; help is printed."""
 
 
 # -- options
 
 
 class _Flag(NamedTuple):
-    names: Tuple[str, ...]
-    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
+    names: tuple[str, ...]
+    kind: type          # bool, int, str, float (a Go duration, in seconds), list (repeatable)
     help: str
-    least: Optional[float] = None   # smallest number, or shortest text
+    least: float | None = None   # the smallest number, or length of a text
 
     @property
     def dashed(self) -> str:
@@ -60,11 +62,11 @@ class _Flag(NamedTuple):
 
 
 class _Options:
-    """Values of the flags that were given; the others are False, 0, "" or empty."""
+    """Values of the given flags; the others are False, 0, "" or empty."""
 
     def __init__(self) -> None:
-        self._values: Dict[str, Any] = {}
-        self._forms: Dict[str, str] = {}
+        self._values: dict[str, Any] = {}
+        self._forms: dict[str, str] = {}
 
     def put(self, flag: _Flag, text: str, form: str = "") -> None:
         name, value = flag.names[0], _flag_value(flag, text)
@@ -85,19 +87,19 @@ class _Options:
         """Return a flag, or else an environment variable."""
         return str(self._values.get(name, "")) or os.environ.get(variable, "")
 
-    def texts(self, name: str) -> List[str]:
+    def texts(self, name: str) -> list[str]:
         return list(self._values.get(name, ()))
 
     def refuse(self, why: str, *names: str) -> None:
-        """End the command if one of these was given: it would have no effect."""
+        """Raise _ExitError for given options without effect."""
         for name in names:
             if name in self._values:
                 raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
 
 
 def _flag_value(flag: _Flag, text: str) -> Any:
-    """Return the value of a flag.  Raises _MisuseError; _ExitError for what only we refuse."""
-    parse, what = _READERS.get(flag.kind, (str, ""))
+    """Return the value of a flag.  Raises _MisuseError; _ExitError if etcdctl accepts it."""
+    parse, expected = _READERS.get(flag.kind, (str, ""))
     try:
         value = parse(text)
     except (KeyError, ValueError):
@@ -105,7 +107,7 @@ def _flag_value(flag: _Flag, text: str) -> Any:
         with contextlib.suppress(KeyError, ValueError):
             parse(repaired)                         # 5s for 5, or 5 for 5s
             hint = f"; did you mean {repaired}?"
-        raise _MisuseError(f'{flag.dashed} takes {what}, not "{text}"{hint}') from None
+        raise _MisuseError(f'{flag.dashed} takes {expected}, not "{text}"{hint}') from None
     if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
         limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
         raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
@@ -113,7 +115,7 @@ def _flag_value(flag: _Flag, text: str) -> Any:
 
 
 def _parse_integer(text: str) -> int:
-    """Return a number as Go's flag package reads it: also hexadecimal, and octal after a 0."""
+    """Parse a number by the rules of Go's flag package: also hexadecimal, and octal after a 0."""
     match = re.fullmatch(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
     if match is None or len(text) > 30:
         raise ValueError(text)
@@ -125,7 +127,7 @@ def _parse_integer(text: str) -> int:
 
 
 def _parse_duration(text: str) -> float:
-    """Return the seconds of a Go duration such as 500ms or 1m30s."""
+    """Parse a Go duration such as 500ms or 1m30s; return seconds."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
     if text in ("0", "+0", "-0"):
@@ -135,7 +137,7 @@ def _parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
 
 
-_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
+_READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     bool: (_BOOLEANS.__getitem__, "true or false"), int: (_parse_integer, "a whole number"),
     float: (_parse_duration, "a time such as 500ms or 1m30s"),
 }
@@ -143,12 +145,12 @@ _READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
 
 def _parse_flags(
     argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
-) -> Tuple[_Options, List[str]]:
+) -> tuple[_Options, list[str]]:
     """Split `argv` into options and arguments by the rules of Go's flag package.
 
-    One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
-    word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
-    `--` does, and a negative number is an argument.
+    An option has one or two dashes; its value follows `=` or, except for booleans, is the next
+    word.  The options end at the first argument, or at `--`.  With `mixed` they end at `--` only,
+    and a negative number is an argument.
     """
     known = {name: flag for flag in flags for name in flag.names}
     options, words, args = _Options(), list(argv), []
@@ -176,7 +178,7 @@ def _parse_flags(
 
 
 def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
-    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
+    """Return the message for an option after `args` that is not in `known`."""
     text = f'there is no option "{word}"'
     if any(name in flag.names for flag in _GLOBAL_FLAGS):
         return f"{text} here: {_dashed(name)} stands before the command"
@@ -190,30 +192,30 @@ def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[st
 # -- the client of a command
 
 
-def _show_request(method: str, url: str, form: Optional[bytes]) -> None:
-    """Show a request on stderr as the curl command for it: --debug."""
+def _show_request(method: str, url: str, form: bytes | None) -> None:
+    """Print a request on stderr as a curl command (--debug)."""
     data = f' -d "{form.decode()}"' if form else ""
-    _complain(f"cURL Command: curl -X {method} {url}{data}")
+    _print_error(f"cURL Command: curl -X {method} {url}{data}")
 
 
 def _ask_password(prompt: str) -> str:
     """Read a password without echo; from a pipe, its first line."""
     if sys.stdin.isatty():
         return getpass.getpass(prompt)
-    _emit(prompt)
+    _print(prompt)
     return sys.stdin.readline().rstrip("\n")
 
 
-def _split_user(text: str, prompt: str) -> Tuple[str, str]:
-    """Return name and password of NAME[:PASSWORD]; a password that is not there is asked for."""
+def _split_user(text: str, prompt: str) -> tuple[str, str]:
+    """Return name and password of NAME[:PASSWORD]; ask for a missing password."""
     name, separator, password = text.partition(":")
     return name, password if separator else _ask_password(prompt)
 
 
-def _cluster_asked(settings: _Options) -> Dict[str, Any]:
-    """Return what Client takes to find the cluster, by the order of etcdctl 2.3.
+def _cluster_asked(settings: _Options) -> dict[str, Any]:
+    """Return the endpoints as arguments of Client, in the precedence of etcdctl 2.3.
 
-    There some variables are stronger than some options: that is said, not left to be noticed.
+    There some variables override some options: a line on stderr says so.
     """
     chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
     for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
@@ -224,7 +226,7 @@ def _cluster_asked(settings: _Options) -> Dict[str, Any]:
                 chosen, source = text, name
                 where = "srv_domain" if flag == "discovery-srv" else "endpoints"
             elif text and text != chosen and name != variable:
-                _complain(f"pyetcdctl: {name} is not used: {source} is stronger")
+                _print_error(f"pyetcdctl: {name} is not used: {source} is stronger")
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
@@ -236,14 +238,14 @@ def _check_readable(path: str) -> None:
 
 
 class _Access(NamedTuple):
-    """How to reach a cluster, whichever of its members is asked."""
+    """Credentials and time limits for the members of a cluster."""
 
-    options: Dict[str, Any]                         # keywords of Client
+    options: dict[str, Any]                         # keywords of Client
     debug: bool = False
 
     @classmethod
     def from_settings(cls, settings: _Options, *, environment: bool = True) -> _Access:
-        """Return what flags and ETCDCTL_* variables say; asks for a password if need be."""
+        """Return the access from flags and ETCDCTL_* variables; ask for a missing password."""
         user, certificate, key, authorities = (
             settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
             for flag in ("username", "cert-file", "key-file", "ca-file"))
@@ -252,7 +254,7 @@ class _Access(NamedTuple):
         if key and not certificate:
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
         for path in filter(None, (certificate, key, authorities)):
-            _check_readable(path)                   # also for http, which would not look
+            _check_readable(path)                   # also for http, which would not read it
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -263,7 +265,7 @@ class _Access(NamedTuple):
         }, settings.on("debug"))
 
     def client(self, **where: Any) -> Client:
-        """Return a client for these endpoints, or for those that SRV records name."""
+        """Return a client for these endpoints, or for those in SRV records."""
         try:
             client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
@@ -274,31 +276,33 @@ class _Access(NamedTuple):
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
-    """Return a client for the endpoints that were given; it tells if another than the first one
-    answers: that may be the member of another cluster, or the discovery service.
+    """Return a client for the given endpoints.
+
+    It prints a line if another endpoint than the first one replies: that may be a member of
+    another cluster, or the discovery service.
     """
     where = _cluster_asked(settings)
     client = access.client(**where)
 
-    def tell(state: ConnectionState) -> bool:
+    def report(state: ConnectionState) -> bool:
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
-            _complain(f"pyetcdctl: answered by {current}, not by {first}")
-        return state is ConnectionState.CONNECTED   # once is enough
+            _print_error(f"pyetcdctl: answered by {current}, not by {first}")
+        return state is ConnectionState.CONNECTED   # then the listener is removed
 
     if len(where.get("endpoints", ())) > 1:
-        client.add_listener(tell)
+        client.add_listener(report)
     return client
 
 
 def _synced_client(settings: _Options, access: _Access) -> Client:
-    """Return a client that uses the client URLs the members publish, in random order."""
+    """Return a client for the client URLs that the members publish, in random order."""
     client, debug = _given_client(settings, access), settings.on("debug")
     if settings.on("no-sync"):
         return client
     given = ",".join(client.endpoints.urls)
     if debug:
-        _complain(f"start to sync cluster using endpoints({given})")
+        _print_error(f"start to sync cluster using endpoints({given})")
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
@@ -314,54 +318,48 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     random.shuffle(urls)
     client.endpoints = Endpoints(urls)
     if debug:
-        _complain(f"got endpoints({','.join(urls)}) after sync")
+        _print_error(f"got endpoints({','.join(urls)}) after sync")
     return client
 
 
 class _Run:
-    """One invocation: what a command function gets."""
+    """One invocation: the argument of a command function."""
 
     def __init__(
-        self, settings: _Options, options: _Options, args: List[str],
-        behind: Optional[List[str]] = None,
+        self, settings: _Options, options: _Options, args: list[str],
+        behind: list[str] | None = None,
     ) -> None:
         self.settings = settings                    # the global options
-        self.options = options                      # those of the command
-        self.args = args                            # all of them
-        self.behind = behind                        # those behind `--`, if there is one
+        self.options = options                      # of the command
+        self.args = args                            # all arguments
+        self.behind = behind                        # the arguments behind `--`, if there is one
         self.output = settings.text("output") or "simple"
-        self._access: Optional[_Access] = None      # this and the next: made when a command
-        self._client: Optional[Client] = None       # first asks for them
+        self._access: _Access | None = None      # created on first use, as is the next
+        self._client: Client | None = None
 
     @property
     def access(self) -> _Access:
-        """How to reach the cluster; a password is asked for once."""
         if self._access is None:
             self._access = _Access.from_settings(self.settings)
         return self._access
 
     @property
     def client(self) -> Client:
-        """The client, with the endpoints that the members publish unless --no-sync is given."""
         return self.connect()
 
-    def connect(
-        self, make: Callable[[_Options, _Access], Client] = _synced_client,
-    ) -> Client:
-        """Return the client; the first call makes it."""
+    def connect(self, make: Callable[[_Options, _Access], Client] = _synced_client) -> Client:
+        """Return the client; the first call creates it."""
         if self._client is None:
             self._client = make(self.settings, self.access)
             if self.settings.on("debug"):
-                _complain(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
+                _print_error(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
         return self._client
 
     def close(self) -> None:
-        """Close the client, if one was made."""
         if self._client is not None:
             self._client.close()
 
     def key(self) -> str:
-        """Return the first argument."""
         if not self.args:
             raise _ExitError("Error:  key required")
         return self.args[0]
@@ -378,28 +376,28 @@ class _Run:
         except UnicodeDecodeError as error:
             raise _ExitError(_NOT_TEXT.format("the value on stdin")) from error
 
-    def ttl(self) -> Optional[int]:
-        """Return --ttl; 0 and less mean none, as in etcdctl."""
+    def ttl(self) -> int | None:
+        """Return --ttl; 0 and less mean no ttl, as in etcdctl."""
         return max(0, self.options.number("ttl")) or None
 
-    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
-        """Return prevValue and prevIndex if flags ask for them."""
+    def conditions(self, value_flag: str, index_flag: str) -> dict[str, Any]:
+        """Return the conditions in these flags as arguments of the client."""
         given = {"prevValue": self.options.text(value_flag),
                  "prevIndex": self.options.number(index_flag)}
         return {name: value for name, value in given.items() if value}
 
     def print_result(self, result: Result) -> None:
-        """Print a result in the format asked for."""
+        """Print a result in the chosen format."""
         if self.output == "json":
-            _emit(_result_json(result))
+            _print(_result_json(result))
         elif self.output == "extended":
-            _emit(_result_extended(result))
+            _print(_result_extended(result))
         elif self.output != "simple":
-            _complain(f"Unsupported output format: {self.output}")
+            _print_error(f"Unsupported output format: {self.output}")
         elif result.action == "delete":
-            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
+            _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
         else:
-            _emit(_value_text(result.node))
+            _print(_value_text(result.node))
 
     def print_unless_silent(self, result: Result) -> None:
         """Print a result; in simple format, nothing for a directory."""
@@ -417,21 +415,21 @@ _FORMATS = ("simple", "extended", "json")
 class _Command(NamedTuple):
     usage: str
     help: str
-    flags: Tuple[_Flag, ...]
+    flags: tuple[_Flag, ...]
     run: _CommandFunction
-    formats: Tuple[str, ...]    # of --output
-    wrong: str                  # the complaint of etcdctl about the number of arguments
-    own: bool                   # etcdctl 2.3 has it not, or not with these options
-    mixed: bool                 # options may stand behind arguments
+    formats: tuple[str, ...]    # accepted for --output
+    wrong: str                  # etcdctl's message for a wrong number of arguments
+    own: bool                   # not in etcdctl 2.3, or not with these options
+    mixed: bool                 # options may follow arguments
 
-    def words(self) -> Tuple[int, float]:
-        """Return how many arguments there are, at least and at most."""
+    def words(self) -> tuple[int, float]:
+        """Return the least and the greatest number of arguments."""
         words = [word for word in self.usage.split() if word[0] in "<[" and word != "[options]"]
         return (sum(word[0] == "<" for word in words),
                 len(words) if self.mixed and "..." not in self.usage else math.inf)
 
 
-_COMMANDS: Dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
+_COMMANDS: dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
 
 _HELP = _Flag(("help", "h"), bool, "show help")
 
@@ -461,10 +459,10 @@ _GLOBAL_FLAGS = (
 
 def _command(
     name: str, arguments: str, help: str, *flags: _Flag,
-    formats: Tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
+    formats: tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
     mixed: bool = True,
 ) -> Callable[[_CommandFunction], _CommandFunction]:
-    """Enter the decorated function into the table of commands."""
+    """Add the decorated function to the table of commands."""
     def enter(function: _CommandFunction) -> _CommandFunction:
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
         _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
@@ -472,14 +470,10 @@ def _command(
     return enter
 
 
-def _keys_command(
-    name: str, arguments: str, help: str, *flags: _Flag,
-) -> Callable[[_CommandFunction], _CommandFunction]:
-    """Enter a command that prints what the keys API answers."""
-    return _command(name, arguments, help, *flags, formats=_FORMATS)
+_keys_command = functools.partial(_command, formats=_FORMATS)    # prints replies of the keys API
 
 
-def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     width = max((len(left) for left, _ in rows), default=0)
     return [f"   {left:{width}}  {right}" for left, right in rows]
 
@@ -488,12 +482,12 @@ def _dashed(name: str) -> str:
     return ("-" if len(name) == 1 else "--") + name
 
 
-def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
+def _flag_lines(flags: Sequence[_Flag]) -> list[str]:
     return _aligned([(", ".join(map(_dashed, flag.names))
                       + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
 
 
-def _command_names(group: str = "") -> List[Tuple[str, str]]:
+def _command_names(group: str = "") -> list[tuple[str, str]]:
     """Return (name, help) of all commands, a group as one; or of those in a group."""
     if group:
         return [(name[len(group) + 1:], command.help) for name, command in _COMMANDS.items()
@@ -503,23 +497,23 @@ def _command_names(group: str = "") -> List[Tuple[str, str]]:
 
 
 def _print_help(group: str = "") -> None:
-    """Print what the program can do, or what the commands of a group can."""
+    """Print the commands of the program, or of a group."""
     name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
              "COMMANDS:", *_aligned(_command_names(group)), ""]
-    _emit("\n".join([*lines, "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
+    _print("\n".join([*lines, "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
 
 
 def _print_command_help(name: str) -> None:
     command = _COMMANDS[name]
     lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
              f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
-    _emit("\n".join(lines))
+    _print("\n".join(lines))
 
 
-def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
-    """Return the command's name, of one or two words, and what follows; "" if there is none."""
+def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the command (one or two words, "" for none), and the rest."""
     for size in (2, 1):
         name = " ".join(words[:size])
         if len(words) >= size and name in _COMMANDS:
@@ -538,9 +532,9 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
     try:
         options, args = _parse_flags(words, (*command.flags, _HELP), mixed=command.mixed)
     except _MisuseError as error:
-        _emit("Incorrect Usage.\n")
+        _print("Incorrect Usage.\n")
         _print_command_help(name)
-        _complain(f"pyetcdctl {name}: {error}")
+        _print_error(f"pyetcdctl {name}: {error}")
         return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
     if options.on("help"):
         _print_command_help(name)
@@ -552,7 +546,7 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
-    """Refuse what the command would not look at."""
+    """Raise _ExitError for words that the command would ignore."""
     least, most = command.words()
     surplus = run.args[int(most):] if most < math.inf else []
     if command.wrong and (surplus or len(run.args) < least):
@@ -562,23 +556,23 @@ def _check_line(name: str, command: _Command, run: _Run) -> None:
         quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
         raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
                          f"usage: pyetcdctl {command.usage}")
-    # etcdctl prints results, and complains of a format that it does not know, afterwards.
+    # etcdctl reports an unknown format, but only after the request.
     if run.output not in command.formats and (
             run.output in _FORMATS or command.formats != _FORMATS):
         raise _ExitError(f"pyetcdctl {name}: --output {run.output} is not possible here, only "
                          f"{' and '.join(command.formats)}")
 
 
-_WITH_PATHS = ("backup", "import", "mirror", "exec-watch", "completion")    # of any bytes
+_WITH_PATHS = ("backup", "import", "mirror", "exec-watch", "completion")    # paths: any bytes
 _OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list": "ls",
                 "endpoint": "cluster-health", "health": "cluster-health"}
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    """Run the command `argv` asks for, or show the help it needs."""
+    """Run the command in `argv`, or print its help."""
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
-        _emit(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
+        _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
         return EXIT_OK
     asks_help, group = settings.on("help"), ""
     while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
@@ -602,39 +596,39 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def _unknown_command(group: str, word: str) -> int:
-    _emit(f"No help topic for '{word}'")
+    _print(f"No help topic for '{word}'")
     names = [name for name, _ in _command_names(group)]
     other = _OTHER_NAMES.get(word, word)
     hint = f"; did you mean {other}?" if other in names else _did_you_mean(word, names)
-    _complain(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
+    _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
     return EXIT_MISUSE
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code.
 
-    0 success · 1 bad arguments, or a command about members, users, roles or files failed · 2 no
+    0 success · 1 bad arguments, or a command for members, users, roles or files failed · 2 no
     server can be reached · 4 the server refused, or the request failed · 5 the cluster is
-    unhealthy · 130 interrupted · 141 nobody reads what is printed
+    unhealthy · 130 interrupted · 141 the output was closed
 
     Source: etcdctl 2.3.8.
     """
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except _MisuseError as error:
-        _emit("Incorrect Usage.\n")
+        _print("Incorrect Usage.\n")
         _print_help()
-        _complain(f"pyetcdctl: {error}")
+        _print_error(f"pyetcdctl: {error}")
         return EXIT_MISUSE
     except _ExitError as error:
-        _complain(error.line)
+        _print_error(error.line)
         return error.code
     except EtcdError as error:
-        _complain(_error_lines(error))
+        _print_error(_error_lines(error))
         return EXIT_SERVER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:                         # `ls | head`: nobody reads any more
+    except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
 

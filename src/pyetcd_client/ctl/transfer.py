@@ -9,20 +9,9 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, NamedTuple
 
 from ..client.client import Client
 from ..transport.calls import clean_key, is_endpoint_failure
@@ -36,15 +25,15 @@ from ..transport.errors import (
     Unauthorized,
 )
 from ..transport.results import Node, Result
-from .etcdctl import _Answer, _import_snapshot_04, _seconds_left, _set_dir, _spread
+from .etcdctl import _Answer, _import_snapshot_04, _run_parallel, _seconds_left, _set_dir
 from .output import (
     EXIT_BAD_ARGS,
     EXIT_OK,
-    _complain,
-    _emit,
-    _emit_lines,
     _escape,
     _ExitError,
+    _print,
+    _print_error,
+    _print_lines,
     _Progress,
     _unescape,
 )
@@ -52,24 +41,18 @@ from .program import _Access, _command, _Flag, _Options, _Run
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
 _EXPORT_VERSION = 1
-_LONG_S = 60.0                  # --timeout and --total-timeout where an answer may be long
-_RETRY_MIN_S = 0.2              # a mirror that cannot reach its target tries again, each time
-_RETRY_MAX_S = 10.0             # after twice the wait
-_TOP_EVERY_S = 2.0
-_TREE_VALUE_MAX = 60            # characters of a value that `tree --values` shows
-_BENCH_TOTAL = 10_000
-_BENCH_PREFIX = "/pyetcd-bench"
-_BENCH_SIZE_BYTES = 64
-_BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
+_LONG_S = 60.0                  # --timeout and --total-timeout for long replies
+_RETRY_MIN_S = 0.2              # first wait of a mirror that cannot reach its target; doubled
+_RETRY_MAX_S = 10.0             # up to this
 
-_PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: all)")
-_DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
-_DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
+_PREFIX = _Flag(("prefix",), str, "only keys below this one (default: all)")
+_DEST_PREFIX = _Flag(("dest-prefix",), str, "their new prefix (default: the same)")
+_DRY_RUN = _Flag(("dry-run",), bool, "print the changes, do nothing")
 _WORKERS = _Flag(("c",), int, "connections to use (default: 10)", 1)
 
 
-def _patient(client: Client, settings: _Options) -> Client:
-    """Return `client` with time for long answers, unless options say otherwise."""
+def _with_long_timeouts(client: Client, settings: _Options) -> Client:
+    """Return `client` with time limits for long replies, unless options set them."""
     client.read_timeout = settings.seconds("timeout", _LONG_S)
     client.total_timeout = settings.seconds("total-timeout", _LONG_S) or None
     return client
@@ -79,20 +62,19 @@ def _patient(client: Client, settings: _Options) -> Client:
 
 
 class _Record(NamedTuple):
-    """A node as it is exported and imported."""
+    """A node in an export."""
 
     key: str
-    value: Optional[str] = None                     # None for a directory
-    expiration: Optional[str] = None                # RFC 3339 instant
+    value: str | None = None                     # None for a directory
+    expiration: str | None = None                # RFC 3339 instant
 
     @classmethod
     def from_node(cls, node: Node) -> _Record:
-        """Return the record of a node."""
         return cls(node.key, None if node.dir else node.value or "", node.expiration)
 
     @classmethod
     def from_line(cls, line: str) -> _Record:
-        """Return the record of a line of the text form.  Raises ValueError."""
+        """Parse a line of the text form.  Raises ValueError."""
         name, *fields = line.split("\t")
         is_dir = name.endswith("/")
         extra = fields[1] if len(fields) == 2 else ""
@@ -106,7 +88,7 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> _Record:
-        """Return the record of an object of the JSON form.  Raises ValueError."""
+        """Parse an object of the JSON form.  Raises ValueError."""
         key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
         if raw.get("dir", False) != (value is None) or not isinstance(key, str):
             raise ValueError(f"{raw} has not either a value or dir")
@@ -116,12 +98,11 @@ class _Record(NamedTuple):
         return cls(key, value, expiration)
 
     @property
-    def ttl(self) -> Optional[int]:
-        """Seconds left; None if permanent; 0 or less if expired."""
+    def ttl(self) -> int | None:
+        """Seconds left; None: permanent; 0 or less: expired."""
         return _seconds_left(self.expiration)
 
     def line(self) -> str:
-        """Return the record as a line of the text form."""
         key = _escape(self.key)
         fields = [key.rstrip("/") + "/", ""] if self.value is None else [key, _escape(self.value)]
         if self.expiration:
@@ -129,7 +110,6 @@ class _Record(NamedTuple):
         return fields[0] if self.value is None else "\t".join(fields)
 
     def json(self) -> str:
-        """Return the record as an object of the JSON form."""
         content = {"dir": True} if self.value is None else {"value": self.value}
         shown = {"key": self.key, **content}
         if self.expiration:
@@ -137,14 +117,14 @@ class _Record(NamedTuple):
         return json.dumps(shown, ensure_ascii=False)
 
 
-def _records_in(node: Node) -> List[_Record]:
-    """Return the records of a listed node and of all below it; the root itself is none."""
+def _records_in(node: Node) -> list[_Record]:
+    """Return the records of a node and of all nodes below it; the root itself has none."""
     nodes = node.walk() if node.key == "/" else itertools.chain([node], node.walk())
     return [_Record.from_node(found) for found in nodes]
 
 
-def _parse_export(text: str) -> List[_Record]:
-    """Return the records in either form, or in an answer of the keys API.  Raises ValueError."""
+def _parse_export(text: str) -> list[_Record]:
+    """Parse either form, or a reply of the keys API.  Raises ValueError."""
     if text.lstrip()[:1] == "{":
         raw = json.loads(text)
         if "node" in raw:
@@ -162,39 +142,39 @@ def _parse_export(text: str) -> List[_Record]:
     return records
 
 
-def _moved(key: str, prefix: str, dest_prefix: str) -> Optional[str]:
-    """Return `key` with `prefix` replaced; None if it does not lie there."""
+def _rebased(key: str, prefix: str, dest_prefix: str) -> str | None:
+    """Return `key` with another prefix; None if it does not have `prefix`."""
     prefix, dest_prefix = prefix.rstrip("/"), dest_prefix.rstrip("/")
     if key == (prefix or "/"):
         return dest_prefix or "/"
     return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
 
 
-def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
+def _prefixes(options: _Options, prefix: str = "") -> tuple[str, str]:
     prefix = clean_key(prefix or options.text("prefix"))
     return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
-@_command("export", "[key]", "print a tree, to be read by import",
-          _Flag(("format",), str, "json (default), or text: a key a line, to be compared by diff"),
-          _Flag(("hidden",), list, "also this hidden directory; may be given again"), own=True)
+@_command("export", "[key]", "print a tree, for import",
+          _Flag(("format",), str, "json (default), or text: one key in a line, for diff"),
+          _Flag(("hidden",), list, "also this hidden directory; may be repeated"), own=True)
 def _cmd_export(run: _Run) -> None:
-    """Print records, parents first; each --hidden directory is read for itself, later."""
+    """Print records, parents first; each --hidden directory takes a request of its own."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
         raise _ExitError("--format is json or text")
-    key, client = (run.args or ["/"])[0], _patient(run.client, run.settings)
+    key, client = (run.args or ["/"])[0], _with_long_timeouts(run.client, run.settings)
     with _Progress("export"):
         result = client.get(key, recursive=True, sorted=True, quorum=True)
         records = _records_in(result.node)
         for hidden in run.options.texts("hidden"):
             found = client.get(hidden, recursive=True, sorted=True, quorum=True)
             records += _records_in(found.node)
-    # Lone surrogates, which some server might send, become escapes that both forms know.
+    # Lone surrogates from a server become escapes, which both forms support.
     plain = (text.encode("utf-8", "backslashreplace").decode() for text in
              (record.json() if form == "json" else record.line() for record in records))
     with _Progress("export", len(records)) as progress:
-        _emit_lines(itertools.chain(
+        _print_lines(itertools.chain(
             [_EXPORT_MARK] if form == "text" else
             [f'{{"pyetcd_export": {_EXPORT_VERSION}, "key": {json.dumps(result.key)}, '
              f'"etcdIndex": {result.etcd_index}, "nodes": ['],
@@ -203,7 +183,8 @@ def _cmd_export(run: _Run) -> None:
 
 
 def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
-    previous: Optional[str] = None
+    """Yield the texts, all but the last with the separator."""
+    previous: str | None = None
     for number, text in enumerate(texts):
         progress.show(number)
         if previous is not None:
@@ -214,62 +195,58 @@ def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Ite
 
 
 class _Import:
-    """Writes records; counts what it did."""
+    """Writes records, and counts existing keys."""
 
     def __init__(self, client: Client, options: _Options) -> None:
         self._client = client
         self._keep = options.on("keep")
         self._ttl = options.number("ttl") or None
         self._workers = options.number("c", 10)
-        self._lock = threading.Lock()               # guards the next
-        self.kept = 0                               # existed already
+        self._lock = threading.Lock()               # guards `kept`
+        self.kept = 0                               # keys that existed
 
     def write(self, records: Sequence[_Record]) -> None:
-        """Write directories one after the other, then files on many connections."""
+        """Write directories in order, then files on many connections."""
         for record in _needed_dirs(records):
-            self._make_dir(record)
+            self._write_one(record)
         files = [record for record in records if record.value is not None]
         with _Progress("import", len(files)) as progress:
-            _spread(files, self._workers, self._write_file, progress)
+            _run_parallel(files, self._workers, self._write_one, progress)
 
-    def ttl(self, record: _Record) -> Optional[int]:
-        """Return the seconds a record is to live; None for ever; 0 or less: not at all."""
+    def ttl(self, record: _Record) -> int | None:
+        """Return the new ttl of a record; None: permanent; 0 or less: expired."""
         return self._ttl if record.expiration and self._ttl else record.ttl
 
-    def is_over(self, record: _Record) -> bool:
-        """Tell whether a record has expired."""
+    def is_expired(self, record: _Record) -> bool:
         ttl = self.ttl(record)
         return ttl is not None and ttl <= 0
 
-    def _make_dir(self, record: _Record) -> None:
+    def _write_one(self, record: _Record) -> None:
         ttl = self.ttl(record)
-        if ttl is not None and ttl <= 0:            # meanwhile
+        if ttl is not None and ttl <= 0:            # expired meanwhile
             return
         try:
-            self._client.mkdir(record.key, ttl=ttl)
+            if record.value is None:
+                self._client.mkdir(record.key, ttl=ttl)
+            else:
+                write = self._client.create if self._keep else self._client.set
+                write(record.key, record.value, ttl=ttl)
         except NodeExists:
-            if ttl and not self._keep:
+            if record.value is not None:
+                with self._lock:
+                    self.kept += 1
+            elif ttl and not self._keep:
                 _set_dir(self._client, record.key, ttl, prevExist=True)
 
-    def _write_file(self, record: _Record) -> None:
-        write, ttl = self._client.create if self._keep else self._client.set, self.ttl(record)
-        if ttl is not None and ttl <= 0:            # meanwhile
-            return
-        try:
-            write(record.key, record.value or "", ttl=ttl)
-        except NodeExists:
-            with self._lock:
-                self.kept += 1
 
-
-def _needed_dirs(records: Sequence[_Record]) -> List[_Record]:
-    """Return the directories that writing the files would not make as they are to be."""
+def _needed_dirs(records: Sequence[_Record]) -> list[_Record]:
+    """Return the directories that writing the files does not create, or not with their ttl."""
     filled = {record.key.rpartition("/")[0] for record in records}
     return [record for record in records
             if record.value is None and (record.expiration or record.key not in filled)]
 
 
-def _read_records(path: str) -> List[_Record]:
+def _read_records(path: str) -> list[_Record]:
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return _parse_export(data.decode("utf-8"))
@@ -279,9 +256,9 @@ def _read_records(path: str) -> List[_Record]:
         raise _ExitError(f"{path} is not what export writes: {error}") from error
 
 
-@_command("import", "<file>", "write what export has printed; - is stdin", _PREFIX,
-          _DEST_PREFIX, _Flag(("keep",), bool, "leave keys that exist as they are"),
-          _Flag(("ttl",), int, "seconds that keys which expire live anew, expired ones too", 1),
+@_command("import", "<file>", "write the output of export; - is stdin", _PREFIX,
+          _DEST_PREFIX, _Flag(("keep",), bool, "do not overwrite existing keys"),
+          _Flag(("ttl",), int, "new ttl in seconds of keys with one, also of expired ones", 1),
           _DRY_RUN, _WORKERS, _Flag(("snap",), str, "instead: a snapshot file of etcd 0.4"),
           _Flag(("hidden",), list, "with --snap: also this hidden directory"), own=True)
 def _cmd_import(run: _Run) -> int:
@@ -292,16 +269,16 @@ def _cmd_import(run: _Run) -> int:
         return _import_snapshot_04(run)
     run.options.refuse("without --snap", "hidden")
     if not run.args:
-        _emit("no snapshot file provided (use --snap)")
+        _print("no snapshot file provided (use --snap)")
         return EXIT_BAD_ARGS
     prefixes = _prefixes(run.options)
-    found = [(record, _moved(clean_key(record.key), *prefixes))
+    found = [(record, _rebased(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
     records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
-    importing = _Import(_patient(run.client, run.settings), run.options)
-    alive = [record for record in records if not importing.is_over(record)]
+    importing = _Import(_with_long_timeouts(run.client, run.settings), run.options)
+    alive = [record for record in records if not importing.is_expired(record)]
     if run.options.on("dry-run"):
-        _emit_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
+        _print_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
         return EXIT_OK
     importing.write(alive)
@@ -309,8 +286,8 @@ def _cmd_import(run: _Run) -> int:
     notes = [(importing.kept, "existed and were kept"),
              (len(records) - len(alive), "had expired and were left out"),
              (len(found) - len(records), "lie elsewhere and were left out")]
-    _emit("; ".join([f"imported {files - importing.kept} keys",
-                     *(f"{count} {what}" for count, what in notes if count)]))
+    _print("; ".join([f"imported {files - importing.kept} keys",
+                     *(f"{count} {note}" for count, note in notes if count)]))
     return EXIT_OK
 
 
@@ -318,19 +295,19 @@ def _cmd_import(run: _Run) -> int:
 
 
 class _Change(NamedTuple):
-    """What a mirror does to its target."""
+    """A change that a mirror makes to its target."""
 
     verb: str                                       # set, mkdir or delete
     key: str
     value: str = ""
-    ttl: Optional[int] = None
+    ttl: int | None = None
 
     def apply(self, client: Client) -> None:
-        """Do it; that may be done again, as after an answer that was lost."""
+        """Write the change; it is idempotent."""
         if self.verb == "set":
             client.set(self.key, self.value, ttl=self.ttl)
         elif self.verb == "mkdir":
-            with contextlib.suppress(NotFile):      # it is a directory already
+            with contextlib.suppress(NotFile):      # the directory exists
                 _set_dir(client, self.key, self.ttl)
         else:
             with contextlib.suppress(KeyNotFound):
@@ -338,11 +315,11 @@ class _Change(NamedTuple):
 
 
 class _Mirror:
-    """Makes a tree of the target equal to one of the source, and keeps it so.
+    """Makes a tree of the target equal to one of the source, and keeps it equal.
 
-    What was done so far is seen in the target: a mirror that is started again compares both trees
-    and writes the difference, so it needs no notes.  The same happens when more changes went by
-    than the source remembers, and when a change does not fit the target.
+    A mirror keeps no state: after a restart it compares both trees and writes the difference.  It
+    does the same after more changes than the source remembers, and when a change does not fit the
+    target.
     """
 
     def __init__(self, source: Client, target: Client, options: _Options) -> None:
@@ -356,58 +333,58 @@ class _Mirror:
         self.verbose = options.on("verbose") or self.dry_run
 
     def check(self) -> None:
-        """Raise _ExitError if the mirror would see its own writes."""
+        """Raise _ExitError if the mirror would copy its own writes."""
         for client in (self._source, self._target):
-            client.member_list()                    # an answer tells the cluster's id
-        inside = (_moved(self._prefix, self._dest_prefix, ""),
-                  _moved(self._dest_prefix, self._prefix, ""))
+            client.member_list()                    # for the cluster id of the reply
+        inside = (_rebased(self._prefix, self._dest_prefix, ""),
+                  _rebased(self._dest_prefix, self._prefix, ""))
         if self._source.cluster_id == self._target.cluster_id and any(inside):
             raise _ExitError("source and target overlap: they are the same cluster")
 
     def copy(self) -> int:
-        """Make the trees equal; return the source's index from which to follow."""
+        """Make the trees equal; return the source's index for `follow`."""
         index, wanted = self._listing(self._source, self._prefix)
         _, present = self._listing(self._target, self._dest_prefix)
         deletions, dirs, files = self._difference(wanted, present)
         with _Progress("mirror", len(files)) as progress:
             for change in (*deletions, *dirs):
                 self._do(change)
-            _spread(files, self._workers, self._do, progress)
-        _emit(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
+            _run_parallel(files, self._workers, self._do, progress)
+        _print(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
               f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
               f"source index {index}")
         return index + 1
 
     def follow(self, index: int) -> None:
-        """Repeat every change of the source at the target, for ever."""
+        """Repeat every change of the source at the target, without end."""
         while True:
             try:
                 with self._source.watcher(
                         self._prefix, recursive=True, index=index, relist=False) as changes:
                     for event in changes:
                         self._repeat(event)
-            except (ApiError, HttpError) as error:  # history gone, or the trees differ
+            except (ApiError, HttpError) as error:  # history cleared, or the trees differ
                 if isinstance(error, Unauthorized) or is_endpoint_failure(error):
                     raise
-                index = self._insist(self.copy)
+                index = self._with_retries(self.copy)
 
-    def _listing(self, client: Client, prefix: str) -> Tuple[int, Dict[str, Node]]:
-        """Return a cluster's index and all nodes below `prefix`, by their key at the target."""
+    def _listing(self, client: Client, prefix: str) -> tuple[int, dict[str, Node]]:
+        """Return a cluster's index and all nodes below `prefix` by their keys at the target."""
         try:
             result = client.get(prefix, recursive=True, sorted=True, quorum=True)
         except KeyNotFound as error:
             return error.index, {}
         if not result.node.dir:
             raise _ExitError(f"{prefix} is no directory")
-        moved = ((_moved(node.key, prefix, self._dest_prefix), node)
+        moved = ((_rebased(node.key, prefix, self._dest_prefix), node)
                  for node in result.node.walk())
         return result.etcd_index, {key: node for key, node in moved if key is not None}
 
     def _difference(
         self, wanted: Mapping[str, Node], present: Mapping[str, Node],
-    ) -> Tuple[List[_Change], List[_Change], List[_Change]]:
-        """Return what is to be deleted, which directories and which files are to be written."""
-        deletions: List[_Change] = []
+    ) -> tuple[list[_Change], list[_Change], list[_Change]]:
+        """Return the changes: deletions, directories and files."""
+        deletions: list[_Change] = []
         for key, node in present.items():           # parents come first
             mine = wanted.get(key)
             unwanted = self._deletes if mine is None else mine.dir != node.dir
@@ -421,34 +398,34 @@ class _Mirror:
                  if not node.dir and not self._is_equal(node, present.get(key))]
         return deletions, dirs, files
 
-    def _is_equal(self, node: Node, copy: Optional[Node]) -> bool:
+    def _is_equal(self, node: Node, copy: Node | None) -> bool:
         expires = self._with_ttl and node.ttl is not None
         return (copy is not None and not copy.dir and copy.value == node.value
                 and (copy.ttl is not None) == expires)
 
-    def _ttl(self, node: Node) -> Optional[int]:
+    def _ttl(self, node: Node) -> int | None:
         return max(1, node.ttl) if self._with_ttl and node.ttl is not None else None
 
     def _repeat(self, event: Result) -> None:
-        key = _moved(event.key, self._prefix, self._dest_prefix)
+        key = _rebased(event.key, self._prefix, self._dest_prefix)
         if key is None or key == "/":
             return
         if event.action in ("delete", "expire", "compareAndDelete"):
             if self._deletes:
-                self._insist(lambda: self._do(_Change("delete", key)))
+                self._with_retries(lambda: self._do(_Change("delete", key)))
             return
         verb = "mkdir" if event.node.dir else "set"
         change = _Change(verb, key, event.value or "", self._ttl(event.node))
-        self._insist(lambda: self._do(change))
+        self._with_retries(lambda: self._do(change))
 
     def _do(self, change: _Change) -> None:
         if self.verbose:
-            _emit(f"{change.verb} {_escape(change.key)}")
+            _print(f"{change.verb} {_escape(change.key)}")
         if not self.dry_run:
             change.apply(self._target)
 
-    def _insist(self, action: Callable[[], _Answer]) -> _Answer:
-        """Do `action` until a server answers: all a mirror does may be done twice."""
+    def _with_retries(self, action: Callable[[], _Answer]) -> _Answer:
+        """Repeat `action`, which is idempotent, until a server replies."""
         wait_s = _RETRY_MIN_S
         while True:
             try:
@@ -456,19 +433,19 @@ class _Mirror:
             except EtcdError as error:
                 if not is_endpoint_failure(error):
                     raise
-                _complain(f"{error}; trying again")
+                _print_error(f"{error}; trying again")
             time.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(_RETRY_MAX_S, 2 * wait_s)
 
 
 @_command("mirror", "<target>", "keep a copy of a tree in another cluster",
-          _PREFIX, _DEST_PREFIX, _Flag(("once",), bool, "end when the copy is made"), _DRY_RUN,
-          _Flag(("no-delete",), bool, "leave what only the target has"),
+          _PREFIX, _DEST_PREFIX, _Flag(("once",), bool, "end after the copy"), _DRY_RUN,
+          _Flag(("no-delete",), bool, "do not remove keys that only the target has"),
           _Flag(("ttl",), bool, "let copies expire by themselves (see the manual)"),
           _Flag(("verbose",), bool, "print every change"), _WORKERS,
           _Flag(("dest-cert",), str, "client certificate for the target"),
           _Flag(("dest-key",), str, "key of that certificate"),
-          _Flag(("dest-cacert",), str, "certificates of authorities to check the target with"),
+          _Flag(("dest-cacert",), str, "certificates of the target's authorities"),
           _Flag(("dest-username",), str, "user[:password] at the target"), own=True,
           wrong="Provide the endpoints of the target, comma between")
 def _cmd_mirror(run: _Run) -> None:
@@ -477,7 +454,7 @@ def _cmd_mirror(run: _Run) -> None:
                       ("dest-cacert", "ca-file"), ("dest-username", "username")):
         settings.put(_Flag((own,), str, ""), run.options.text(flag))
     access = _Access.from_settings(settings, environment=False)
-    with _patient(run.client, run.settings) as source, _patient(
+    with _with_long_timeouts(run.client, run.settings) as source, _with_long_timeouts(
             access.client(endpoints=run.args[0].split(",")), run.settings) as target:
         mirror = _Mirror(source, target, run.options)
         mirror.check()

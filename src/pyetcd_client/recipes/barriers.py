@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import uuid
-from typing import Dict, Mapping, Optional, Tuple
+from collections.abc import Mapping
 
 from ..client.client import Client
 from ..transport.calls import is_endpoint_failure
@@ -26,32 +26,33 @@ from .basics import (
     OUTAGE_S,
     TIDY_S,
     WAIT_SLICE_S,
-    _apart,
-    _await,
+    _CallScope,
     _checked_ttl,
+    _cleanup_scope,
     _clock,
     _create_once,
     _entries,
-    _insist,
     _read,
     _Recipe,
     _recipe_key,
-    _Span,
+    _Wait,
+    _with_retries,
 )
-from .elections import COUNTER_WRITERS
-from .leases import _Place
+from .leases import _Entry
+
+COUNTER_WRITERS = 32            # writers whose last change a counter's file records
 
 
 class Barrier(_Recipe):
-    """A gate for all: closed by one process, and opened for all who wait.
+    """A barrier that one process closes, and whose removal releases all waiting processes.
 
         barrier = Barrier(client, "/maintenance")
         barrier.create()                            # close it
-        barrier.wait(timeout=60)                    # elsewhere: True when it is open
+        barrier.wait(timeout=60)                    # in other processes: True when it is open
         barrier.remove()                            # open it
 
-    Guarantee: wait returns True only after a moment at which the barrier was not there.
-    Limit: it stays until it is removed, unless it has a ttl.  All who wait are woken at once.
+    Guarantee: wait returns True only after a moment at which the barrier did not exist.
+    Limit: it stays until it is removed, unless it has a ttl.  All waiting processes wake at once.
 
     Thread: any.
     """
@@ -60,8 +61,8 @@ class Barrier(_Recipe):
         super().__init__(client)
         self.path = _recipe_key(key)
 
-    def create(self, ttl: Optional[int] = None) -> bool:
-        """Close the barrier, for `ttl` seconds at most; False if it was closed already."""
+    def create(self, ttl: int | None = None) -> bool:
+        """Close the barrier, for at most `ttl` seconds; False if it was closed."""
         try:
             _create_once(self.client, self.path, uuid.uuid4().hex,
                          None if ttl is None else _checked_ttl(ttl))
@@ -70,46 +71,47 @@ class Barrier(_Recipe):
         return True
 
     def remove(self) -> bool:
-        """Open the barrier; False if it was open already."""
+        """Open the barrier; False if it was open."""
         try:
             node = _read(self.client, self.path).node
         except KeyNotFound:
             return False
         with contextlib.suppress(KeyNotFound, CompareFailed):
-            # By value, as a Heartbeat may keep it; by index if another program made it empty.
-            _insist(self.client, lambda: self.client.compare_and_delete(
+            # By value, since a Heartbeat may renew it; by index if another program left it empty.
+            _with_retries(self.client, lambda: self.client.compare_and_delete(
                 self.path, prev_value=node.value or None,
                 prev_index=None if node.value else node.modified_index))
         return True
 
-    def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: never).
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the barrier is open; False after `timeout` seconds (None: no limit).
 
         False after `cancel`, too.
         """
-        with self._span(timeout) as span:
-            while True:
-                try:
-                    index = _read(self.client, self.path).etcd_index
-                except KeyNotFound:
-                    return True
-                if not _await(self.client, span, self.path, index, WAIT_SLICE_S):
-                    return False
+        def read() -> tuple[bool | None, _Wait]:
+            try:
+                return None, _Wait(self.path, _read(self.client, self.path).etcd_index)
+            except KeyNotFound as error:
+                return True, _Wait(self.path, error.index)
+
+        with self._call_scope(timeout) as scope:
+            return self._poll(scope, read) is True
         return False
 
 
 class DoubleBarrier(_Recipe):
-    """Lets `size` participants begin together and end together, round after round.
+    """A barrier at which `size` participants begin together and end together, in rounds.
 
         barrier = DoubleBarrier(client, "/phase", size=3)
         with barrier:
             work()
 
-    Guarantee: enter returns True only after `size` participants were there at the same time, and
-    leave only after all of this one's round have left, or expired.  Who comes later takes part in
-    the next round.
-    Limit: who is cut off for longer than its ttl is no participant any more, and enter raises
-    LockExpired.  All participants name the same size.  One small file stays, which counts rounds.
+    Guarantee: enter returns True only after `size` participants were present at the same time, and
+    leave only after all participants of the round have left or expired.  Further participants
+    form the next round.
+    Limit: a participant that is cut off for longer than its ttl is removed, and enter raises
+    LockExpired.  All participants need the same size.  One small file remains, which counts
+    rounds.
 
     Thread: one, except for `cancel`; an object is one participant.
     """
@@ -121,39 +123,40 @@ class DoubleBarrier(_Recipe):
         self.path = _recipe_key(key)
         self.size = size
         self.ttl = _checked_ttl(ttl)
-        self._place: Optional[_Place] = None
-        self._round = 0                             # the index at which it began
+        self._entry: _Entry | None = None
+        self._round = 0                             # index at which the present round began
 
-    def enter(self, timeout: Optional[float] = None) -> bool:
-        """Wait for the others; False after `timeout` seconds (None: never), and not inside.
+    def enter(self, timeout: float | None = None) -> bool:
+        """Wait for the others; False, and not inside, after `timeout` seconds (None: no limit).
 
         False after `cancel`, too.
         """
-        place, self._round = _Place(self.client, f"{self.path}/members", "", self.ttl), 0
+        entry, self._round = _Entry(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
-            with self._span(timeout) as span:
-                place.start()
-                self._round = self._await_round(place, span)
+            with self._call_scope(timeout) as scope:
+                entry.start()
+                scope.waited = True                 # a later timeout returns False
+                self._round = self._poll(
+                    scope, lambda: self._read_round(entry), min(WAIT_SLICE_S, self.ttl)) or 0
         finally:
             if not self._round:
-                with _apart(TIDY_S):
-                    place.stop()
-        self._place = place
+                with _cleanup_scope(TIDY_S):
+                    entry.stop()
+        self._entry = entry
         return self._round > 0
 
-    def leave(self, timeout: Optional[float] = None) -> bool:
+    def leave(self, timeout: float | None = None) -> bool:
         """Leave, and wait until the others have left; False after `timeout` seconds."""
-        if self._place is not None:
-            self._place.stop()
-        with self._span(timeout) as span:
-            while True:
-                members, index = _entries(self.client, f"{self.path}/members")
-                inside = [node for node in members if node.created_index < self._round]
-                if not inside:
-                    return True
-                if not _await(self.client, span, inside[-1].key, index,
-                              min(WAIT_SLICE_S, self.ttl)):
-                    return False
+        if self._entry is not None:
+            self._entry.stop()
+
+        def read() -> tuple[bool | None, _Wait]:
+            members, index = _entries(self.client, f"{self.path}/members")
+            inside = [node for node in members if node.created_index < self._round]
+            return None if inside else True, _Wait(inside[-1].key if inside else "", index)
+
+        with self._call_scope(timeout) as scope:
+            return self._poll(scope, read, min(WAIT_SLICE_S, self.ttl)) is True
         return False
 
     def __enter__(self) -> DoubleBarrier:
@@ -164,69 +167,62 @@ class DoubleBarrier(_Recipe):
     def __exit__(self, *_: object) -> None:
         self.leave()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._place, self._round = None, 0          # the participant is the parent
+        self._entry, self._round = None, 0          # the parent is the participant
 
-    def _await_round(self, place: _Place, span: _Span) -> int:
-        """Return the index at which the round of `place` began; 0 if time is up.
+    def _read_round(self, entry: _Entry) -> tuple[int | None, _Wait]:
+        """Return the index at which the round of `entry` began, or None and the event to wait for.
 
-        A file is written when a round is complete.  Those whose number lies between two such
-        writes are of one round.
+        A file is written when a round is complete.  Entries whose numbers lie between two such
+        writes form one round.
         """
-        while place.is_held:
-            last, index = self._last_round()
-            if last > place.number:
-                return last
+        key = f"{self.path}/round"
+        while entry.is_held:
+            try:
+                found = _read(self.client, key)
+                last, index = found.modified_index, found.etcd_index
+            except KeyNotFound as error:
+                last, index = 0, error.index
+            if last > entry.number:
+                return last, _Wait(key, index)
             members, _ = _entries(self.client, f"{self.path}/members")
-            # By value: an append that was given up for lost may have come in after all.
-            if len({node.value for node in members if node.created_index > last}) >= self.size:
-                self._begin_round(last)
-                continue
-            if not _await(self.client, span, f"{self.path}/round", index,
-                          min(WAIT_SLICE_S, self.ttl)):
-                return 0
-        raise LockExpired("expired while it waited", cause=place.key)
-
-    def _last_round(self) -> Tuple[int, int]:
-        try:
-            found = _read(self.client, f"{self.path}/round")
-        except KeyNotFound as error:
-            return 0, error.index
-        return found.modified_index, found.etcd_index
+            # By value: an append that was given up for lost may have arrived.
+            if len({node.value for node in members if node.created_index > last}) < self.size:
+                return None, _Wait(key, index)
+            self._begin_round(last)
+        raise LockExpired("expired while it waited", cause=entry.key)
 
     def _begin_round(self, last: int) -> None:
         """Write that a round is complete, unless another participant does."""
         key, mark = f"{self.path}/round", uuid.uuid4().hex
         with contextlib.suppress(CompareFailed, NodeExists, KeyNotFound):
             if last:
-                _insist(self.client, lambda: self.client.compare_and_swap(
+                _with_retries(self.client, lambda: self.client.compare_and_swap(
                     key, mark, prev_index=last))
             else:
                 _create_once(self.client, key, mark, None)
 
 
 class Counter(_Recipe):
-    """A number that many change.
+    """A number that many processes change.
 
         counter = Counter(client, "/tickets")
-        counter.add()                               # 1, in the whole cluster once
+        counter.add()                               # 1, once in the whole cluster
         counter.add(-1); counter.value
 
-    The file holds the number and, behind it, the last change of each of the COUNTER_WRITERS
-    objects that changed it last, by which a change whose answer was lost is found again.
+    The file holds the number, and the last change of each of the COUNTER_WRITERS objects that
+    changed it last.  There an object finds a change of its own whose reply was lost.
 
-    Guarantee: each add that returns was carried out once, and returns what it made of the number.
-    Limit: an error with maybe_applied=True, after OUTAGE_S seconds without a server, or if more
-    than COUNTER_WRITERS others changed it before this one could look.  Each change is a write of
-    the whole cluster: made for hundreds a second, not for thousands.
+    Guarantee: each add that returns was applied once, and returns its sum.
+    Limit: an error with maybe_applied=True after OUTAGE_S seconds without a server, or if more
+    than COUNTER_WRITERS others changed the number before this object could read it.  Each change
+    is a write of the whole cluster: suitable for hundreds per second, not for thousands.
 
     Thread: any; threads that share the object take turns.
     """
 
-    _turn: Optional[_Span]
+    _turn: _CallScope | None
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
         super().__init__(client)
@@ -236,59 +232,55 @@ class Counter(_Recipe):
 
     @property
     def value(self) -> int:
-        """The number now, by quorum.  Raises ValueError if the file holds none."""
-        return self._look()[0]
+        """The present number, by quorum.  Raises ValueError if the file holds none."""
+        return self._read_number()[0]
 
-    def add(self, amount: int = 1, *, timeout: Optional[float] = None) -> int:
+    def add(self, amount: int = 1, *, timeout: float | None = None) -> int:
         """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
 
-        timeout  seconds, after which it raises what kept it from ending; None: OUTAGE_S without
-                 a server; 0: as for all recipes, TRY_S
+        timeout  seconds until it raises the obstacle; None: OUTAGE_S without a server; 0: as for
+                 all recipes, TRY_S
 
         Raises Cancelled after `cancel`.
         """
-        span = _Span(self.client, timeout)
-        self._spans[span] = None
-        try:
-            with span:
-                while not self._take_turn(span):
-                    if not span.wait_for(self._changed, lambda: self._turn is None):
+        with _CallScope(self, timeout, quiet=False) as scope:
+            try:
+                while not self._take_turn(scope):
+                    if not scope.wait_for(self._changed, lambda: self._turn is None):
                         raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
-                return self._add(amount, f"{self._writer}.{self._serial}", span)
-        finally:
-            del self._spans[span]
-            self._leave_turn(span)
+                return self._add(amount, f"{self._writer}.{self._serial}", scope)
+            finally:
+                self._end_turn(scope)
+        raise AssertionError("unreachable")         # the scope is not quiet
 
-    # -- below: no public names
-
-    def _take_turn(self, span: _Span) -> bool:
+    def _take_turn(self, scope: _CallScope) -> bool:
         with self._changed:
-            self._turn = self._turn or span
-            return self._turn is span
+            self._turn = self._turn or scope
+            return self._turn is scope
 
-    def _leave_turn(self, span: _Span) -> None:
+    def _end_turn(self, scope: _CallScope) -> None:
         with self._changed:
-            if self._turn is span:
+            if self._turn is scope:
                 self._turn = None
                 self._changed.notify_all()
 
     def _after_fork(self) -> None:
         super()._after_fork()
         self._changed = threading.Condition()
-        self._turn = None                           # one change of this writer at a time
-        self._writer = uuid.uuid4().hex[:12]        # a forked child is another one
+        self._turn = None                           # this writer performs one change at a time
+        self._writer = uuid.uuid4().hex[:12]        # a forked child is another writer
         self._serial = 0
 
-    def _add(self, amount: int, tag: str, span: _Span) -> int:
-        unsure: Optional[EtcdError] = None
+    def _add(self, amount: int, tag: str, scope: _CallScope) -> int:
+        unsure: EtcdError | None = None
         pause_s, deadline = 0.001, _clock() + OUTAGE_S
         while True:
             try:
-                number, changes, index = self._look()
+                number, changes, index = self._read_number()
                 if tag in changes:
                     return changes[tag]
-                if unsure is not None and self._forgotten(changes):
+                if unsure is not None and self._is_forgotten(changes):
                     raise unsure
                 try:
                     if self._write(number + amount, tag, changes, index):
@@ -297,15 +289,15 @@ class Counter(_Recipe):
                     unsure = error if error.maybe_applied else unsure
                     if not is_endpoint_failure(error) or _clock() >= deadline:
                         raise
-                if not span.wait(random.uniform(0, pause_s)):
+                if not scope.wait(random.uniform(0, pause_s)):
                     raise unsure or RequestTimeout("others were faster", endpoint="")
-            except EtcdError as error:              # whatever failed, our write may be in
+            except EtcdError as error:              # of any request: our write may be applied
                 error.maybe_applied = unsure is not None
                 raise
             pause_s = min(2 * pause_s, 0.1)
 
-    def _look(self) -> Tuple[int, Dict[str, int], int]:
-        """Return the number, the last changes with what they made of it, and the index."""
+    def _read_number(self) -> tuple[int, dict[str, int], int]:
+        """Return the number, the last changes with their sums, and the index."""
         try:
             node = _read(self.client, self.path).node
         except KeyNotFound:
@@ -314,13 +306,13 @@ class Counter(_Recipe):
         pairs = (change.split(":") for change in changes)
         return int(number), {tag: int(result) for tag, result in pairs}, node.modified_index
 
-    def _forgotten(self, changes: Mapping[str, int]) -> bool:
-        """Whether a change of this writer may have been pushed out by others."""
+    def _is_forgotten(self, changes: Mapping[str, int]) -> bool:
+        """Return whether others may have displaced a change of this writer."""
         writers = {tag.partition(".")[0] for tag in changes}
         return self._writer not in writers and len(writers) >= COUNTER_WRITERS
 
     def _write(self, number: int, tag: str, changes: Mapping[str, int], index: int) -> bool:
-        """Write if nobody else has since `index`."""
+        """Write the number on condition that the file has not changed since `index`."""
         others = [f"{other}:{result}" for other, result in changes.items()
                   if other.partition(".")[0] != self._writer]
         value = " ".join([str(number), f"{tag}:{number}", *others[:COUNTER_WRITERS - 1]])

@@ -7,11 +7,12 @@ import os
 import threading
 import time
 import uuid
-from typing import Dict, Iterator, Optional, Tuple, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 from ..client.client import Client
 from ..transport.calls import _Field
-from ..transport.connections import Scope, _here
+from ..transport.connections import Scope, _context
 from ..transport.errors import (
     Cancelled,
     CompareFailed,
@@ -30,47 +31,47 @@ from .basics import (
     LEASE_TTL_S,
     LEAVE_S,
     TIDY_S,
-    _apart,
     _append_once,
+    _call_back_in_background,
     _checked_ttl,
+    _cleanup_scope,
     _clock,
     _create_once,
     _entries,
     _inherited,
-    _insist,
     _LostCallback,
-    _name,
     _read,
     _recipe_key,
     _remove,
-    _tell,
+    _with_retries,
 )
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
+_GONE = (KeyNotFound, CompareFailed, NotFile, NotDir)   # replies to a renewal of a lost file
 
 
 class Heartbeat:
-    """Keeps a file that exists from expiring, without waking those who watch it.
+    """Keeps an existing file from expiring, without events for its watchers.
 
         with Heartbeat(client, "/jobs/7/running", ttl=10) as heartbeat:
             ...
-            heartbeat.is_held           # False: it may be gone
+            heartbeat.is_held           # False: the file may be gone
 
     ttl      seconds, at least 1; renewed after a third of it
-    on_lost  called once, on the thread of the heartbeat, when `is_held` has become False without
+    on_lost  called once, on the thread of the heartbeat, when `is_held` becomes False without
              `stop`: no server could renew the file in time, it is gone, its value has changed, or
              the client was closed
 
-    Guarantee: `is_held` is False before a server lets the file expire, and stays so.  It is read
-    off the local clock, whatever the thread and the network do.
-    Limit: a tenth of the ttl must cover by how much the wall clocks of the members differ, since
-    one of them sets the instant of expiry and another one acts on it.  `is_held` speaks of the
-    moment it was asked: what is done a moment later needs a fencing token.  It does not ask a
-    server: that somebody deleted the file shows at the next renewal, after a third of the ttl;
-    `renew` asks now.  A forked child holds nothing, and cannot start what its parent started.
-    etcd before 2.3 cannot refresh: there each renewal is a write that watchers see.
+    Guarantee: `is_held` turns False before a server lets the file expire, and stays False.  It
+    depends on the local clock only, whatever the thread and the network do.
+    Limit: a tenth of the ttl must cover the difference between the wall clocks of the members,
+    since one of them sets the instant of expiry and another one acts on it.  `is_held` holds for
+    the present moment: later writes need a fencing token.  It sends no request: a deletion of the
+    file shows at the next renewal, after a third of the ttl; `renew` checks now.  A forked child
+    holds nothing, and cannot start what its parent started.  etcd before 2.3 cannot refresh:
+    there each renewal is a write that watchers see.
 
-    Thread: any.  It runs a daemon thread, which `stop` joins and the end of the client ends.
+    Thread: any.  It runs a daemon thread, until `stop` or the end of the client.
     """
 
     def __init__(self, client: Client, key: str, ttl: int = LEASE_TTL_S, *,
@@ -80,54 +81,50 @@ class Heartbeat:
         self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._value = ""
-        self._index = 0                             # modified index as last known
-        self._silent = False                        # whether the server is known to have refresh
-        self._due_at = 0.0                          # next renewal
-        self._over = True                           # stopped or lost, and never again held
+        self._index = 0                             # the last known modified index
+        self._has_refresh = False                   # the server is known to support refresh
+        self._due_at = 0.0                          # of the next renewal
+        self._over = True                           # stopped or lost, for ever
         self._expires_at = 0.0
         self._pid = 0                               # of the process that started it
         self._stopped = False
         self._scope = Scope()                       # of the thread: cancelled by `stop`
-        self._thread: Optional[threading.Thread] = None
+        self._thread: threading.Thread | None = None
         self._after_fork()
         _inherited[id(self)] = self
 
     @property
     def is_held(self) -> bool:
-        """Whether the file is certain to be there."""
+        """Whether the file certainly exists."""
         with self._lock:
             self._over = self._over or _clock() >= self._expires_at
             return not self._over and self._pid == os.getpid()
 
-    @property
-    def alive(self) -> bool:
-        """As is_held."""
-        return self.is_held
+    alive = is_held
 
     @property
     def value(self) -> str:
-        """Value of the file."""
         return self._value
 
     def start(self: _HeartbeatType) -> _HeartbeatType:
-        """Renew the file now, and from now on.  Raises KeyNotFound, or that no server answers."""
+        """Take the file, now and from now on.  Raises KeyNotFound; EtcdError without a server."""
         if self._pid not in (0, os.getpid()):
             raise RuntimeError(f"{self.key} belongs to the parent process: make another object")
         if self._thread is not None and self._thread.is_alive() and not self._stopped:
-            return self                             # started already
-        self._obtain()
+            return self                             # it runs
+        self._acquire_file()
         self._stopped, self._scope = False, Scope(None, self.client.scope)
         self._thread = threading.Thread(
             target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
         self._thread.start()
         return self
 
-    def renew(self, ttl: Optional[int] = None) -> bool:
+    def renew(self, ttl: int | None = None) -> bool:
         """Renew the file now; return whether it is held.
 
         ttl  seconds from now on; None: as before
 
-        Raises that no server answers; then the heartbeat goes on trying.
+        Raises EtcdError if no server replies; the heartbeat retries then.
         """
         if ttl is not None:
             self.ttl = _checked_ttl(ttl)
@@ -135,23 +132,27 @@ class Heartbeat:
             return False
         try:
             self._renew()
-        except (KeyNotFound, CompareFailed, NotFile, NotDir):
+        except _GONE:
             self._lose()
         finally:
-            self._wake.set()                        # the next one may be due earlier now
+            self._wake.set()                        # the next renewal may be due earlier
         return self.is_held
 
     def stop(self) -> bool:
-        """Stop renewing, and leave the file to its ttl.  Return whether it was held until now."""
+        """Stop renewing; return whether the file was held until now.
+
+        A Heartbeat leaves the file to its ttl.  A Lease removes it, if a server replies within
+        LEAVE_S.
+        """
         held = self.is_held
-        if self._pid != os.getpid():                # in a forked child it is the parent's
+        if self._pid != os.getpid():                # in a forked child: the parent holds it
             return False
         self._end()
-        around = _here.scope                        # its end must not leave the file to others
-        over = around is not None and (
-            around.cancelled or time.monotonic() + TIDY_S >= around.deadline)
-        with _apart(TIDY_S) if over else Scope(LEAVE_S):
-            self._leave()
+        outer = _context.scope                      # its end must not leave the file behind
+        over = outer is not None and (
+            outer.cancelled or time.monotonic() + TIDY_S >= outer.deadline)
+        with _cleanup_scope(TIDY_S) if over else Scope(LEAVE_S):
+            self._remove_file()
         return held
 
     def __enter__(self: _HeartbeatType) -> _HeartbeatType:
@@ -160,43 +161,41 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         self._lock = threading.Lock()               # guards _over and _expires_at; a leaf
         self._renewing = threading.Lock()           # one renewal at a time; guards _index
-        self._wake = threading.Event()              # the thread should look
+        self._wake = threading.Event()              # for the thread to check its state
 
-    def _obtain(self) -> None:
-        """Get the file to keep; the end of its life is known afterwards."""
+    def _acquire_file(self) -> None:
+        """Find or create the file and set the time of its expiry."""
         node = _read(self.client, self.key).node
         self._value, self._index = node.value or "", node.modified_index
         self._adopt()
 
     def _adopt(self) -> None:
-        """Renew a file whose remaining life is not known."""
+        """Renew a file with an unknown time of expiry."""
         sent_at = _clock()
-        self._index = _insist(self.client, self._swap_ours).modified_index
+        self._index = _with_retries(self.client, self._renew_if_ours).modified_index
         self._granted_at(sent_at)
 
-    def _leave(self) -> None:
-        """Do what follows the last renewal."""
+    def _remove_file(self) -> None:
+        """Remove the file after the last renewal; a heartbeat leaves it to its ttl."""
 
     def _granted_at(self, sent_at: float) -> None:
-        """Begin a new life of the file, from before the request that gave it was sent."""
+        """Start a new ttl, counted from before its request was sent."""
         with self._lock:
             self._pid, self._over = os.getpid(), False
             self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
         self._due_at = sent_at + self.ttl / 3
 
     def _lose(self) -> None:
-        """End the life of the file, and let the thread know."""
+        """Mark the file as lost, and wake the thread."""
         with self._lock:
             self._over = True
         self._wake.set()
 
     def _end(self) -> None:
-        """End the thread, also in the middle of a renewal, and wait for it."""
+        """End the thread, also during a renewal, and wait for it."""
         self._stopped = True
         self._lose()
         self._scope.cancel()
@@ -207,21 +206,24 @@ class Heartbeat:
         try:
             with self._scope as scope:
                 scope.attach(self._wake.set)
-                while self._keep(scope) and self._regain(scope):
+                while self._renew_until_lost(scope) and self._regain(scope):
                     pass
-        except Cancelled:                           # by `stop`, or the client was closed
+        except Cancelled:                           # by `stop` or `client.close`
             self._lose()
-            if not self._stopped and self._on_lost is not None:
-                _tell(self._on_lost)
+            if not self._stopped:
+                self._report_loss()
+
+    def _report_loss(self) -> None:
+        if self._on_lost is not None:
+            _call_back_in_background(self._on_lost)
 
     def _regain(self, _scope: Scope) -> bool:
-        """Do what follows a loss; return whether there is a file to keep again."""
-        if self._on_lost is not None:
-            _tell(self._on_lost)
+        """Handle a loss; return whether the file is held again."""
+        self._report_loss()
         return False
 
-    def _keep(self, scope: Scope) -> bool:
-        """Renew until stopped (return False) or lost (return True).  Raises Cancelled."""
+    def _renew_until_lost(self, scope: Scope) -> bool:
+        """Renew the file; return True when it is lost, False after `stop`.  Raises Cancelled."""
         while self.is_held:
             self._wake.wait(max(0.0, min(self._due_at, self._expires_at) - _clock()))
             self._wake.clear()
@@ -229,31 +231,31 @@ class Heartbeat:
             if self.is_held and _clock() >= self._due_at:
                 try:
                     self._renew()
-                except (KeyNotFound, CompareFailed, NotFile, NotDir):
+                except _GONE:
                     break
                 except Cancelled:
                     raise
-                except EtcdError:                   # expires unless a later attempt succeeds
+                except EtcdError:                   # retried until it expires
                     self._due_at = _clock() + min(0.5, self.ttl / 10)
         with self._lock:
             self._over = True
         return not self._stopped
 
     def _renew(self) -> None:
-        """Give the file its ttl anew.  Raises CompareFailed or KeyNotFound if it is lost."""
-        with self._alone():
+        """Renew the ttl once.  Raises CompareFailed or KeyNotFound if the file is lost."""
+        with self._exclusive():
             sent_at = _clock()
             timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
             with Scope(timeout_s):
-                self._index = self._swap_ours().modified_index
-            with self._lock:                        # what was reported as lost stays lost
+                self._index = self._renew_if_ours().modified_index
+            with self._lock:                        # a reported loss is final
                 if not self._over and _clock() < self._expires_at:
                     self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
             self._due_at = sent_at + self.ttl / 3
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other renewals out, which would make the index wrong that this one compares."""
+    def _exclusive(self) -> Iterator[None]:
+        """Exclude other renewals, which would change the index that this one compares."""
         if not self._renewing.acquire(timeout=CALL_TIMEOUT_S):
             raise RequestTimeout("another renewal is under way", endpoint="")
         try:
@@ -261,83 +263,67 @@ class Heartbeat:
         finally:
             self._renewing.release()
 
-    def _swap_ours(self) -> Result:
-        """Renew the file; renewals whose answers were lost may have changed its index."""
+    def _renew_if_ours(self) -> Result:
+        """Send a renewal; earlier ones whose replies were lost may have changed the index."""
         while True:
             try:
-                return self._swap()
+                return self._send_renewal()
             except CompareFailed:
                 node = self.client.get(self.key, quorum=True).node
                 if node.value != self._value or node.modified_index == self._index:
-                    raise                           # it is somebody else's
+                    raise                           # a file of another owner
                 self._index = node.modified_index
 
-    def _swap(self, *, announce: bool = False) -> Result:
-        """Renew on condition that nothing happened to the file since the index we know.
+    def _send_renewal(self, *, announce: bool = False) -> Result:
+        """Renew on condition that the file has the known index.
 
-        Therefore a renewal that was given up for lost cannot take effect after a later one, and
-        shorten what that has granted.
+        Therefore a renewal that arrives late, after it was given up and repeated, has no effect
+        and cannot shorten a longer ttl.
         """
-        fields: Dict[str, _Field] = {
+        fields: dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
         if announce:
             return self.client._put(self.key, {**fields, "value": self._value})
         fields["refresh"] = True
-        if not self._silent:
-            try:                                    # etcd before 2.3 would empty the value
+        if not self._has_refresh:
+            try:                                    # the value: etcd before 2.3 would empty it
                 return self.client._put(self.key, {**fields, "value": self._value or " "})
             except RefreshValue:
-                self._silent = True
+                self._has_refresh = True
         return self.client._put(self.key, fields)
 
 
 class Lease(Heartbeat):
-    """A file that exists as long as this process keeps it: made by start, removed by stop.
+    """A file that exists as long as this process keeps it: created by start, removed by stop.
 
         with Lease(client, "/hosts/a", "10.0.0.1", ttl=10) as lease:
             ...
 
-    value    tells who made it: two leases of one key need different values; None: a uuid
+    value    identifies the owner: two leases of one key need different values; None: a uuid
 
-    Guarantee: made once, even if answers are lost; start raises NodeExists while the key is
-    somebody else's.  `is_held` as for Heartbeat.  A crash leaves the file for at most its ttl (and
-    the half second that etcd takes to notice), and so does the end of the client.
+    Guarantee: created once, even if replies are lost; start raises NodeExists while the key has
+    another owner.  `is_held` as in Heartbeat.  After a crash, or the end of the client, the file
+    remains for at most its ttl, and the half second that etcd takes to notice.
     Limit: as for Heartbeat.
 
     Thread: any.
     """
 
-    def __init__(self, client: Client, key: str, value: Optional[str] = None,
+    def __init__(self, client: Client, key: str, value: str | None = None,
                  ttl: int = LEASE_TTL_S, *, on_lost: _LostCallback = None) -> None:
-        super().__init__(client, key, ttl, on_lost=on_lost)
         if value == "":
             raise ValueError("etcd cannot compare with an empty value")
-        self._named = value is not None
-        self._value = value or uuid.uuid4().hex
-
-    def start(self: _HeartbeatType) -> _HeartbeatType:
-        """Make the file and keep it.  Raises NodeExists, or that no server answers."""
-        return super().start()
-
-    def stop(self) -> bool:
-        """Remove the file.  Return whether it was held until now.
-
-        If no server answers within LEAVE_S, the file is left to its ttl.
-        """
-        return super().stop()
-
-    # -- below: no public names
-
-    _named = True                                   # the value is the user's
+        self._given_value = value
+        super().__init__(client, key, ttl, on_lost=on_lost)
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        if not self._named:                         # by the same value the child would take the
-            self._value = uuid.uuid4().hex          # parent's file for its own
+        # A uuid for each process: with the parent's the child would own the parent's file.
+        self._value = self._given_value or uuid.uuid4().hex
 
-    def _obtain(self) -> None:
+    def _acquire_file(self) -> None:
         sent_at = _clock()
-        self._index, fresh = self._make()
+        self._index, fresh = self._create_file()
         if fresh and _clock() - sent_at < self.ttl / 3:
             self._granted_at(sent_at)
             return
@@ -346,57 +332,55 @@ class Lease(Heartbeat):
         except (KeyNotFound, CompareFailed) as error:
             raise LockExpired("expired before it was known to be made", cause=self.key) from error
 
-    def _make(self) -> Tuple[int, bool]:
-        """Create the file; return its index, and whether its ttl was given just now."""
+    def _create_file(self) -> tuple[int, bool]:
+        """Create the file; return its index, and whether its ttl is new."""
         node, fresh = _create_once(self.client, self.key, self._value, self.ttl)
         return node.modified_index, fresh
 
-    def _leave(self) -> None:
+    def _remove_file(self) -> None:
         _remove(self.client, self.key, self._value)
 
 
-class _Place(Lease):
-    """A place in a line: an in-order file, whose number says who came first."""
+class _Entry(Lease):
+    """An entry in a line of contenders: an in-order file, served in the order of its number."""
 
     def __init__(self, client: Client, line: str, label: str, ttl: int) -> None:
         super().__init__(client, line, uuid.uuid4().hex + label, ttl)
         self.line = self.key
-        self._sure = True                           # that there is no second entry of this place
+        self._sure = True                           # that no second file of this entry exists
 
     @property
     def number(self) -> int:
-        """Place in the line: the index at which it was made."""
-        return int(_name(self.key))
+        """The index at which the entry was created."""
+        return int(self.key.rpartition("/")[2])
 
     def announce(self) -> None:
-        """Renew the file so that its watchers see it; it is no harm if that fails."""
-        with contextlib.suppress(EtcdError), self._alone():
-            self._index = self._swap(announce=True).modified_index
+        """Renew the file with an event for its watchers; a failure is harmless."""
+        with contextlib.suppress(EtcdError), self._exclusive():
+            self._index = self._send_renewal(announce=True).modified_index
 
-    def _obtain(self) -> None:
+    def _acquire_file(self) -> None:
         try:
-            super()._obtain()
-        except BaseException:                       # it may be in line all the same
+            super()._acquire_file()
+        except BaseException:                       # the file may exist nevertheless
             self._sure = False
-            with _apart(TIDY_S):
-                self._leave()
+            with _cleanup_scope(TIDY_S):
+                self._remove_file()
             raise
 
-    def _find(self) -> Optional[Node]:
-        found = [node for node in _entries(self.client, self.line)[0]
-                 if node.value == self._value]
-        return found[0] if found else None
+    def _ours(self) -> list[Node]:
+        return [node for node in _entries(self.client, self.line)[0]
+                if node.value == self._value]
 
-    def _make(self) -> Tuple[int, bool]:
+    def _create_file(self) -> tuple[int, bool]:
         node, self._sure = _append_once(
-            self.client, self.line, self._value, self.ttl, self._find)
+            self.client, self.line, self._value, self.ttl, lambda: next(iter(self._ours()), None))
         self.key = node.key
         return node.modified_index, self._sure
 
-    def _leave(self) -> None:
+    def _remove_file(self) -> None:
         if self.key != self.line:
-            super()._leave()
+            super()._remove_file()
         with contextlib.suppress(EtcdError):
-            for node in () if self._sure else _entries(self.client, self.line)[0]:
-                if node.value == self._value:
-                    _remove(self.client, node.key, self._value)
+            for node in () if self._sure else self._ours():
+                _remove(self.client, node.key, self._value)

@@ -6,7 +6,8 @@ import contextlib
 import re
 import uuid
 from collections import deque
-from typing import Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
+from collections.abc import Iterable
+from typing import Callable, NamedTuple
 
 from ..client.client import Client
 from ..client.watching import _REMOVALS
@@ -24,13 +25,11 @@ from .basics import (
     LEASE_TTL_S,
     TIDY_S,
     WAIT_SLICE_S,
-    _apart,
     _append_once,
-    _await,
     _checked_ttl,
+    _cleanup_scope,
     _create_once,
     _entries,
-    _insist,
     _is_entry,
     _name,
     _number,
@@ -38,31 +37,34 @@ from .basics import (
     _Recipe,
     _recipe_key,
     _remove,
+    _Wait,
+    _with_retries,
 )
-from .elections import PRIORITY, TAKEN_TTL_S
 from .leases import Lease
 from .locks import Contender
 
+TAKEN_TTL_S = 120               # lifetime of the mark of an item that was taken
+PRIORITY = 100                  # default priority of an item
+
 
 class _Item(NamedTuple):
-    """An item of a queue, as a look found it."""
+    """An item of a queue, from a listing."""
 
-    uid: str                                        # tells it from others, and stays when it is
-    value: str                                      # written twice after a lost answer
+    uid: str                                        # the same in both files of an item that was
+    value: str                                      # written twice after a lost reply
     priority: int
-    node: Node                                      # its first entry
-    mark: str                                       # what we write when we take it
+    node: Node                                      # its first file
+    mark: str                                       # the value that this consumer writes to take it
 
     @classmethod
     def of(cls, node: Node, root: str) -> _Item:
-        """Return the item in a file; any program may put one there by hand."""
+        """Return the item in a file; other programs may create files by hand."""
         found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
         uid, priority, value = found.groups() if found else (
             node.key[len(root):], PRIORITY, node.value or "")
         return cls(uid, value, int(priority), node, uuid.uuid4().hex + ":" + _name(node.key))
 
-    def place(self) -> Tuple[int, int]:
-        """Return what items are ordered by."""
+    def order(self) -> tuple[int, int]:
         node = self.node
         return self.priority, _number(node) if _is_entry(node) else node.created_index
 
@@ -73,9 +75,9 @@ _ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 class QueueItem:
     """An item that this process works on; from Queue.take.
 
-    value  what was put
+    value  the value given to `put`
 
-    A context manager: without an exception the item is done, with one it is given back.
+    A context manager: the item is done after the block, or given back after an exception.
     """
 
     def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
@@ -86,24 +88,24 @@ class QueueItem:
 
     @property
     def is_held(self) -> bool:
-        """Whether no other consumer can have got the item meanwhile."""
+        """True as long as no other consumer can have the item."""
         return self._lease.is_held
 
     def done(self) -> bool:
-        """Remove the item; False if another consumer has removed it first."""
+        """Remove the item; False if another consumer has removed it."""
         try:
             return self._queue._remove(self._item)
         finally:
             self._lease.stop()
 
     def give_back(self) -> None:
-        """Let another consumer have the item."""
+        """Return the item to the queue."""
         self._lease.stop()
 
     def __enter__(self) -> QueueItem:
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.done()
         else:
@@ -111,33 +113,33 @@ class QueueItem:
 
 
 class Queue(_Recipe):
-    """A queue in the cluster: first in, first out, any number of producers and consumers.
+    """A first in, first out queue for any number of producers and consumers in the cluster.
 
         queue = Queue(client, "/jobs")
         queue.put("one")
-        queue.put("urgent", priority=1)             # before those with a higher number
+        queue.put("urgent", priority=1)             # before items with a higher number
         queue.get(timeout=5)                        # "urgent", or None after 5 s
         with queue.take(timeout=5) as item:         # at least once
             work(item.value)
 
-    Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
-    order of priority, then of their making: `get` hands each to one consumer only, which may
-    crash with it; what `take` hands out comes back, ttl seconds after a crash, until done has
-    removed it.  A consumer that finds its queue empty looks once, and its work for an item does
-    not depend on how many were taken before.  An idle queue wakes one of the waiting consumers
-    for each item; the others stand in line.
-    How: an item is an in-order file with a uuid in it.  To take it is to write a hidden mark for
-    this uuid, which only one consumer can do, and then to delete the file.  A second file of the
-    same item, from an answer that was lost, is known by the mark, which stays for TAKEN_TTL_S.
-    Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
-    late, an item may be there twice or lost with its consumer.  A consumer that crashes between
+    Guarantee: after put returns, the item is in the queue once.  Items are removed once, ordered
+    by priority, then by creation.  `get` hands each item to one consumer, which may crash with
+    it.  An item of `take` returns to the queue ttl seconds after a crash, until done has removed
+    it.  A consumer that finds the queue empty reads it once, and the cost of an item does not
+    depend on the number of earlier items.  A new item wakes one of the waiting consumers; the
+    others wait in a line.
+    How: an item is an in-order file with a uuid.  To take it a consumer creates a hidden mark for
+    this uuid, at which only one can succeed, and then deletes the file.  A second file of the
+    same item, from a lost reply, is recognised by the mark, which stays for TAKEN_TTL_S.
+    Limit: after an error with maybe_applied, and if a request is executed more than TAKEN_TTL_S
+    late, an item may appear twice or be lost with its consumer.  A consumer that crashes between
     mark and deletion delays its item for TAKEN_TTL_S.  Consumers of one queue use either get or
-    take: a get may remove what another one has taken.  A consumer reads the whole directory, and
-    then takes what it has seen (an urgent item that was put meanwhile comes after that): made for
-    thousands of items, not for millions.
-    Differs from 0.4.0: that could not read the items put now; those it has put are taken.
+    take: get may remove an item that was taken.  A consumer lists the whole directory and takes
+    the listed items before it lists again (an urgent item that arrives meanwhile comes later):
+    suitable for thousands of items, not for millions.
+    Differs from 0.4.0: its items are read, but 0.4.0 cannot read the present ones.
 
-    ttl      seconds a crashed consumer delays what it had taken, or the line
+    ttl      seconds by which a crash delays an item that was taken, or the line
 
     Thread: any.
     """
@@ -152,117 +154,113 @@ class Queue(_Recipe):
     def put(self, value: str, priority: int = PRIORITY) -> str:
         """Add an item, behind all of the same priority; return its key.
 
-        priority  lower ones are taken first
+        priority  items with lower numbers come first
         """
         uid = uuid.uuid4().hex
         text = f"{uid}:{priority:d}:{_text(value)}"
 
-        def find() -> Optional[Node]:
-            with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
+        def find() -> Node | None:
+            with contextlib.suppress(KeyNotFound):  # found: it was taken already
                 return _read(self.client, self._mark_of(uid)).node
             nodes, _ = _entries(self.client, self._items)
             return next((node for node in nodes if node.value == text), None)
         return _append_once(self.client, self._items, text, None, find)[0].key
 
-    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> List[str]:
-        """Add items one after the other; return their keys."""
+    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> list[str]:
+        """Add items in order; return their keys."""
         return [self.put(value, priority) for value in values]
 
-    def get(self, timeout: Optional[float] = None) -> Optional[str]:
-        """Remove the first item and return its value; None after `timeout` seconds (None: never).
+    def get(self, timeout: float | None = None) -> str | None:
+        """Remove the first item and return its value; None after `timeout` seconds.
 
-        With timeout=0 it does not wait.  None after `cancel`, too.
+        timeout  None: no limit; 0: do not wait
+
+        None after `cancel`, too.
         """
         item = self._first(timeout, self._remove)
         return None if item is None else item.value
 
-    def take(self, timeout: Optional[float] = None) -> QueueItem:
-        """Return the first item that nobody works on.
+    def take(self, timeout: float | None = None) -> QueueItem:
+        """Return the first item that no other consumer works on.
 
-        Raises WatchTimeout where `get` returns None, since a `with` needs an item.
+        Raises WatchTimeout in place of None, since a `with` needs an item.
         """
-        leases: List[Lease] = []
+        leases: list[Lease] = []
         item = self._first(timeout, lambda item: self._claim(item, leases))
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
         return QueueItem(self, item, leases[0])
 
     def __len__(self) -> int:
-        """Return the number of items, those included that somebody works on."""
-        free, claimed, _ = self._look()
+        """Return the number of items, including those that consumers work on."""
+        free, claimed, _ = self._list()
         return len(free) + claimed
-
-    # -- below: no public names
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
-                                                    # atomic, and all it gives is hints
+        # Items of the last listing.  Append and pop are atomic; an item may be gone.
+        self._seen: deque[_Item] = deque()
 
     def _mark_of(self, uid: str) -> str:
         return f"{self.path}/_taken/{uid}"
 
-    def _look(self) -> Tuple[List[_Item], int, int]:
-        """Return the items that are free, first one first, how many are claimed, and the index."""
+    def _list(self) -> tuple[list[_Item], int, int]:
+        """Return the free items in order, the number of claimed ones, and the index."""
         try:
             found = _read(self.client, self.path, recursive=True)
         except KeyNotFound as error:
             return [], 0, error.index
         files = [node for node in found.node.walk() if not node.dir]
         claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
-        first: Dict[str, _Item] = {}
+        first: dict[str, _Item] = {}
         # A file with a ttl is a mark of 0.4.0.
         for node in files:
             if node.ttl is None and node.key.startswith(f"{self._items}/"):
                 item = _Item.of(node, self._items + "/")
-                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.place)
-        items = sorted(first.values(), key=_Item.place)
+                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.order)
+        items = sorted(first.values(), key=_Item.order)
         free = [item for item in items if item.uid not in claims]
         return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: Optional[float], obtain: Callable[[_Item], bool]) -> Optional[_Item]:
-        """Return the first item that `obtain` gets; None if time is up, or after `cancel`."""
-        with self._span(timeout) as span:
+    def _first(self, timeout: float | None, obtain: Callable[[_Item], bool]) -> _Item | None:
+        """Return the first item that `obtain` accepts; None after the timeout, or `cancel`."""
+        with self._call_scope(timeout) as scope:
             item, _ = self._try(obtain)
-            if item is not None or not span.wait_s():
+            if item is not None or not scope.wait_s():
                 return item
             line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
             if not line.acquire():
                 return None
             try:
-                while True:
-                    item, index = self._try(obtain)
-                    if item is not None or not _await(
-                            self.client, span, self.path, index, min(WAIT_SLICE_S, self.ttl),
-                            self._is_arrival):
-                        return item
+                return self._poll(scope, lambda: self._try(obtain), min(WAIT_SLICE_S, self.ttl))
             finally:
-                with _apart(TIDY_S):
+                with _cleanup_scope(TIDY_S):
                     line.release()
         return None
 
     def _is_arrival(self, event: Result) -> bool:
-        """Whether there may be an item now: it is new, or somebody gave it back."""
+        """Return whether there may be an item: a new one, or one that was given back."""
         if event.key.startswith(f"{self.path}/claims/"):
             return event.action in _REMOVALS
         return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[_Item], bool]) -> Tuple[Optional[_Item], int]:
-        """Try the items seen last, then those of a new look; return the index of that."""
+    def _try(self, obtain: Callable[[_Item], bool]) -> tuple[_Item | None, _Wait]:
+        """Try the items of the last listing, then those of a new one."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
                 item = self._seen.popleft()
                 if obtain(item):
-                    return item, 0
-        free, _, index = self._look()
+                    return item, _Wait(self.path, 0)
+        free, _, index = self._list()
+        wait = _Wait(self.path, index, self._is_arrival)
         for position, item in enumerate(free):
             if obtain(item):
                 self._seen.extend(free[position + 1:])
-                return item, index
-        return None, index
+                return item, wait
+        return None, wait
 
     def _remove(self, item: _Item) -> bool:
-        """Remove an item for ever; False if somebody else has done so."""
+        """Remove an item; False if another consumer has removed it."""
         try:
             _create_once(self.client, self._mark_of(item.uid), item.mark, TAKEN_TTL_S)
         except NodeExists:
@@ -270,17 +268,17 @@ class Queue(_Recipe):
             return False
         except EtcdError as error:
             self._unmark(item)
-            error.maybe_applied = False             # the item is there
+            error.maybe_applied = False             # the item is in the queue
             raise
         return self._delete(item)
 
     def _unmark(self, item: _Item) -> None:
-        """Let others have an item at once that we could not take."""
-        with _apart(TIDY_S):
+        """Let other consumers have an item that this one could not take."""
+        with _cleanup_scope(TIDY_S):
             _remove(self.client, self._mark_of(item.uid), item.mark)
 
     def _is_taken(self, item: _Item) -> bool:
-        """Whether the item has a mark; if it was taken as another file, this one is removed."""
+        """Return whether the item has a mark; if it was taken as another file, delete this one."""
         try:
             mark = _read(self.client, self._mark_of(item.uid)).node.value or ""
         except KeyNotFound:
@@ -292,7 +290,7 @@ class Queue(_Recipe):
         return True
 
     def _delete(self, item: _Item) -> bool:
-        """Delete the file of an item; False if somebody else has."""
+        """Delete the file of an item; False if another consumer has deleted it."""
         unsure = False
 
         def attempt() -> bool:
@@ -301,7 +299,7 @@ class Queue(_Recipe):
                 self.client.compare_and_delete(
                     item.node.key, prev_index=item.node.modified_index)
             except (KeyNotFound, CompareFailed) as error:
-                # Nobody else deletes it before our mark has expired.
+                # Other consumers leave it alone until our mark expires.
                 return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
                     self.client, self._mark_of(item.uid)).node.value
             except EtcdError as error:
@@ -309,18 +307,18 @@ class Queue(_Recipe):
                 raise
             return True
         try:
-            return _insist(self.client, attempt)
+            return _with_retries(self.client, attempt)
         except EtcdError as error:
             if not error.maybe_applied:
                 self._unmark(item)
             raise
 
-    def _claim(self, item: _Item, leases: List[Lease]) -> bool:
+    def _claim(self, item: _Item, leases: list[Lease]) -> bool:
         lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
         ours = True
         try:
             lease.start()
-            # The item may be gone since it was seen: whoever had claimed it has finished.
+            # Another consumer may have claimed and finished the item since the listing.
             index = _read(self.client, item.node.key).node.modified_index
             if index == item.node.modified_index and not self._is_taken(item):
                 leases.append(lease)
@@ -330,7 +328,7 @@ class Queue(_Recipe):
             pass
         finally:
             if ours and not leases:
-                with _apart(TIDY_S):
+                with _cleanup_scope(TIDY_S):
                     lease._end()
-                    lease._leave()
+                    lease._remove_file()
         return bool(leases)

@@ -6,27 +6,28 @@ import json
 import os
 import socket
 import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any
 
 from ..client.client import Client
 from ..transport.calls import clean_key
 from ..transport.connections import Scope
 from ..transport.errors import Cancelled, EtcdError
 from ..transport.results import Node
-from .basics import LEASE_TTL_S, _checked_ttl, _children, _LostCallback, _name, _recipe_key
-from .elections import Observed, _is_change, _Wait
+from .basics import LEASE_TTL_S, _checked_ttl, _children, _LostCallback, _name, _recipe_key, _Wait
+from .elections import Observed, _is_change
 from .leases import Lease
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One place at which a service can be had; also a pair of id and address."""
+    """An instance of a service; unpacks as a pair of id and address."""
 
     id: str
     address: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    tags: Tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return iter((self.id, self.address))
@@ -36,16 +37,16 @@ class Instance:
         """Return the instance in a file: an address, or JSON with an address in it."""
         text = node.value or ""
         try:
-            said = json.loads(text) if text.startswith("{") else None
-            if isinstance(said, dict) and isinstance(said.get("address"), str):
-                return cls(_name(node.key), said["address"], dict(said.get("metadata") or {}),
-                           tuple(map(str, said.get("tags") or ())))
-        except (ValueError, TypeError, RecursionError):     # somebody else's way to write it
+            raw = json.loads(text) if text.startswith("{") else None
+            if isinstance(raw, dict) and isinstance(raw.get("address"), str):
+                return cls(_name(node.key), raw["address"], dict(raw.get("metadata") or {}),
+                           tuple(map(str, raw.get("tags") or ())))
+        except (ValueError, TypeError, RecursionError):     # the format of another program
             pass
         return cls(_name(node.key), text)
 
     def text(self) -> str:
-        """Return what its file says: the address alone, if there is no more to say."""
+        """Return the text of its file: the address, or JSON if there are metadata or tags."""
         if not self.metadata and not self.tags and not self.address.startswith("{"):
             return self.address
         return json.dumps({"address": self.address, "metadata": dict(self.metadata),
@@ -53,31 +54,29 @@ class Instance:
 
 
 class Registration(Lease):
-    """A file that is there as long as this process lives; from ServiceRegistry.register and Party.
+    """A Lease that renews itself after a loss; from ServiceRegistry.register and Party.
 
-    When it is lost, on_lost is called, and it is made again as soon as a server answers.
+    After a loss it calls on_lost, and creates the file again as soon as a server replies.
 
     Thread: any.
     """
 
-    # -- below: no public names
-
     def _regain(self, scope: Scope) -> bool:
-        super()._regain(scope)
+        self._report_loss()
         while scope.wait(min(1.0, self.ttl / 3)):
             try:
                 with Scope(1.0):
-                    self._obtain()
+                    self._acquire_file()
             except Cancelled:
                 raise
-            except EtcdError:                       # the next attempt is soon
+            except EtcdError:
                 continue
             return True
         return False
 
 
 class ServiceRegistry:
-    """Where services say where they are, and where others find that.
+    """A registry of services and their instances.
 
         registry = ServiceRegistry(client, ttl=10)
         with registry.register("mail", "10.0.0.5:25", tags=["v2"], metadata={"zone": "a"}): ...
@@ -87,12 +86,12 @@ class ServiceRegistry:
             for instances in changes: ...
 
     Guarantee: an instance is listed while its process lives and reaches the cluster, and at most
-    ttl seconds longer; it keeps itself listed without waking anybody.
-    Limit: a process that lives but does not serve is listed.  resolve may name an instance that
-    has died less than ttl seconds ago.
+    ttl seconds longer.  Its renewals cause no events.
+    Limit: a process that lives but does not serve is listed.  resolve may return an instance that
+    died less than ttl seconds ago.
 
-    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>, which
-             holds the address, or with metadata or tags JSON: address, metadata, tags
+    prefix   directory of all services; an instance is the file <prefix>/<service>/<id> with the
+             address or, with metadata or tags, JSON: address, metadata, tags
 
     Thread: any.
     """
@@ -104,14 +103,14 @@ class ServiceRegistry:
         self.ttl = _checked_ttl(ttl)
 
     def register(
-        self, service: str, address: str, *, metadata: Optional[Mapping[str, Any]] = None,
+        self, service: str, address: str, *, metadata: Mapping[str, Any] | None = None,
         tags: Iterable[str] = (), on_lost: _LostCallback = None,
     ) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
-        metadata  what JSON can hold: who resolves the service gets it
-        tags      by which others may choose; resolve(service, tag=...)
-        on_lost   called on another thread whenever the instance was missing from the list
+        metadata  any JSON values, for the users of the service
+        tags      for resolve(service, tag=...)
+        on_lost   called on another thread after the instance was missing from the list
         """
         if isinstance(tags, str):
             raise ValueError("tags are several: a list of strings")
@@ -119,78 +118,78 @@ class ServiceRegistry:
         return Registration(self.client, f"{self.path(service)}/{instance.id}", instance.text(),
                             self.ttl, on_lost=on_lost).start()
 
-    def resolve(self, service: str, tag: Optional[str] = None) -> List[Instance]:
-        """Return the instances of `service`, the one that came first at the head.
+    def resolve(self, service: str, tag: str | None = None) -> list[Instance]:
+        """Return the instances of `service`, oldest first.
 
-        tag  only those that have it
+        tag  only instances with this tag
         """
         return self._instances(_children(self.client, self.path(service))[0], tag)
 
-    def watch(self, service: str, timeout: Optional[float] = None,
-              tag: Optional[str] = None) -> Observed[List[Instance]]:
-        """Return an iterator over the instances of `service`, now and whenever they have changed.
+    def watch(self, service: str, timeout: float | None = None,
+              tag: str | None = None) -> Observed[list[Instance]]:
+        """Return an iterator over the instances of `service`, now and after each change.
 
-        timeout  seconds without a change after which WatchTimeout is raised; None: never
+        timeout  seconds without a change until WatchTimeout; None: no limit
         """
         path = self.path(service)
 
-        def look() -> Tuple[List[Instance], _Wait]:
+        def read() -> tuple[list[Instance], _Wait]:
             nodes, index = _children(self.client, path)
-            return self._instances(nodes, tag), (path, index, _is_change)
-        return Observed(self.client, look, timeout)
+            return self._instances(nodes, tag), _Wait(path, index, _is_change)
+        return Observed(self.client, read, timeout)
 
     def path(self, service: str) -> str:
-        """Return the directory of a service, for a CachedTree for instance."""
+        """Return the directory of a service, for example for a CachedTree."""
         return self.prefix.rstrip("/") + _recipe_key(service)
 
     @staticmethod
-    def _instances(nodes: List[Node], tag: Optional[str]) -> List[Instance]:
+    def _instances(nodes: list[Node], tag: str | None) -> list[Instance]:
         found = [Instance.of(node) for node in nodes if not node.dir]
         return [instance for instance in found if tag is None or tag in instance.tags]
 
 
 class Party:
-    """Who takes part: processes that join, and are no members any more when they die.
+    """A group of processes, each a member while it lives.
 
         with Party(client, "/workers", "host-a") as party:
             list(party), len(party)
 
-    name  what others see of this member; None: the name of the host
+    name  the name of this member; None: the name of the host
 
-    Guarantee: a member is in it while its process lives and reaches the cluster, and at most ttl
+    Guarantee: a process is a member while it lives and reaches the cluster, and at most ttl
     seconds longer.
 
     Thread: any.
     """
 
-    def __init__(self, client: Client, key: str, name: Optional[str] = None, *,
+    def __init__(self, client: Client, key: str, name: str | None = None, *,
                  ttl: int = LEASE_TTL_S) -> None:
         self.client = client
         self.path = _recipe_key(key)
         self.name = name or socket.gethostname()
         self.ttl = _checked_ttl(ttl)
-        self._member: Optional[Registration] = None
+        self._member: Registration | None = None
 
     def join(self) -> None:
-        """Take part; nothing happens if this object does."""
+        """Become a member; no effect if this object is one."""
         member = self._member
         if member is None or member._pid != os.getpid():    # a forked child is another member
             key = f"{self.path}/{uuid.uuid4().hex}"
             self._member = Registration(self.client, key, self.name, self.ttl).start()
 
     def leave(self) -> None:
-        """Take part no more."""
+        """Cease to be a member."""
         member, self._member = self._member, None
         if member is not None:
             member.stop()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of the members, the one that came first at the head."""
+        """Return an iterator over the names of the members, oldest first."""
         nodes, _ = _children(self.client, self.path)
         return iter([node.value or "" for node in nodes if not node.dir])
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return sum(1 for _ in self)
 
     def __enter__(self) -> Party:
         self.join()

@@ -1,6 +1,6 @@
 """Calls: one request over all endpoints, attempts and deadlines.
 
-_Caller._exchange is the only place that does I/O.
+All I/O takes place in _Caller._exchange.
 """
 
 from __future__ import annotations
@@ -19,26 +19,9 @@ import ssl
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    FrozenSet,
-    Generic,
-    Iterable,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-    TypeVar,
-    Union,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, Union, cast
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
 
 from urllib3.exceptions import HTTPError as UrllibError
@@ -47,14 +30,15 @@ from .connections import (
     ConnectionState,
     Scope,
     _close_all,
+    _Closeable,
     _Connections,
+    _ConnectionSettings,
     _Connectivity,
+    _context,
     _Exchange,
-    _here,
     _Listener,
     _status_error,
     _transport_error,
-    _Trust,
 )
 from .defaults import (
     BACKOFF_MAX_S,
@@ -86,24 +70,21 @@ from .results import _T, Member, _parse_members, _Reply
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
 
-_READS: FrozenSet[str] = frozenset(("GET", "HEAD"))
-_SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
-_HEALTH_STATUSES: FrozenSet[int] = frozenset((200, 503))    # /health, /v2/members/leader
+_SUCCESS: frozenset[int] = frozenset((200, 201, 204))
+_HEALTH_STATUSES: frozenset[int] = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
+_REDIRECTS: frozenset[int] = frozenset((301, 302, 303, 307, 308))
 
-_REDIRECTS: FrozenSet[int] = frozenset((301, 302, 303, 307, 308))
-
-_Field = Union[None, bool, int, str]                # a parameter; None leaves it out
+_Field = Union[None, bool, int, str]                # a parameter; None is not sent
 
 
 def clean_key(key: str) -> str:
-    """Return `key` as the server files it: one leading slash, no empty, `.` or `..` parts.
+    """Return the canonical form of `key`: one leading slash, no empty, `.` or `..` parts.
 
-    Left to the server, such a key is answered by a redirect; left to urllib3, `..` would leave
-    /v2/keys.
+    The server answers other forms by a redirect; urllib3 would let `..` leave /v2/keys.
     """
-    parts: List[str] = []
+    parts: list[str] = []
     for part in key.split("/"):
         if part == "..":
             del parts[-1:]
@@ -113,9 +94,9 @@ def clean_key(key: str) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as the text that is stored: text, UTF-8, a number, or what has a `__str__`.
+    """Return the stored text of a value: text, UTF-8, a number, or an object with `__str__`.
 
-    Raises EtcdValueError for what would not come back as it was given.
+    Raises EtcdValueError for a value that a read would not return as it was given.
     """
     if isinstance(value, (bytes, bytearray, memoryview)):
         try:
@@ -124,7 +105,7 @@ def _text(value: object) -> str:
             raise EtcdValueError("etcd stores text, and these bytes are not UTF-8: store "
                                  "base64.b64encode(value).decode()") from error
     if isinstance(value, str):
-        text = str.__str__(value)                   # of an Enum its value
+        text = str.__str__(value)                   # the value of an Enum
     elif isinstance(value, (int, float)) or type(value).__str__ is not object.__str__:
         text = str(value)
     elif value is None:
@@ -149,7 +130,7 @@ def _quote_plus(text: str) -> str:
 
 
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
-    """Return the parameters that were given, form-encoded."""
+    """Return the parameters that are not None, form-encoded."""
     return "&".join(
         f"{_quote_plus(name)}="
         f"{_quote_plus(str(value).lower() if isinstance(value, bool) else str(value))}"
@@ -167,23 +148,19 @@ def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/key
     return _target(endpoint + clean_key(key), query)
 
 
-class _NotGiven:
-    """Stands for a condition that is left out: None, from a careless caller, must not."""
-
-
-_NOT_GIVEN = _NotGiven()
+_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
 
 
 def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
-                ) -> Dict[str, _Field]:
-    """Return the conditions that were given; raise EtcdValueError for one that is none."""
-    fields: Dict[str, _Field] = {}
+                ) -> dict[str, _Field]:
+    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
+    fields: dict[str, _Field] = {}
     if prev_value is None or prev_index is None or prev_exist is None:
         raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
     if prev_value is not _NOT_GIVEN:
         fields["prevValue"] = _text(prev_value)
     if prev_index is not _NOT_GIVEN:
-        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
+        # The server ignores prevIndex=0: the write would be unconditional.
         if isinstance(prev_index, int) and prev_index < 1:
             raise EtcdValueError("prev_index is a modified index, 1 or more")
         fields["prevIndex"] = _text(prev_index)
@@ -194,26 +171,25 @@ def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NO
 
 @dataclass(frozen=True)
 class _Call(Generic[_T]):
-    """A request, independent of the endpoint it goes to."""
+    """A request, independent of its endpoint."""
 
     method: str
     target: str                                     # path and query, percent-encoded
     parse: Callable[[_Reply], _T]
-    form: Optional[bytes] = None
+    form: bytes | None = None
     content_type: str = _FORM_TYPE
-    timeout: Optional[float] = None                 # seconds in all; None: the client's
-    statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
-    on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
-    waits: bool = False                             # silence is an answer, too
+    timeout: float | None = None                 # seconds in all; None: the client's
+    statuses: frozenset[int] = _SUCCESS             # that `parse` accepts
+    on_head: Callable[[_Reply], None] | None = None  # called before a body that may take long
+    waits: bool = False                             # a timeout means "no change", not a failure
 
     @property
     def write(self) -> bool:
-        """Whether sending it twice could matter."""
-        return self.method not in _READS
+        return self.method != "GET"
 
 
 def is_endpoint_failure(error: EtcdError) -> bool:
-    """Whether another endpoint might do better: not after a refusal, which is an answer."""
+    """Return whether another endpoint may succeed: not after a refusal, which is a reply."""
     if isinstance(error, TransportError):
         return not isinstance(error, ClusterIdChanged)
     return error.status >= 500
@@ -221,31 +197,30 @@ def is_endpoint_failure(error: EtcdError) -> bool:
 
 if TYPE_CHECKING:
     _Settings = ParamSpec("_Settings")
-_Made = TypeVar("_Made")
+_ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
+_PERMANENT = (
+    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
-_LASTING = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError)
-
-
-def _lasts(error: EtcdError) -> bool:
-    """Whether a failure will be the same in a moment: bad certificates, garbage."""
-    broken_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError)      # the server ended, as it may
+def _is_permanent(error: EtcdError) -> bool:
+    """Return whether a retry would fail in the same way: bad certificates, malformed replies."""
+    closed = (ssl.SSLEOFError, ssl.SSLZeroReturnError)      # by a server that may be restarting
     return isinstance(error, BadReply) or (
-        isinstance(error.__cause__, _LASTING) and not isinstance(error.__cause__, broken_off))
+        isinstance(error.__cause__, _PERMANENT) and not isinstance(error.__cause__, closed))
 
 
 def _backoff_s(rounds: int) -> float:
-    """Return how long to wait after so many rounds of failures: longer each time, never alike."""
+    """Return the wait after so many failed rounds: doubled each time, with jitter."""
     longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
     return float(longest_s * random.uniform(0.5, 1.0))
 
 
-def _environment() -> Dict[str, Any]:
-    """Return what the ETCDCTL_* variables say, as arguments of Client."""
+def _environment() -> dict[str, Any]:
+    """Return the settings in the ETCDCTL_* variables as arguments of Client."""
     given = {name: value for name, value in os.environ.items() if value}
-    settings: Dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in ("ETCDCTL_ENDPOINTS", "ETCDCTL_ENDPOINT", "ETCDCTL_PEERS"):
         if name in given:
             settings.setdefault("endpoints", given[name].split(","))
@@ -265,34 +240,35 @@ def _environment() -> Dict[str, Any]:
 def _with_settings_of(
     _: Callable[Concatenate[Any, _Settings], None],
 ) -> Callable[
-    [Callable[[Type[_Made]], _Made]], Callable[Concatenate[Type[_Made], _Settings], _Made]
+    [Callable[[type[_ClientType]], _ClientType]],
+    Callable[Concatenate[type[_ClientType], _Settings], _ClientType]
 ]:
     """Tell type checkers that a constructor takes the keyword arguments of another one."""
     return lambda function: cast(Any, function)
 
 
-class _Caller:
-    """What all parts of a client share: endpoints, connections, and the way a call goes.
+class _Caller(_Closeable):
+    """Performs calls: endpoints, connections, retries.  The base of all parts of the client.
 
     on_request  called with method, URL and form of each request before it is sent
     """
 
-    on_request: Optional[Callable[[str, str, Optional[bytes]], object]] = None
+    on_request: Callable[[str, str, bytes | None], object] | None = None
 
     def __init__(
-        self, host: Union[_Address, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
-        srv_domain: Optional[str] = None, version_prefix: str = "/v2",
+        self, host: _Address | Sequence[_Address] = "127.0.0.1", port: int = 2379,
+        srv_domain: str | None = None, version_prefix: str = "/v2",
         read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
-        cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
-        username: Optional[str] = None, password: Optional[str] = None,
-        allow_reconnect: Optional[bool] = None, use_proxies: bool = False,
-        expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
-        lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
+        cert: None | str | tuple[str, str] = None, ca_cert: str | None = None,
+        username: str | None = None, password: str | None = None,
+        allow_reconnect: bool | None = None, use_proxies: bool = False,
+        expected_cluster_id: str | None = None, per_host_pool_size: int = 10,
+        lock_prefix: str = "/_locks", *, endpoints: Iterable[str] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
-        total_timeout: Optional[float] = TOTAL_TIMEOUT_S,
+        total_timeout: float | None = TOTAL_TIMEOUT_S,
         session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
-        verify: bool = True, proxies: Optional[Mapping[str, str]] = None,
-        on_state: Optional[_Listener] = None,
+        verify: bool = True, proxies: Mapping[str, str] | None = None,
+        on_state: _Listener | None = None,
     ) -> None:
         if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
             raise EtcdValueError("timeouts are seconds above 0")
@@ -305,7 +281,7 @@ class _Caller:
                 host = endpoints if isinstance(endpoints, str) else list(endpoints)
             self.endpoints = Endpoints(_listed_urls(host, port, protocol))
         else:
-            self.endpoints = Endpoints()            # filled by the first call: no I/O here
+            self.endpoints = Endpoints()            # the first call looks them up
         self.version_prefix = version_prefix
         self.read_timeout = read_timeout
         self.connect_timeout = connect_timeout
@@ -313,17 +289,19 @@ class _Caller:
         self.allow_redirect = allow_redirect
         self.username, self.password = username, password
         self.lock_prefix = lock_prefix
-        self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
+        self.cluster_id = expected_cluster_id       # hex; default: from the first reply
         self._srv = None if srv_domain is None else (srv_domain, protocol)
         self._sync = (sync or bool(allow_reconnect)) and not use_proxies
         self._refresh_at = 0.0 if self._sync or srv_domain else math.inf    # monotonic seconds
         self._reconnect = allow_reconnect is not False
         self._retry = retry and self._reconnect
-        self._reached = False                       # a request has left for a server
-        self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
-        self._scope = Scope()                       # of all that is under way
-        self._idle: Deque[_Connections] = deque()   # the last one used is used next
-        # At exit, too: but not what a daemon thread is reading from, which would wait for it.
+        self._reached = False                       # a request was sent to some server
+        self._connection_settings = _ConnectionSettings(
+            (ca_cert or True) if verify else False, cert, dict(proxies or {}))
+        self._scope = Scope()                       # of all calls under way
+        self._idle: deque[_Connections] = deque()   # last in, first out
+        # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
+        # would wait for that thread.
         weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
@@ -332,8 +310,8 @@ class _Caller:
 
     @classmethod
     @_with_settings_of(__init__)
-    def from_env(cls: Type[_CallerType], **settings: Any) -> _CallerType:
-        """Return a client as the ETCDCTL_* variables describe it; `settings` have precedence.
+    def from_env(cls: type[_CallerType], **settings: Any) -> _CallerType:
+        """Return a client with the settings of the ETCDCTL_* variables; `settings` override them.
 
         ETCDCTL_ENDPOINTS, else ETCDCTL_ENDPOINT, else ETCDCTL_PEERS; without those
         ETCDCTL_DISCOVERY_SRV.  ETCDCTL_CERT_FILE, ETCDCTL_KEY_FILE, ETCDCTL_CA_FILE.
@@ -347,48 +325,48 @@ class _Caller:
 
     # -- endpoints and states
 
-    def sync(self) -> Tuple[str, ...]:
-        """Ask for the member list, use the URLs in it too, and return all endpoints.
+    def sync(self) -> tuple[str, ...]:
+        """Read the member list, use its URLs too, and return all endpoints.
 
-        Those given at the start stay.  With `sync=True` for the constructor this happens by
-        itself: after the first call, after a failover, and about every SYNC_INTERVAL_S seconds.
+        The given endpoints stay.  With `sync=True` in the constructor this is automatic: after the
+        first call, after a failover, and about every SYNC_INTERVAL_S seconds.
         """
         self._learn_members(self._perform)
         return self.endpoints.urls
 
     @property
     def state(self) -> ConnectionState:
-        """What the last calls and watches met; an idle client does not look."""
+        """The outcome of the last calls and watches; an idle client does not probe."""
         return self._connectivity.state
 
     def add_listener(self, listener: _Listener) -> None:
-        """Have `listener(state)` called at every change of `state`, in order.
+        """Call `listener(state)` at every change of `state`, in order.
 
-        It runs in the thread that noticed the change and must not block: start a thread for
-        what takes long.  It is removed when it returns True; what it raises is logged.
+        The listener runs in the thread that noticed the change and must not block.  It is removed
+        when it returns True; its exceptions are logged.
         """
         self._connectivity.add(listener)
 
     def remove_listener(self, listener: _Listener) -> None:
-        """Call `listener` no more; nothing happens if it is not known."""
+        """Undo `add_listener`; an unknown listener is ignored."""
         self._connectivity.remove(listener)
 
     @property
     def key_endpoint(self) -> str:
-        """Path of the keys API; a subclass may name another one."""
+        """Path of the keys API; a subclass may override it."""
         return self.version_prefix + "/keys"
 
     @property
     def scope(self) -> Scope:
-        """What all calls and watches of this client are within, until it is closed."""
-        if self._scope.pid != os.getpid():          # what the parent waits for is not ours to end
+        """The scope of all calls and watches of this client until `close`."""
+        if self._scope.pid != os.getpid():          # a forked child must not end the parent's waits
             self._scope = Scope()
         return self._scope
 
     def close(self) -> None:
         """End every call and watch under way with Cancelled, and close the connections.
 
-        So ends what recipes do with this client in the background.  New calls may follow.
+        This also ends the background work of recipes.  New calls are possible afterwards.
         """
         scope, self._scope = self._scope, Scope()
         scope.cancel()
@@ -398,16 +376,8 @@ class _Caller:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.endpoints.urls or self._srv or ())!r})"
 
-    def __enter__(self: _CallerType) -> _CallerType:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # -- below: no public names
-
     def _is_replaced(self, name: str = "api_execute") -> bool:
-        """Whether the program has put something of its own in the place of a method."""
+        """Return whether the program has overridden or replaced this method."""
         return False
 
     def _perform(self, call: _Call[_T]) -> _T:
@@ -416,40 +386,37 @@ class _Caller:
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
         timeout = self.total_timeout if call.timeout is None else call.timeout
+        failures: dict[str, EtcdError] = {}
         with Scope(timeout, self.scope) as scope:
-            self._discover_endpoints(scope.deadline)
-            return self._perform_within(scope, call)
-
-    def _perform_within(self, scope: Scope, call: _Call[_T]) -> _T:
-        deadline = scope.deadline
-        failures: Dict[str, EtcdError] = {}
-        for rounds in itertools.count(1):
-            candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
-            for position, endpoint in enumerate(candidates):
-                if position and time.monotonic() >= deadline:
-                    break
-                try:
-                    result = self._attempt(endpoint, call, deadline, len(candidates) - position)
-                except EtcdError as error:
-                    failures[endpoint] = error
-                    self._note_failure(endpoint, call, error)
-                else:
-                    self._note_success(bool(failures), deadline)
-                    return result
-            self._connectivity.report(False)
-            self._pause(rounds, failures, scope)
+            deadline = scope.deadline
+            self._discover_endpoints(deadline)
+            for rounds in itertools.count(1):
+                candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
+                for position, endpoint in enumerate(candidates):
+                    if position and time.monotonic() >= deadline:
+                        break
+                    try:
+                        result = self._attempt(endpoint, call, deadline, len(candidates) - position)
+                    except EtcdError as error:
+                        failures[endpoint] = error
+                        self._note_failure(endpoint, call, error)
+                    else:
+                        self._note_success(bool(failures), deadline)
+                        return result
+                self._connectivity.report(False)
+                self._wait_before_retry(rounds, list(failures.values()), scope)
         raise AssertionError("unreachable")
 
     def _note_success(self, after_failures: bool, deadline: float) -> None:
         self._connectivity.report(True)
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
-            with contextlib.suppress(EtcdError):    # the answer matters more
-                until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
+            until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
+            with contextlib.suppress(EtcdError):    # the result of the call is known
                 self._learn_members(
                     lambda call: self._attempt(self.endpoints.current, call, until))
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
-        """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        """Leave `endpoint` if it failed.  Raises `error` unless the next one may be tried."""
         if isinstance(error, Cancelled):
             raise error
         if call.waits and isinstance(error, RequestTimeout):
@@ -458,65 +425,59 @@ class _Caller:
         if not is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
-        self._give_up(endpoint, error)
+        self._leave_endpoint(endpoint, error)
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         if call.write and not never_sent:
             self._connectivity.report(False)
             raise error
 
-    def _give_up(self, endpoint: str, error: Optional[EtcdError] = None) -> None:
+    def _leave_endpoint(self, endpoint: str, error: EtcdError | None = None) -> None:
         if self._reconnect:
             self.endpoints.failed(endpoint)
             if self.endpoints.current != endpoint:
                 _log.info("%s failed (%s): on to %s", endpoint,
                           error.message if error else "no answer", self.endpoints.current)
 
-    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], scope: Scope) -> None:
-        """Wait before the next round; raise what the last one brought if there must be none.
+    def _wait_before_retry(self, rounds: int, errors: list[EtcdError], scope: Scope) -> None:
+        """Wait before the next round.  Raises the errors of the last one if it was the final one.
 
-        Without a deadline there is one round: nobody wants to wait for ever for a dead cluster.
-        Nor is there a second one where nobody was ever reached: the address is wrong, most likely.
+        Without a deadline there is one round: a dead cluster must not block for ever.  As long as
+        no server was ever reached there is one round, too: the address is probably wrong.
         """
         pause_s = _backoff_s(rounds)
-        errors = failures.values()
-        hopeless = scope.once or not (self._retry and self._reached) or all(map(_lasts, errors))
-        if hopeless or scope.deadline == math.inf or scope.left_s() <= pause_s:
-            first, *others = errors
-            first.others = tuple(others)
-            raise first
+        final = scope.once or not (self._retry and self._reached) or all(map(_is_permanent, errors))
+        if final or scope.deadline == math.inf or scope.left_s() <= pause_s:
+            errors[0].others = tuple(errors[1:])
+            raise errors[0]
         scope.wait(pause_s)
 
     def _discover_endpoints(self, deadline: float) -> None:
-        """Look the endpoints up in DNS, at first and then now and again."""
+        """Look up the endpoints in DNS, before the first call and at intervals."""
         now = time.monotonic()
         if self._srv is None or (now < self._refresh_at and self.endpoints.urls):
             return
         patience_s = deadline - now
-        if self.endpoints.urls:                     # looked up again: the call needs its time
+        if self.endpoints.urls:                     # a refresh leaves time for the call
             patience_s = min(SYNC_TIMEOUT_S, patience_s / 2)
         try:
             self.endpoints.give(_discover(*self._srv, now + patience_s))
         except ConnectionFailed:
-            if not self.endpoints.urls:             # else go on with the old ones
+            if not self.endpoints.urls:             # else keep the known ones
                 raise
         if not self._sync:
             self._refresh_at = now + SYNC_INTERVAL_S
 
-    def _learn_members(
-        self, perform: Callable[[_Call[List[Member]]], List[Member]],
-    ) -> None:
-        self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # for other threads, and ours
+    def _learn_members(self, perform: Callable[[_Call[list[Member]]], list[Member]]) -> None:
+        self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # first: keeps other threads out
         call = _Call("GET", f"{self.version_prefix}/members", _parse_members)
         urls = [url for member in perform(call) for url in member.client_urls]
-        with contextlib.suppress(ValueError):       # nonsense in the list: keep what we have
+        with contextlib.suppress(ValueError):       # a malformed URL: keep the known ones
             self.endpoints.learn([_base_url(url) for url in urls])
 
-    def _attempt(
-        self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1,
-    ) -> _T:
+    def _attempt(self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1) -> _T:
         """Send `call` to `endpoint` once.
 
-        sharers  endpoints still to be tried: a read leaves them their part of the time that is left
+        sharers  number of endpoints left to try; a read takes its share of the remaining time
         """
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
@@ -524,22 +485,22 @@ class _Caller:
             deadline, self.read_timeout or math.inf, self.connect_timeout))
 
     def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
-        """Perform `call` at `endpoint` and return what its answer means.
+        """Perform `call` at `endpoint` and return its parsed reply.
 
-        Redirects of reads are followed, and of writes those with 307 and 308: who sends one has
-        not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  Any
-        other redirect of a write is an error; 303 says that it was carried out.
+        Redirects are followed for reads, and for writes with 307 and 308, whose sender has not
+        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.  Any other
+        redirect of a write is an error; 303 means that the write was applied.
         """
-        scope = cast(Scope, _here.scope)
+        scope = cast(Scope, _context.scope)
         scope.attach(exchange.cancel)
-        connections = self._take()
+        connections = self._take_connections()
         base, target = endpoint, call.target
         try:
             for _ in range(REDIRECTS_MAX + 1):
                 reply = self._exchange(base, target, call, exchange, connections)
                 if reply.status not in _REDIRECTS or not self._follows(call, reply):
-                    self._expect_cluster(base, reply, write=call.write)
-                    return self._judge(base, call, reply)
+                    self._check_cluster_id(base, reply, write=call.write)
+                    return self._interpret(base, call, reply)
                 try:
                     where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
                 except ValueError as error:
@@ -549,7 +510,9 @@ class _Caller:
         finally:
             scope.detach(exchange.cancel)
             exchange.done()
-            self._give_back(connections)
+            if scope.cancelled:                     # perhaps by `close`: leave no socket open
+                connections.close()
+            self._return_connections(connections)
         raise BadReply("too many redirects", endpoint=base)
 
     def _follows(self, call: _Call[Any], reply: _Reply) -> bool:
@@ -560,12 +523,12 @@ class _Caller:
         self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
-        """Send one request and read its answer: the only place that does I/O."""
+        """Send one request and read its reply."""
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
         headers = self._headers(base, call)
-        began, outcome = time.monotonic(), "broken off"
+        began, outcome = time.monotonic(), "interrupted"
         try:
             reply = connections.perform(
                 exchange, base, call.method, target, call.form, headers, call.on_head)
@@ -577,39 +540,39 @@ class _Caller:
             raise failure from error
         finally:
             self._reached = self._reached or exchange.sent
-            if _log.isEnabledFor(logging.DEBUG):    # without the query: it may hold a value
+            if _log.isEnabledFor(logging.DEBUG):    # without the query, which may hold a value
                 _log.debug("%s %s%s: %s after %.1f ms", call.method, base, target.split("?")[0],
                            outcome, (time.monotonic() - began) * 1000)
 
-    def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
+    def _headers(self, base: str, call: _Call[Any]) -> dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}
         if call.form is not None:
             headers["Content-Type"] = call.content_type
-        if self.username is not None and base in self.endpoints.urls:   # not for where redirects
-            credentials = f"{self.username}:{self.password}".encode()   # lead to
+        if self.username is not None and base in self.endpoints.urls:   # not after a redirect
+            credentials = f"{self.username}:{self.password}".encode()
             headers["Authorization"] = "Basic " + base64.b64encode(credentials).decode()
         return headers
 
-    def _take(self) -> _Connections:
-        """Return connections for one exchange; whoever takes them gives them back."""
+    def _take_connections(self) -> _Connections:
+        """Return connections for one exchange, to be returned by `_return_connections`."""
         while self._idle:
             with contextlib.suppress(IndexError):   # another thread was faster
                 connections = self._idle.pop()
                 if connections.pid == os.getpid():
                     return connections
-                connections.close()                 # of a forked child: the parent has its own
-        return _Connections(self._trust)
+                connections.close()                 # in a forked child: the parent has its own
+        return _Connections(self._connection_settings)
 
-    def _give_back(self, connections: _Connections) -> None:
+    def _return_connections(self, connections: _Connections) -> None:
         connections.used()
         self._idle.append(connections)
-        # In a rush keep one for each call under way, or every other call would make a new one.
+        # In a burst keep one for each call under way, or every other call would open a new one.
         while len(self._idle) > max(self._idle_max, self.scope.calls):
             with contextlib.suppress(IndexError):   # another thread was faster
                 self._idle.popleft().close()
 
-    def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
-        """Return what an answer means, or raise the error it stands for."""
+    def _interpret(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+        """Return the parsed reply.  Raises the error that it stands for."""
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -619,8 +582,8 @@ class _Caller:
                 f"the answer cannot be understood ({error or type(error).__name__})",
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
 
-    def _expect_cluster(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
+    def _check_cluster_id(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # absent: /version, /health, stats
         if cluster_id is not None and cluster_id != self.cluster_id:
             if self.cluster_id is not None:
                 raise ClusterIdChanged(

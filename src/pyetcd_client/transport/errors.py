@@ -1,68 +1,73 @@
-"""Errors: one class per error code of etcd, and those of the transport."""
+"""Errors: a class for each error code that programs handle, and those of the transport."""
 
 from __future__ import annotations
 
-from typing import Any, Callable, ClassVar, Dict, Mapping, NoReturn, Optional, Tuple, Type, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
 
-_CODES_BY_STATUS = {401: 110, 404: 100}         # of answers without a code: members, auth
+_CODES_BY_STATUS = {401: 110, 404: 100}         # the members and auth APIs send no code
 
 
 class EtcdError(Exception):
-    """Root of everything this module raises about a server or the way to it.
+    """Root of all errors about a server or the connection to it.
 
-    message        what went wrong, without the endpoint
-    payload        the JSON of the error answer and its HTTP `status`; {} if there was no answer
-    code           etcd's error code; 0 if the answer had none, or there was no answer
+    message        description without the endpoint
+    payload        JSON of the error reply and its HTTP `status`; {} without a reply
+    code           etcd's error code; 0 without a code or without a reply
     index          etcd index at the time of the error
-    status         HTTP status; 0 if there was no answer
-    endpoint       base URL of the server that was asked
-    maybe_applied  True if this was a write which may have been, or may yet be, applied
+    status         HTTP status; 0 without a reply
+    endpoint       base URL of the server
+    maybe_applied  True if the request was a write that was, or may yet be, applied
 
     python-etcd calls it EtcdException.
     """
 
     code = 0
-    error_exceptions: ClassVar[Dict[int, Type[EtcdError]]] = {}     # by etcd's code; may be changed
+    error_exceptions: ClassVar[dict[int, type[EtcdError]]] = {}     # by code; programs may add
+
+    def __init_subclass__(cls, code: int = 0) -> None:
+        if code:
+            cls.code = code
+            cls.error_exceptions[code] = cls
 
     def __init__(
-        self, message: Optional[str] = "", payload: Optional[Mapping[str, Any]] = None,
-        cause: Any = "", *, code: Optional[int] = None, index: int = 0, status: int = 0,
+        self, message: str | None = "", payload: Mapping[str, Any] | None = None,
+        cause: Any = "", *, code: int | None = None, index: int = 0, status: int = 0,
         endpoint: str = "", maybe_applied: bool = False,
     ) -> None:
         super().__init__(message or "")
         self.message = message or ""
-        self.payload: Dict[str, Any] = dict(payload or {})
+        self.payload: dict[str, Any] = dict(payload or {})
         self.code = self.code if code is None else code
         self.index = index
         self.status = status
         self.endpoint = endpoint
         self.maybe_applied = maybe_applied
-        self.others: Tuple[EtcdError, ...] = ()     # from the endpoints tried after this one
+        self.others: tuple[EtcdError, ...] = ()     # of the endpoints tried after this one
         self._cause = cause
 
     @property
     def cause(self) -> Any:
-        """etcd's cause, usually the key; without an answer, the exception from below."""
+        """etcd's cause, usually the key; without a reply, the underlying exception."""
         return self._cause or self.__cause__ or ""
 
     @cause.setter
     def cause(self, cause: Any) -> None:
-        """Say what it was, as programs do that raise these errors themselves."""
         self._cause = cause
 
     @property
-    def failures(self) -> Tuple[EtcdError, ...]:
-        """One error per endpoint that was tried, in order; the first is this one."""
+    def failures(self) -> tuple[EtcdError, ...]:
+        """One error for each endpoint that was tried, in order; the first is this one."""
         return (self, *self.others)
 
     @classmethod
     def from_payload(
         cls, payload: Mapping[str, Any], *, endpoint: str = "", maybe_applied: bool = False,
     ) -> EtcdError:
-        """Return the error that the JSON of an answer, with its HTTP `status`, stands for.
+        """Return the error for the JSON of an error reply and its HTTP `status`.
 
-        The keys API tells by a code.  Members and auth tell by the status: 401 is Unauthorized,
-        404 KeyNotFound, anything else HttpError.
+        The keys API sends a code.  For the members and auth APIs the status decides: 401 is
+        Unauthorized, 404 KeyNotFound, all others HttpError.
         """
         status, message = payload.get("status", 0), str(payload.get("message", ""))
         code, index = payload.get("errorCode"), payload.get("index")
@@ -76,11 +81,11 @@ class EtcdError(Exception):
 
     @classmethod
     def handle(cls, payload: Mapping[str, Any]) -> NoReturn:
-        """Raise the error that the JSON of an answer stands for."""
+        """Raise the error for the JSON of an error reply."""
         raise cls.from_payload(payload)
 
     def describe(self) -> str:
-        """Return this error alone, as one line."""
+        """Return this error as one line, without those of other endpoints."""
         return f"{self.endpoint}: {self.message}" if self.endpoint else self.message
 
     def __str__(self) -> str:
@@ -89,179 +94,151 @@ class EtcdError(Exception):
 
 
 class ApiError(EtcdError):
-    """An error answer of the keys API; codes without a class of their own come as this one."""
+    """An error reply of the keys API; also the class for codes that have none of their own."""
 
     def describe(self) -> str:
-        """Return code, message, cause and index in the form etcdctl prints them."""
-        if not self._cause and not self.index:      # of the members or auth API, or our own
+        """Return code, message, cause and index in the form of etcdctl."""
+        if not self._cause and not self.index:      # of the members or auth API, or of the client
             return super().describe()
         return f"{self.code}: {self.message} ({self.cause}) [{self.index}]"
 
 
-_ApiErrorType = TypeVar("_ApiErrorType", bound=Type[ApiError])
-
-
-def _registered(code: int) -> Callable[[_ApiErrorType], _ApiErrorType]:
-    """Make the decorated class the one raised for error `code`."""
-    def register(error_class: _ApiErrorType) -> _ApiErrorType:
-        error_class.code = code
-        EtcdError.error_exceptions[code] = error_class
-        return error_class
-    return register
-
-
 class EtcdKeyError(ApiError):
-    """The tree does not allow it: there is no such key, or not of the kind that is needed."""
+    """The tree does not allow the operation: the key is missing, or is of the wrong kind."""
 
 
 class EtcdValueError(ApiError, ValueError):
-    """A value does not fit: an argument (raised before anything is sent), or one compared with."""
+    """An argument is invalid (raised before anything is sent), or a comparison failed.
+
+    Also the class for the codes 200 and 204 to 208, malformed fields; `code` tells them apart.
+    """
 
 
 EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdValueError))
 
 
-@_registered(100)
-class KeyNotFound(EtcdKeyError, KeyError):
-    """A path component does not exist; the cause is its path.  Also: no such user, role, member."""
+class KeyNotFound(EtcdKeyError, KeyError, code=100):
+    """A path component is missing; the cause is its path.  Also a missing user, role or member."""
 
 
-@_registered(101)
-class CompareFailed(EtcdValueError):
-    """prev_value or prev_index does not hold; the cause shows given and stored."""
+class CompareFailed(EtcdValueError, code=101):
+    """prev_value or prev_index does not match; the cause shows the given and the stored one."""
 
 
-@_registered(102)
-class NotFile(EtcdKeyError):
-    """A directory stands where a file is needed."""
+class NotFile(EtcdKeyError, code=102):
+    """The key is a directory; the operation needs a file."""
 
 
-@_registered(104)
-class NotDir(EtcdKeyError):
-    """A file stands in the middle of the path."""
+class NotDir(EtcdKeyError, code=104):
+    """A path component is a file; the operation needs a directory."""
 
 
-@_registered(105)
-class NodeExists(EtcdKeyError):
+class NodeExists(EtcdKeyError, code=105):
     """create or mkdir found the key."""
 
 
-@_registered(107)
-class RootReadOnly(EtcdKeyError):
+class RootReadOnly(EtcdKeyError, code=107):
     """The root cannot be changed."""
 
 
-@_registered(108)
-class DirNotEmpty(EtcdValueError):
+class DirNotEmpty(EtcdValueError, code=108):
     """Deleting a directory with children, hidden ones included, needs recursive=True."""
 
 
-@_registered(110)
-class Unauthorized(ApiError):
-    """Auth is enabled and the request lacks the right, or user and password are wrong."""
+class Unauthorized(ApiError, code=110):
+    """Auth is enabled and the user lacks the right, or user and password are wrong."""
 
 
-@_registered(201)
-class PrevValueRequired(EtcdValueError):
-    """prev_value was given, but empty."""
+class PrevValueRequired(EtcdValueError, code=201):
+    """prev_value is empty."""
 
 
-@_registered(202)
-class TtlNotANumber(EtcdValueError):
+class TtlNotANumber(EtcdValueError, code=202):
     """ttl is not an unsigned integer."""
 
 
-@_registered(203)
-class IndexNotANumber(EtcdValueError):
+class IndexNotANumber(EtcdValueError, code=203):
     """prev_index or index is not an unsigned integer."""
 
 
-@_registered(209)
-class InvalidField(EtcdValueError):
+class InvalidField(EtcdValueError, code=209):
     """A boolean parameter has another value, or does not fit the method."""
 
 
-@_registered(210)
-class InvalidForm(EtcdValueError):
+class InvalidForm(EtcdValueError, code=210):
     """The query or the body cannot be parsed, or is too large (10 MiB)."""
 
 
-@_registered(211)
-class RefreshValue(EtcdValueError):
-    """A refresh came with a value."""
+class RefreshValue(EtcdValueError, code=211):
+    """A refresh must not have a value."""
 
 
-@_registered(212)
-class RefreshTtlRequired(EtcdValueError):
-    """A refresh came without a ttl."""
+class RefreshTtlRequired(EtcdValueError, code=212):
+    """A refresh needs a ttl."""
 
 
-@_registered(300)
-class RaftInternal(ApiError):
-    """The request did not get through consensus in time; a write may be applied later."""
+class RaftInternal(ApiError, code=300):
+    """The request found no consensus in time; a write may be applied later."""
 
 
-@_registered(301)
-class LeaderElectionInProgress(ApiError):
-    """There is no leader at the moment."""
+class LeaderElectionInProgress(ApiError, code=301):
+    """The cluster has no leader at the moment."""
 
 
-@_registered(400)
-class WatcherCleared(ApiError):
-    """The member restored a snapshot, and its watchers with it."""
+class WatcherCleared(ApiError, code=400):
+    """The member restored a snapshot and dropped its watchers."""
 
 
-@_registered(401)
-class EventIndexCleared(ApiError):
-    """The index to watch from lies before the event history (1000 events)."""
+class EventIndexCleared(ApiError, code=401):
+    """The index to watch from is older than the event history (1000 events)."""
 
 
 class HttpError(EtcdError):
-    """An error answer that is not one of the keys API: members, health, a proxy in between."""
+    """An error reply outside the keys API: of members, health, or a proxy in between."""
 
 
 class TransportError(EtcdError):
-    """There was no usable answer."""
+    """There was no usable reply."""
 
 
 class ConnectionFailed(TransportError):
-    """The connection could not be made, broke, or brought no answer.
+    """The connection could not be made, broke, or brought no reply.
 
-    For a write, maybe_applied=False means that it was never made: the request was not sent.
+    For a write, maybe_applied=False means that the request was not sent.
     """
 
 
 class RequestTimeout(ConnectionFailed):
-    """The server did not answer in time."""
+    """The server did not reply in time."""
 
 
 class WatchTimeout(RequestTimeout):
-    """No event came in time; `index` is where the next watch must begin to miss none."""
+    """No event arrived in time; the next watch must begin at `index` to miss none."""
 
 
 class BadReply(TransportError):
-    """The answer is not what etcd would say: garbage, cut short, or redirected for ever."""
+    """The reply is not etcd's: malformed, truncated, or an endless redirect."""
 
 
 class ClusterIdChanged(TransportError):
-    """The answer comes from another cluster than earlier ones.
+    """The reply comes from another cluster than earlier ones.
 
-    A write was applied there.  Set `client.cluster_id = None` to accept the next cluster seen.
+    A write was applied there.  Set `client.cluster_id = None` to accept the next cluster.
     """
 
 
 class Cancelled(EtcdError):
-    """Somebody cancelled the Scope of this wait, or closed its client.
+    """The Scope of this wait was cancelled, or its client was closed.
 
     maybe_applied=True: a write had been sent.
     """
 
 
 class LockExpired(EtcdError):
-    """The key of a lock was gone while its holder still waited for it or relied on it."""
+    """The entry of a lock disappeared while its owner waited for the lock or held it."""
 
 
-# What python-etcd calls them.
+# The names of python-etcd.
 EtcdException = EtcdError
 EtcdKeyNotFound = KeyNotFound
 EtcdCompareFailed = CompareFailed

@@ -1,4 +1,4 @@
-"""Results: frozen values made from the JSON of an answer.
+"""Results: frozen values made from the JSON of a reply.
 
 Names are the JSON keys in snake_case; `raw` is the JSON itself.
 """
@@ -7,21 +7,10 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import (
-    Any,
-    ClassVar,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from typing import Any, Callable, ClassVar, NamedTuple, TypeVar
 
 from requests.structures import CaseInsensitiveDict
 
@@ -29,23 +18,21 @@ _T = TypeVar("_T")
 
 
 class _Reply(NamedTuple):
-    """One HTTP answer, read to its end; what `Client.api_execute` returns."""
+    """One complete HTTP reply; the result of `Client.api_execute`."""
 
     status: int
-    headers: Mapping[str, str]      # names in any case
+    headers: Mapping[str, str]      # case-insensitive
     body: bytes
 
     @property
     def data(self) -> bytes:
-        """The body, as python-etcd calls it."""
+        """The body, under python-etcd's name; so are the next two."""
         return self.body
 
-    def getheader(self, name: str, default: Optional[str] = None) -> Optional[str]:
-        """Return a header by its name in any case."""
+    def getheader(self, name: str, default: str | None = None) -> str | None:
         return self.headers.get(name, default)
 
     def getheaders(self) -> Mapping[str, str]:
-        """Return all headers; names are found in any case."""
         return self.headers
 
     def header_number(self, name: str) -> int:
@@ -59,7 +46,7 @@ class _Reply(NamedTuple):
 
 
 def _as_reply(answer: Any) -> _Reply:
-    """Return an answer that a program got by its own means, urllib3's for instance."""
+    """Return a reply that the program obtained by other means, such as urllib3."""
     if isinstance(answer, _Reply):
         return answer
     headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
@@ -77,23 +64,23 @@ class Node:
     """
 
     key: str
-    value: Optional[str] = None
+    value: str | None = None
     dir: bool = False
-    ttl: Optional[int] = None
-    expiration: Optional[str] = None
+    ttl: int | None = None
+    expiration: str | None = None
     modified_index: int = 0
     created_index: int = 0
-    nodes: Tuple[Node, ...] = field(default_factory=tuple)
+    nodes: tuple[Node, ...] = field(default_factory=tuple)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Node:
-        """Return the node a server described; the root has no key in JSON and is "/" here.
+        """Return the node in a server's JSON; the root has no key there and is "/" here.
 
-        Children are made when somebody asks for them: a listing of 1,000 costs half as much.
+        Children are parsed on first access: this halves the cost of a listing of 1,000 nodes.
         """
         get, node = raw.get, cls.__new__(cls)
-        fields = node.__dict__                      # the way around a frozen one's __init__
+        fields = node.__dict__                      # bypasses the __init__ of a frozen class
         fields["key"] = get("key") or "/"
         fields["value"] = get("value")
         fields["dir"] = get("dir", False)
@@ -106,7 +93,7 @@ class Node:
         if not children:
             fields["nodes"] = ()
         elif set(map(type, children)) != {dict}:
-            raise TypeError("a child is no object")
+            raise TypeError("a child is not an object")
         return node
 
     def __getattr__(self, name: str) -> Any:
@@ -122,65 +109,64 @@ class Node:
             yield from child.walk()
 
 
-class _Shown:
-    """An attribute found elsewhere in a result, until another value is assigned to it."""
+class _Forwarded:
+    """An attribute of a result that reads another one, until a value is assigned to it."""
 
-    def __init__(self, where: str) -> None:
-        self._find = operator.attrgetter(where)
+    def __init__(self, path: str) -> None:
+        self._find = operator.attrgetter(path)
 
-    def __get__(self, result: Optional[EtcdResult], _: object = None) -> Any:
+    def __get__(self, result: EtcdResult | None, _: object = None) -> Any:
         return self if result is None else self._find(result)
 
 
-def _shown(where: str) -> Any:
-    return _Shown(where)
+_forward: Callable[[str], Any] = _Forwarded
 
 
 class EtcdResult:
-    """The answer to a keys request, or an event of a watch; or one node of a listing.
+    """The reply to a keys request, an event of a watch, or one node of a listing.
 
     action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire; ""
                 for a node of a listing
-    node        what is there now, as a frozen Node
-    prev_node   what was there before; None if nothing was, and for get and create
-    new_key     whether the request made the key
-    etcd_index  store index when the request was answered (for an event: accepted)
-    relisted    True for an event which a watch worked out by comparing listings, see Watch
+    node        the present node, a frozen Node
+    prev_node   the node before the change; None if there was none, and for get and create
+    new_key     True if the request created the key
+    etcd_index  store index at the reply (of an event: when the watch was accepted)
+    relisted    True for an event that a watch derived by comparing listings, see Watch
 
-    The attributes of `node` are attributes of the result too, also by python-etcd's names.  They
-    may be assigned: `client.update(result)` then writes `value` and `ttl`.  Results are equal if
-    they show the same.
+    The attributes of `node` are attributes of the result too, also under python-etcd's names.
+    They are assignable: `client.update(result)` writes `value` and `ttl`.  Results with equal
+    attributes are equal.
     """
 
     action: str = ""
     node: Node
-    prev_node: Optional[Node] = None
+    prev_node: Node | None = None
     new_key: bool = False
     etcd_index: int = 0
     raft_index: int = 0
     raft_term: int = 0
     relisted: bool = False
     raw: Mapping[str, Any] = MappingProxyType({})
-    value: Optional[str]
-    ttl: Optional[int]
-    key: str = _shown("node.key")
-    dir: bool = _shown("node.dir")
-    expiration: Optional[str] = _shown("node.expiration")
-    modified_index: int = _shown("node.modified_index")
-    created_index: int = _shown("node.created_index")
-    nodes: Tuple[Node, ...] = _shown("node.nodes")
-    modifiedIndex: int = _shown("modified_index")
-    createdIndex: int = _shown("created_index")
-    newKey: bool = _shown("new_key")
-    _node_props: ClassVar[Dict[str, Any]] = {    # what is compared, as in python-etcd
+    value: str | None
+    ttl: int | None
+    key: str = _forward("node.key")
+    dir: bool = _forward("node.dir")
+    expiration: str | None = _forward("node.expiration")
+    modified_index: int = _forward("node.modified_index")
+    created_index: int = _forward("node.created_index")
+    nodes: tuple[Node, ...] = _forward("node.nodes")
+    modifiedIndex: int = _forward("modified_index")
+    createdIndex: int = _forward("created_index")
+    newKey: bool = _forward("new_key")
+    _node_props: ClassVar[dict[str, Any]] = {    # compared by ==, as in python-etcd
         "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
         "createdIndex": None, "newKey": False, "dir": False}
 
     def __init__(
-        self, action: Optional[str] = None, node: Union[Node, Mapping[str, Any], None] = None,
-        prevNode: Union[Node, Mapping[str, Any], None] = None, *, new_key: bool = False,
+        self, action: str | None = None, node: Node | Mapping[str, Any] | None = None,
+        prevNode: Node | Mapping[str, Any] | None = None, *, new_key: bool = False,
         etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
-        raw: Optional[Mapping[str, Any]] = None,
+        raw: Mapping[str, Any] | None = None,
     ) -> None:
         present = _as_node(node or {})
         self.__dict__.update(
@@ -191,18 +177,18 @@ class EtcdResult:
             raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
-    def _prev_node(self) -> Optional[EtcdResult]:
+    def _prev_node(self) -> EtcdResult | None:
         return None if self.prev_node is None else EtcdResult(node=self.prev_node)
 
     def get_subtree(self, leaves_only: bool = False) -> Iterator[EtcdResult]:
-        """Yield this node and all listed below it, parents before their children.
+        """Yield this node and all listed nodes below it, parents before their children.
 
-        leaves_only  only those without children: files and empty directories
+        leaves_only  only nodes without children: files and empty directories
         """
         if not self.nodes or not leaves_only:
             yield self
         for child in self.nodes:
-            result = EtcdResult.__new__(EtcdResult)     # what is not set is as the class has it
+            result = EtcdResult.__new__(EtcdResult)     # other attributes come from the class
             fields = result.__dict__
             fields["node"], fields["value"], fields["ttl"] = child, child.value, child.ttl
             if child.nodes:
@@ -212,13 +198,13 @@ class EtcdResult:
 
     @property
     def leaves(self) -> Iterator[EtcdResult]:
-        """Files and empty directories listed below; for a file or an empty directory, itself."""
+        """Files and empty directories of the listing; a file or an empty directory alone.
+
+        `children` is the same, as in python-etcd; `nodes` has the direct children.
+        """
         return self.get_subtree(leaves_only=True)
 
-    @property
-    def children(self) -> Iterator[EtcdResult]:
-        """The same as `leaves`; `nodes` has the direct children."""
-        return self.leaves
+    children = leaves
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EtcdResult):
@@ -235,7 +221,7 @@ class EtcdResult:
 Result = EtcdResult
 
 
-def _as_node(node: Union[Node, Mapping[str, Any]]) -> Node:
+def _as_node(node: Node | Mapping[str, Any]) -> Node:
     return node if isinstance(node, Node) else Node.from_json(node)
 
 
@@ -245,20 +231,18 @@ class Member:
 
     id: str
     name: str
-    peer_urls: Tuple[str, ...]
-    client_urls: Tuple[str, ...]
+    peer_urls: tuple[str, ...]
+    client_urls: tuple[str, ...]
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Member:
-        """Return the member a server described."""
-        return cls(
-            id=raw["id"], name=raw["name"], peer_urls=tuple(raw.get("peerURLs") or ()),
-            client_urls=tuple(raw.get("clientURLs") or ()), raw=raw,
-        )
+        """Return the member in a server's JSON."""
+        return cls(raw["id"], raw["name"], tuple(raw.get("peerURLs") or ()),
+                   tuple(raw.get("clientURLs") or ()), raw)
 
 
-def _expect_object(payload: Any) -> Dict[str, Any]:
+def _expect_object(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise ValueError("not a JSON object")
     return payload
@@ -277,47 +261,23 @@ def _parse_result(reply: _Reply) -> EtcdResult:
         raw=raw)
 
 
-def _parse_object(reply: _Reply) -> Dict[str, Any]:
+def _parse_object(reply: _Reply) -> dict[str, Any]:
     return _expect_object(reply.json())
 
 
-def _parse_maybe_object(reply: _Reply) -> Dict[str, Any]:
+def _parse_maybe_object(reply: _Reply) -> dict[str, Any]:
     return _parse_object(reply) if reply.body.strip() else {}
 
 
-def _parse_members(reply: _Reply) -> List[Member]:
+def _parse_members(reply: _Reply) -> list[Member]:
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
 
-def _parse_member(reply: _Reply) -> Member:
-    return Member.from_json(_parse_object(reply))
-
-
-def _parse_machines(reply: _Reply) -> List[str]:
-    urls = (url.strip() for url in reply.body.decode("utf-8", "replace").split(","))
-    return [url for url in urls if url]
-
-
-def _parse_nothing(reply: _Reply) -> None:
-    """There is nothing in a 204."""
-
-
-def _parse_not(reply: _Reply) -> _Reply:
-    """Return the answer as it is."""
+def _keep_reply(reply: _Reply) -> _Reply:
     return reply
 
 
-def _parse_leader(reply: _Reply) -> Optional[Member]:
-    raw = _parse_object(reply)
-    return Member.from_json(raw) if reply.status == 200 else None
-
-
-def _parse_health(reply: _Reply) -> bool:
-    # A string in 2.x and 3.4, a boolean in the "nhealth" form etcdctl also accepts.
-    return _parse_object(reply)["health"] in ("true", True)
-
-
-def _parse_version(reply: _Reply) -> Dict[str, str]:
+def _parse_version(reply: _Reply) -> dict[str, str]:
     text = reply.body.decode("utf-8", "replace").strip()
     if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
         return {"etcdserver": text[5:]}
