@@ -5860,12 +5860,17 @@ class SnapshotFile(NamedTuple):
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
+def _ignore_index(raft_index: int) -> None:
+    pass
+
+
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
+        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
@@ -5882,6 +5887,7 @@ class Snapshotter:
         Differs from etcd: an incomplete file has another name, so load() on another thread never
         reads half of it.
         """
+        self.before_write(file.id.index)
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
         with disk_full_as_error(path):
@@ -5906,7 +5912,7 @@ class Snapshotter:
         for name in reversed(self.disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
-                if not name.endswith((".broken", ".tmp", ".snap.db")):
+                if not name.endswith((".broken", ".tmp", ".snap.db")) and name != "db":
                     log.warning("skipped unexpected non snapshot file %s", name)
                 continue
             term, index = (int(part, 16) for part in match.groups())
@@ -6103,7 +6109,7 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 
 
 # ============================================================================
-# disk/v3_data -- The mark of a cluster that holds data of etcd's v3 API, of which this member keeps none.
+# disk/v3_data -- Data of etcd's v3 API, of which this member keeps none: databases without it, and a mark.
 # ============================================================================
 
 
@@ -6111,16 +6117,20 @@ _MARK = "v3-data"                   # file in the member directory
 
 
 class V3Mark:
-    """Whether the cluster holds v3 data: then this member must not send its empty database.
+    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
 
     A file remembers it, since the entries that wrote the data are compacted in time.
 
-    directory  of the file; "": remember it in memory only
+    member_dir  with the file, and with snap/db; "": remember it in memory only
     """
 
-    def __init__(self, directory: str = "") -> None:
-        self.path = directory and os.path.join(directory, _MARK)
-        self.is_set = bool(directory) and os.path.exists(self.path)
+    def __init__(self, member_dir: str = "") -> None:
+        self.path = member_dir and os.path.join(member_dir, _MARK)
+        self.database = member_dir and os.path.join(member_dir, "snap", "db")
+        self.is_set = bool(member_dir) and os.path.exists(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if member_dir and holds_v3_data(open(self.database, "rb")):
+                self.set(self.database)
 
     def set(self, where: str) -> None:
         """Remember v3 data; `where` it was found goes to the log."""
@@ -6134,11 +6144,36 @@ class V3Mark:
         )
         if self.path:
             try:
-                with open(self.path, "wb") as file:
-                    os.fsync(file.fileno())
-                fsync_dir(os.path.dirname(self.path))
+                _write_file(self.path, b"")
             except OSError as error:
                 log.error("cannot write %s: %s", self.path, error)
+
+    def write_database(self, raft_index: int) -> None:
+        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
+
+        Thread: any.
+        """
+        if self.database and not self.is_set:
+            try:
+                _write_file(self.database, empty_database(raft_index))
+            except OSError as error:
+                package_logger("snap").error("cannot write %s: %s", self.database, error)
+
+    def remove_database(self) -> None:
+        """Remove the database, so that etcd 2.3 starts here, unless it holds data."""
+        if self.database and not self.is_set:
+            with contextlib.suppress(OSError):
+                os.unlink(self.database)
+
+
+def _write_file(path: str, data: bytes) -> None:
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_dir(os.path.dirname(path))
 
 
 def empty_database(raft_index: int) -> bytes:
@@ -6149,26 +6184,29 @@ def empty_database(raft_index: int) -> bytes:
 
 
 def holds_v3_data(database: IO[bytes]) -> bool:
-    """Return whether a database of etcd 3, from the present position on, holds keys or users.
+    """Return whether a database of etcd 3 holds keys or users.
+
+    database  a file at the start of the database; it is closed
 
     A damaged one counts as one that does; none at all holds nothing.
     """
-    if not database.read(1):
-        return False
-    database.seek(-1, io.SEEK_CUR)
-    try:
-        tail = cast(BinaryIO, _Tail(database))
-        with BoltReader("the database of a snapshot", tail) as reader:
+    with database:
+        start = database.tell()
+        if not database.read(1):
+            return False
+        database.seek(start)
+        try:
+            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
-    except (BoltError, OSError):
-        return True
+        except (BoltError, OSError):
+            return True
 
 
 _DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
 
 
 class _Tail(io.RawIOBase):
-    """A file from the present position of another one on; closing it leaves the other open."""
+    """A file from the present position of another one on."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -10920,6 +10958,7 @@ class Cluster:
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.v3_mark = V3Mark()                     # of data that this member does not keep
         self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
@@ -11189,16 +11228,13 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock    returns unix nanoseconds, for the ttl that is shown; never for what expires
-    v3_mark  is set by an entry that writes data of etcd's v3 API
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
-        v3_mark: Optional[V3Mark] = None,
     ) -> None:
         self.clock = clock
-        self.v3_mark = v3_mark or V3Mark()
         self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
@@ -11251,7 +11287,7 @@ class Applier:
     def _skip_v3(self, entry: Entry) -> None:
         self.v3_entries += 1
         if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
-            self.v3_mark.set(f"entry {entry.index} of the log")
+            self._cluster.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -11469,11 +11505,8 @@ def _check_change(data: bytes) -> None:
 class MemberInspector(MessageInspector):
     """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
 
-    def __init__(
-        self, cluster: Cluster, fault: Callable[[Message], str], v3_mark: Optional[V3Mark] = None,
-    ) -> None:
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
         self._cluster = cluster
-        self._v3_mark = v3_mark or V3Mark()
         self._fault = fault             # by the rules of Raft alone
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -11509,12 +11542,12 @@ class MemberInspector(MessageInspector):
         return holds_v3_data(database)
 
     def note_v3_data(self) -> None:
-        self._v3_mark.set("a snapshot of the leader")
+        self._cluster.v3_mark.set("a snapshot of the leader")
 
     def needs_v3_data(self, member_id: int) -> bool:
         """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
         member = self._cluster.members.get(member_id)
-        return self._v3_mark.is_set and not (member and member.features)
+        return self._cluster.v3_mark.is_set and not (member and member.features)
 
     def empty_database(self, raft_index: int) -> bytes:
         return empty_database(raft_index)
@@ -14103,8 +14136,7 @@ class EtcdServer:
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        mark = V3Mark(boot.data_dir.member)
-        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns, mark)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -14122,7 +14154,7 @@ class EtcdServer:
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls, identity=self.cluster.identity,
-            inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -17967,6 +17999,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _prepare_database(boot)
         _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
@@ -18004,6 +18037,17 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _prepare_database(boot: Bootstrap) -> None:
+    """Let etcd 3.4 start on this data directory if this member acts as one, else etcd 2.3."""
+    mark = boot.cluster.v3_mark = V3Mark(boot.data_dir.member)
+    if boot.cluster.identity == IDENTITIES["3.4"]:
+        boot.snapshotter.before_write = mark.write_database
+        if boot.snapshot is not None:
+            mark.write_database(boot.snapshot.index)
+    else:
+        mark.remove_database()
 
 
 def _log_identity(compat_version: str, identity: Identity) -> None:

@@ -26,7 +26,14 @@ from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS
 from ..base.messages import HardState
 from ..base.text import load_json
 from ..base.urls import is_local, url_address
-from ..base.versions import AUTO_IDENTITY, DEFAULT_IDENTITY, Identity, choose_identity, version_key
+from ..base.versions import (
+    AUTO_IDENTITY,
+    DEFAULT_IDENTITY,
+    IDENTITIES,
+    Identity,
+    choose_identity,
+    version_key,
+)
 from ..disk.records import WalContents
 from ..disk.snapshots import (
     DataDir,
@@ -36,6 +43,7 @@ from ..disk.snapshots import (
     prepare_data_dir,
     remove_dirs,
 )
+from ..disk.v3_data import V3Mark
 from ..disk.wal import Wal
 from ..member.cluster import (
     Cluster,
@@ -89,6 +97,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _prepare_database(boot)
         _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
@@ -126,6 +135,17 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _prepare_database(boot: Bootstrap) -> None:
+    """Let etcd 3.4 start on this data directory if this member acts as one, else etcd 2.3."""
+    mark = boot.cluster.v3_mark = V3Mark(boot.data_dir.member)
+    if boot.cluster.identity == IDENTITIES["3.4"]:
+        boot.snapshotter.before_write = mark.write_database
+        if boot.snapshot is not None:
+            mark.write_database(boot.snapshot.index)
+    else:
+        mark.remove_database()
 
 
 def _log_identity(compat_version: str, identity: Identity) -> None:

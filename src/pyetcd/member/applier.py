@@ -27,7 +27,7 @@ from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Messag
 from ..base.text import load_json, utf8
 from ..base.urls import check_advertised_url
 from ..base.versions import DEFAULT_IDENTITY, Identity
-from ..disk.v3_data import V3Mark, empty_database, holds_v3_data
+from ..disk.v3_data import empty_database, holds_v3_data
 from ..peer.compatibility import MessageInspector
 from ..store.events import Event
 from ..store.tree import Store, StoreState
@@ -44,16 +44,13 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock    returns unix nanoseconds, for the ttl that is shown; never for what expires
-    v3_mark  is set by an entry that writes data of etcd's v3 API
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
-        v3_mark: Optional[V3Mark] = None,
     ) -> None:
         self.clock = clock
-        self.v3_mark = v3_mark or V3Mark()
         self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
@@ -106,7 +103,7 @@ class Applier:
     def _skip_v3(self, entry: Entry) -> None:
         self.v3_entries += 1
         if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
-            self.v3_mark.set(f"entry {entry.index} of the log")
+            self._cluster.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -324,11 +321,8 @@ def _check_change(data: bytes) -> None:
 class MemberInspector(MessageInspector):
     """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
 
-    def __init__(
-        self, cluster: Cluster, fault: Callable[[Message], str], v3_mark: Optional[V3Mark] = None,
-    ) -> None:
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
         self._cluster = cluster
-        self._v3_mark = v3_mark or V3Mark()
         self._fault = fault             # by the rules of Raft alone
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -364,12 +358,12 @@ class MemberInspector(MessageInspector):
         return holds_v3_data(database)
 
     def note_v3_data(self) -> None:
-        self._v3_mark.set("a snapshot of the leader")
+        self._cluster.v3_mark.set("a snapshot of the leader")
 
     def needs_v3_data(self, member_id: int) -> bool:
         """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
         member = self._cluster.members.get(member_id)
-        return self._v3_mark.is_set and not (member and member.features)
+        return self._cluster.v3_mark.is_set and not (member and member.features)
 
     def empty_database(self, raft_index: int) -> bytes:
         return empty_database(raft_index)

@@ -22,6 +22,7 @@ from ..base.messages import ConfChange, ConfChangeType
 from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
 from ..base.urls import check_url
 from ..base.versions import DEFAULT_IDENTITY, IDENTITIES, version_key
+from ..disk.v3_data import V3Mark
 from ..store.tree import Store
 
 SERVER_LOG = package_logger("etcdserver")
@@ -138,6 +139,7 @@ class Cluster:
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.v3_mark = V3Mark()                     # of data that this member does not keep
         self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 

@@ -71,7 +71,6 @@ from ..base.messages import (
     Snapshot,
 )
 from ..base.text import utf8
-from ..disk.v3_data import V3Mark
 from ..net.reactor import Reactor
 from ..net.workers import Clock, Timer
 from ..peer.transport import Transport
@@ -123,8 +122,7 @@ class EtcdServer:
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        mark = V3Mark(boot.data_dir.member)
-        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns, mark)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -142,7 +140,7 @@ class EtcdServer:
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls, identity=self.cluster.identity,
-            inspector=MemberInspector(self.cluster, self.node.protocol_violation, mark),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
