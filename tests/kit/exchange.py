@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 
@@ -216,3 +217,11 @@ class Writer:
                 last = now
                 self.acknowledged[key] = str(number)
                 self._stopped.wait(0.005)
+
+
+def etcdctl3(member, *arguments):
+    """Run a command of the v3 API, which must succeed; return its output."""
+    return subprocess.run(
+        ["etcdctl", "--endpoints", member.client, *arguments], check=True, capture_output=True,
+        text=True, timeout=20, env={**os.environ, "ETCDCTL_API": "3"},
+    ).stdout

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.kit.exchange import EXCHANGE_SECONDS, MixedCluster, Writer, needs_etcd
+from tests.kit.exchange import EXCHANGE_SECONDS, MixedCluster, Writer, etcdctl3, needs_etcd
 
 _OFTEN = ("-snapshot-count", "40")      # the logs are compacted soon
 _PAUSE_SECONDS_MAX = 3                  # of writes, while members are exchanged
@@ -109,3 +109,27 @@ def test_exchange_moves_from_2_3_to_3_4_and_back_under_load(tmp_path):
         cluster.check_equal(writer.acknowledged)
         cluster.wait_version("2.3.0")
     assert writer.pause_s < _PAUSE_SECONDS_MAX
+
+
+@needs_etcd
+def test_exchange_v3_entries_are_passed_over(tmp_path):
+    """v3 writes through etcd: pyetcd counts them, remembers them, and goes on with v2."""
+    with MixedCluster(tmp_path, ("etcd", "3.4", "etcd"), *_OFTEN) as cluster:
+        first, second, third = cluster.members
+        cluster.wait_version("3.4.0")
+        for number in range(50):
+            etcdctl3(first, "put", f"k{number}", "v")
+        cluster.put_through(second, "a", "1")
+        metrics = second.request("GET", "/metrics")[1]
+        assert "\npyetcd_v3_entries_skipped_total 50\n" in metrics
+        assert second.process.log().count("holds data of etcd's v3 API") == 1
+        assert (tmp_path / f"{second.name}.etcd" / "member" / "v3-data").exists()
+
+        cluster.lead_by("etcd")
+        fourth = cluster.add("pyetcd")
+        fourth.process.wait_log("a snapshot of the leader holds data of etcd's v3 API")
+        second.process.kill()
+        cluster.start(second)
+        cluster.wait_served(second)
+        assert etcdctl3(third, "get", "k49") == "k49\nv\n"
+        cluster.check_equal({"/a": "1"})

@@ -207,10 +207,8 @@ class Applier:
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
-        elif change.type == ConfChangeType.UPDATE_NODE:
-            self._cluster.update_raft_attributes(
-                change.node_id, member.peer_urls, now_ns=now_ns
-            )
+        elif self._cluster.is_known(change.node_id):    # new peer URLs, or a learner's vote
+            self._cluster.update_raft_attributes(member, now_ns=now_ns)
         else:
             self._cluster.add(member, now_ns=now_ns)
 

@@ -41,6 +41,7 @@ class Member(NamedTuple):
     name: str = ""                      # "" until it has published itself
     client_urls: Tuple[str, ...] = ()
     features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
+    is_learner: bool = False            # of etcd 3.4: gets the log, and has no vote yet
 
     @property
     def started(self) -> bool:
@@ -70,7 +71,8 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        return json_text({"peerURLs": self.peer_urls})
+        learner = {"isLearner": True} if self.is_learner else {}
+        return json_text({"peerURLs": self.peer_urls, **learner})
 
 
 def format_id(id: int) -> str:
@@ -200,7 +202,7 @@ class Cluster:
         except CodecError as error:
             SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
-        return attributes._replace(peer_urls=raft.peer_urls)
+        return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
         """True if every member has published that it has `feature`."""
@@ -239,13 +241,19 @@ class Cluster:
             raise MemberRemoved()
         known = self.is_known(id)
         adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        context = change.context or b"{}"
+        member = parse_member(context, id)
+        if adds and load_json(context).get("isPromote"):
+            learner = self._read_member(format_id(id))
+            if not learner.is_learner:
+                raise MemberNotFound()  # 3.4 has another error for one that votes already
+            return learner._replace(is_learner=False)
         if adds and known:
             raise MemberExists()
         if not adds and not known:
             raise MemberNotFound()
         if change.type == ConfChangeType.REMOVE_NODE:
             return None
-        member = parse_member(change.context or b"{}", id)
         for other in self._ids("/0/members"):
             if int(other, 16) != id:
                 if set(self._read_member(other).peer_urls) & set(member.peer_urls):
@@ -270,11 +278,11 @@ class Cluster:
         self.removed.add(id)
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
-    def update_raft_attributes(
-        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
-    ) -> None:
-        """Apply: a member has new peer URLs.  One store index."""
-        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+    def update_raft_attributes(self, changed: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member has new peer URLs, or a vote.  One store index."""
+        id = changed.id
+        member = self.members[id]._replace(
+            peer_urls=changed.peer_urls, is_learner=changed.is_learner)
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
@@ -283,7 +291,8 @@ class Cluster:
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
         known = self.members.get(published.id) or published
-        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
+        self.members[published.id] = published._replace(
+            peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
         """Apply: the cluster version (the store is written by the Applier).
@@ -385,6 +394,7 @@ def parse_member(context: bytes, id: int) -> Member:
         return Member(
             id, tuple(sorted(texts[1:first_client])), texts[0],
             tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
+            fields.get("isLearner") is True,
         )
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None

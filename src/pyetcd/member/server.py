@@ -485,12 +485,8 @@ class EtcdServer:
             else:
                 self.transport.remove_peer(change.node_id)
                 self.leader_stats.remove(change.node_id)
-        elif member is None or change.node_id == self.member_id:
-            return
-        elif change.type == ConfChangeType.ADD_NODE:
+        elif member is not None and change.node_id != self.member_id:
             self.transport.add_peer(member.id, member.peer_urls)
-        else:
-            self.transport.update_peer(member.id, member.peer_urls)
 
     def _connect_others(self) -> None:
         for member in self.cluster.members.values():
