@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """pyetcd: etcd v2 in one Python file, with the standard library only.
 A member, a whole cluster in one process, or a discovery service: same flags, same HTTP API, same
 peer protocol and same files on disk as etcd 2.3.8.  Run it (`python pyetcd.py -h`), or embed it:
@@ -15,7 +16,7 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls, versions
+  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls, versions
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
   disk:   bolt, files, records, snapshots, v3_data, wal
@@ -24,11 +25,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   peer:   compatibility, frames, streams, links, transport
   member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
             waiting, leadership, upkeep, server
-  api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
-            discovery
-  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, inspection, records, exchange, testkit,
-            verdicts, tools, command_line
+  api:    forms, gojson, auth, listings, keys, members, metrics, overview, page_text,
+            request_log, ring, snapshot, status, ui, routes, discovery
+  life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
+            data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
+            inspection, records, exchange, testkit, dev, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -36,11 +37,16 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 # Built from src/ by build.py: change it there.
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):
+    _why = "pyetcd needs Python 3.9 or later, and this is " + sys.version.split()[0]
+    if __name__ == "__main__":
+        sys.exit(_why)
+    raise ImportError(_why) from None   # pyetcd needs Python 3.9 or later
 
 import marshal
 import os
-import sys
 
 if __name__ == "__main__":
     def _enter_fresh_image() -> None:
@@ -77,7 +83,7 @@ if __name__ == "__main__":
             os.close(image)
 
     def _leave_past_image(
-        image: int, words: list[bytes], name: bytes, path: tuple[str, ...], script: str
+        image: int, words: "list[bytes]", name: bytes, path: "tuple[str, ...]", script: str
     ) -> None:
         """Make all as if the user's script had been started, and not a file in memory."""
         os.close(image)
@@ -91,7 +97,7 @@ if __name__ == "__main__":
         with open("/proc/self/comm", "wb") as file:
             file.write(name)                # exec has made it `exe`
 
-    def _show_words(words: list[bytes]) -> None:
+    def _show_words(words: "list[bytes]") -> None:
         """Write over the memory in which `ps` looks for the command line.  Raises OSError."""
         with open("/proc/self/stat", "rb") as file:
             start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
@@ -118,7 +124,6 @@ import contextlib
 import copy
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -135,7 +140,6 @@ import platform
 import queue
 import random
 import re
-import resource
 import secrets
 import select
 import selectors
@@ -149,10 +153,10 @@ import struct
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import weakref
 from array import array
+from collections import OrderedDict
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
@@ -195,96 +199,6 @@ __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
     "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
-
-if not hasattr(select, "epoll"):
-    raise ImportError("pyetcd needs epoll: it runs on Linux only")
-
-
-# ============================================================================
-# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
-# ============================================================================
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() removes at most a trailing slash from an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )
-
-
-def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
-    if is_clean_path(path):
-        return path.rstrip("/") or "/"
-    parts: List[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if parts:
-                parts.pop()
-        elif part and part != ".":
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-class TlsFiles(NamedTuple):
-    """The TLS settings of one side, client or peer; "" where not given.
-
-    The files are PEM, and read again when one of them changes.
-    """
-
-    cert_file: str = ""
-    key_file: str = ""
-    trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
-    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
-    crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # host that a client certificate must be for
-    allowed_cn: str = ""                # common name that it must have
-
-
-class Backoff:
-    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._next_s = first_s
-
-    def next(self) -> float:
-        wait_s = self._next_s
-        self._next_s = min(wait_s * 2, self._max_s)
-        return wait_s
-
-    def reset(self) -> None:
-        self._next_s = self._first_s
-
-
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
-
-
-def descriptors_max(kept: int, part: int) -> int:
-    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
-
-
-def fsync_dir(path: str) -> None:
-    """Make names created, renamed or removed in directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _nothing() -> None:
-    """A callback without effect; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -437,7 +351,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
-def _crc_powers(zeros: int) -> List[array[int]]:
+def _crc_powers(zeros: int) -> "List[array[int]]":
     """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
@@ -787,6 +701,8 @@ EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; a
 REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
+RECENT_LINES_MAX = 500              # of the log, kept for /ui; above: the oldest is forgotten
+RECENT_LINE_CHARS_MAX = 1_000       # of such a line; above: cut off
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -801,7 +717,26 @@ REPAIR_HINT = (
 # ============================================================================
 
 
-logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
+class RecentLines(logging.Handler):
+    """Keeps the last lines of the log as (unix seconds, level, package, text), oldest first.
+
+    Members that share a process share its log.  Thread: any may log; any may copy `lines`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        package, text = record.name.partition(".")[2], record.getMessage()
+        self.lines.append(
+            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+
+
+RECENT_LINES = RecentLines()
+# A handler from the start: without one the log would go to stderr, unasked.
+logging.getLogger("pyetcd").addHandler(RECENT_LINES)
 
 
 # Characters that end a line, move the cursor or reverse the text, and surrogates.
@@ -817,8 +752,43 @@ def one_line(text: str) -> str:
 
 def _make_one_line(record: logging.LogRecord) -> bool:
     """Filter a record: names, keys, headers and texts of peers may hold any character."""
+    record.fields = _fields(record)
     record.msg, record.args = one_line(record.getMessage()), None
     return True
+
+
+LOG_PACKAGES = (
+    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
+    "rafthttp", "snap", "tls", "wal",
+)
+_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
+_FIELDS = {                             # what is named so in front of a value is this field
+    "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
+    "member": "member", "peer": "peer", "remote": "remote", "status": "status", "term": "term",
+    "connection with": "peer",
+}
+
+
+def _fields(record: logging.LogRecord) -> Dict[str, object]:
+    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+
+    Names come from our own texts, never from what is put into them.
+    """
+    fields: Dict[str, object] = {}
+    if record.args and isinstance(record.args, tuple):
+        for place, value in zip(_PLACE.finditer(str(record.msg)), record.args):
+            name = _FIELDS.get(place[1] or "", "")
+            if record.name == "pyetcd.raft.node" and not place.start():
+                name = "member"
+            if name:
+                fields[name] = f"{value:x}" if place[2] == "x" else value
+    elif record.name == "pyetcd.raft":  # whose texts hold nothing but ids and numbers
+        for found in _RAFT_FIELD.finditer(str(record.msg)):
+            name, is_number = found[1] or "member", found[1] in ("term", "index")
+            fields["peer" if name in ("to", "from") else name] = (
+                int(found[2]) if is_number else found[2])
+    return fields
 
 
 def package_logger(package: str) -> logging.Logger:
@@ -843,6 +813,194 @@ class IdGenerator:
     def next(self) -> int:
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
+
+
+# ============================================================================
+# base/system -- What systems other than Linux lack, or do otherwise.
+# ----------------------------------------------------------------------------
+# macOS has no epoll, no fdatasync and no /proc.  Windows has none of what a member needs, but
+# imports this file.
+# ============================================================================
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows
+    fcntl = resource = None  # type: ignore[assignment]
+
+
+def check_system() -> None:
+    """Raise StartError with what a member needs and this system lacks."""
+    lacks = [what for what, is_there in (
+        ("file locks (fcntl)", fcntl is not None),
+        ("poll", hasattr(select, "epoll") or hasattr(select, "poll")),
+    ) if not is_there]
+    if lacks:
+        raise StartError(
+            f"pyetcd does not run on {sys.platform}, which lacks {' and '.join(lacks)}: use Linux"
+            " or macOS, or on Windows WSL or a container; pyetcd_client runs here"
+        )
+
+
+class Poll:
+    """What select.epoll does, by poll(), whose bits are the same."""
+
+    def __init__(self) -> None:
+        poll = select.poll()
+        self.register, self.modify, self.unregister = poll.register, poll.modify, poll.unregister
+        self._poll = poll.poll
+
+    def poll(self, timeout_s: Optional[float] = None) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of what is ready; wait for it timeout_s at most."""
+        return self._poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def make_poll() -> Poll:
+    """Return epoll where the system has it: that takes as long with many sockets as with few."""
+    return select.epoll() if hasattr(select, "epoll") else Poll()  # type: ignore[return-value]
+
+
+def lock_file(handle: int) -> bool:
+    """Take the POSIX lock of a file; False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def sync_file(handle: int) -> None:
+    """Make contents and attributes of a file durable.
+
+    macOS's fsync leaves them in the drive, which forgets them without power; what its F_FULLFSYNC
+    does not work on (a network's file system) gets fsync.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                raise
+    os.fsync(handle)
+
+
+sync_data: Callable[[int], None] = getattr(os, "fdatasync", sync_file)      # contents only
+
+
+def open_files_limit() -> int:
+    """Return how many descriptors this process may open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def resident_bytes_max() -> int:
+    """Return the most memory that this process has ever used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def raise_files_limit() -> None:
+    """Allow as many open files as the system lets us; macOS says no limit, and takes 10,240."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limit in (hard, 10_240):
+        if limit == hard or open_files_limit() < limit:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return
+
+
+# ============================================================================
+# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
+# ============================================================================
+
+
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """The TLS settings of one side, client or peer; "" where not given.
+
+    The files are PEM, and read again when one of them changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
+    limit = open_files_limit()
+    return limit - min(kept, limit // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """A callback without effect; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -1096,7 +1254,7 @@ def go_quote(text: str) -> str:
     return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
 
 
-def _go_escape(match: re.Match[str]) -> str:
+def _go_escape(match: "re.Match[str]") -> str:
     char = match[0]
     code = ord(char)
     if char in _GO_SHORT:
@@ -1274,7 +1432,7 @@ class Request(NamedTuple):
     stream: bool = False
     refresh: Optional[bool] = None
 
-    def as_unicode(self) -> Request:
+    def as_unicode(self) -> "Request":
         """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
@@ -1856,7 +2014,7 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
         if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
-            text: LongText = yield from long_text_steps(value)
+            text: LongText = (yield from long_text_steps(value))
             values[name] = text
         else:
             values[name] = as_unicode(_text(value))
@@ -3315,7 +3473,7 @@ class RawNode:
         )
 
     @classmethod
-    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> RawNode:
+    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> "RawNode":
         """Return a member of a new cluster, whose first Ready holds `entries`.
 
         entries  one ConfChange per initial member at indexes 1..n, term 1, equal everywhere:
@@ -3587,6 +3745,11 @@ class LongNode(Node):
         return b"".join(value) == b"".join(self.json)       # perhaps in other pieces
 
 
+def node_chars(node: Node) -> int:
+    """Return the characters of a file's value, of a long one as it is kept; 0 for a directory."""
+    return sum(map(len, node.json)) if type(node) is LongNode else len(node.value or "")
+
+
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
@@ -3813,7 +3976,7 @@ class TreeWalk:
 
     __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
-    def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
+    def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
         self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
@@ -4171,7 +4334,7 @@ class WatcherHub:
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
-    def __init__(self, history: EventHistory, stats: StoreStats) -> None:
+    def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
         self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
@@ -4403,6 +4566,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
@@ -4442,17 +4606,63 @@ class NodeTree:
             if not nodes:
                 del self._replaced[0]
 
-    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._reachable(path)
+        return 0 if node is None else len(node.children or ())
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._reachable(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._reachable(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
+
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _free(self, path: str) -> None:
         """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
         self._budget -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
@@ -4583,11 +4793,12 @@ class StoreState(NamedTuple):
     events: List[Event]                 # the history, oldest first
     back: int                           # of the history's ring
     capacity: int
+    chars: int                          # as NodeTree has them
 
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
-    ) -> StoreState:
+    ) -> "StoreState":
         """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
@@ -4602,15 +4813,16 @@ class StoreState(NamedTuple):
             ring = slots[front:] + slots[:front]        # oldest first, then the unused
             if nodes["/0"].children is None or nodes["/1"].children is None:
                 raise ValueError("/0 and /1 must be directories")
-            ttl = TtlHeap()
+            ttl, chars = TtlHeap(), -len("/" + "/0" + "/1")
             for path, node in nodes.items():
+                chars += len(path) + node_chars(node)
                 if node.expires_ns:
                     ttl.set(path, node.expires_ns)
             return cls(
                 nodes, ttl, _number(state, "CurrentIndex"),
                 {name: _number(counters, name) for name in counters},
                 [event for event in ring if event is not None],
-                _number(queue, "Back"), _number(queue, "Capacity"),
+                _number(queue, "Back"), _number(queue, "Capacity"), chars,
             )
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"not a snapshot of a store: {error!r}") from None
@@ -4948,7 +5160,7 @@ class Store(NodeTree):
 
         Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace_tree(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -4974,10 +5186,12 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if self._walks or expires_ns or (old is not None and old.expires_ns):
+        if (old is None or self._walks or expires_ns or old.expires_ns
+                or node.__class__ is not Node or old.__class__ is not Node):
             self._put_node(path, old, node)
-        else:
+        else:                           # what most writes do
             self._nodes[path] = node
+            self.chars += len(node.value or "") - len(old.value or "")
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
@@ -4990,13 +5204,6 @@ class Store(NodeTree):
         node = file_node(text, old.created_index, index, expires_ns)
         self._put_node(path, old, node)
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
-
-    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        for walk in self._walks:
-            walk.keep(path, old)
-        self._nodes[path] = node
-        if node.expires_ns or (old is not None and old.expires_ns):
-            self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
         """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
@@ -5168,7 +5375,7 @@ class BoltReader:
             self._buckets = self._top_buckets()
             on_failure.pop_all()
 
-    def __enter__(self) -> BoltReader:
+    def __enter__(self) -> "BoltReader":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -5453,7 +5660,7 @@ class OsDisk:
         _fdatasync(handle)
 
     def fsync(self, handle: int) -> None:
-        os.fsync(handle)
+        sync_file(handle)
 
     def close(self, handle: int) -> None:
         os.close(handle)
@@ -5461,7 +5668,7 @@ class OsDisk:
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
-        os.fsync(handle)
+        sync_file(handle)
 
     def rename(self, old: str, new: str) -> None:
         os.replace(old, new)
@@ -5481,14 +5688,10 @@ class OsDisk:
         real = os.path.realpath(path)
         if real in _locked_paths.values():
             return False
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        _locked_paths[path] = real
-        return True
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
@@ -5520,7 +5723,7 @@ def disk_full_as_error(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()
 
 
@@ -6265,7 +6468,7 @@ class Wal:
     def create(
         cls, directory: str, metadata: bytes, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Wal:
+    ) -> "Wal":
         """Begin a new log, durably.  Raises WalError if there is one, FileLocked, OSError."""
         if cls.exists(directory, disk=disk):
             raise WalError(f"wal: file already exists: {directory} holds a log")
@@ -6279,7 +6482,7 @@ class Wal:
     def open(
         cls, directory: str, start: EntryID = _LOG_START, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Tuple[Wal, WalContents]:
+    ) -> "Tuple[Wal, WalContents]":
         """Read the log behind the snapshot `start`, and get ready to append.
 
         A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
@@ -7192,12 +7395,12 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-_EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
+_IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
+_EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
 _READY = tuple(
-    (selectors.EVENT_READ if mask & ~select.EPOLLOUT else 0)
-    | (selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0)
-    for mask in range(2 * select.EPOLLHUP)
+    (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
+    for mask in range(2 * _INVALID)
 )
 
 
@@ -7220,7 +7423,7 @@ class Reactor:
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
-        self._epoll = select.epoll()    # selectors would cost some 3 us more per event
+        self._epoll = make_poll()       # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
@@ -7232,7 +7435,7 @@ class Reactor:
         self._flushes: List[Callable[[], None]] = []
         # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
-        self._urgent = select.epoll()           # all others: looked at while some are late
+        self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
@@ -7315,7 +7518,7 @@ class Reactor:
             return waiter
         self._look_ups[host, port] = [waiter]
 
-        def found(error: Optional[BaseException], addresses: Any) -> None:
+        def found(error: "Optional[BaseException]", addresses: "Any") -> None:
             for waiter in self._look_ups.pop((host, port)):
                 if waiter.callback is not None:
                     waiter.callback(error, addresses)
@@ -7733,7 +7936,7 @@ class HttpRequest:
     def start_stream(
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
-    ) -> StreamReply:
+    ) -> "StreamReply":
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
         A reply without body (HEAD, 204, 304) is completed by end().
@@ -8030,7 +8233,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     check_readable(key_file)
     asked: List[bool] = []
 
-    def passphrase() -> str:
+    def passphrase() -> "str":
         asked.append(True)
         raise ValueError("the key is encrypted")
 
@@ -8732,7 +8935,7 @@ class Service:
         self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
 
-    def serve(self, sock: socket.socket, remote: str) -> Connection:
+    def serve(self, sock: socket.socket, remote: str) -> "Connection":
         """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
@@ -8756,21 +8959,21 @@ class Service:
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
+    def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
         """Note the start of an incomplete request.  begun: it is another than before."""
         if not partial:
             self.partial.pop(connection, None)
         elif begun or connection not in self.partial:
             self.partial[connection] = self.reactor.now()
 
-    def watch_unread(self, connection: Connection, taken: int) -> None:
+    def watch_unread(self, connection: "Connection", taken: int) -> None:
         """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: "Connection") -> None:
         """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
         self.partial.pop(connection, None)
@@ -9234,7 +9437,7 @@ class PendingConnection:
     """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
-        self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
+        self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
     ) -> None:
         self._listener = listener
         self._tls = tls
@@ -9503,6 +9706,8 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -9519,10 +9724,12 @@ class PeerStatus:
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        self.problem = str(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0
+            self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
 
 
@@ -9958,7 +10165,7 @@ class StreamReader:
         self._unread_bytes += len(data)
         is_decoded = False
 
-        def decoded(error: Optional[CodecError]) -> None:
+        def decoded(error: "Optional[CodecError]") -> None:
             nonlocal is_decoded
             is_decoded = True
             if call is not self._call:
@@ -10218,7 +10425,7 @@ class Pipeline:
         post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             self._answered(post, error, answer)
 
         post.call = fetch(
@@ -10273,7 +10480,7 @@ class Prober:
         if self._call is not None and not self._call.ended:
             return
 
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             self._probed(asked_at, None if error else _probed_time(answer))
 
         self._call = fetch(
@@ -10353,6 +10560,11 @@ class Peer:
         """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
+
+    @property
+    def problem(self) -> str:
+        """The URL that is dialed and what fails there; "" if the peer can be reached."""
+        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
 
     def other_process(self, advertised: str) -> str:
         """Return the peer URLs of another process that has this peer's streams, or "".
@@ -10509,6 +10721,16 @@ class Transport:
         """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def inactive_since(self, member_id: int) -> float:
+        """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
+        peer = self._peers.get(member_id)
+        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
+
+    def problem(self, member_id: int) -> str:
+        """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
+        peer = self._peers.get(member_id)
+        return peer.problem if peer is not None else ""
 
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
@@ -10718,7 +10940,7 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: Optional[BaseException], found: Any) -> None:
+        def done(error: "Optional[BaseException]", found: "Any") -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
@@ -10965,7 +11187,7 @@ class Cluster:
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -11594,6 +11816,7 @@ class ServerConfig(NamedTuple):
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    ui: str = "true"                    # the page: `true`, `false`, or `readonly`
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
     proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
@@ -11638,6 +11861,7 @@ if TYPE_CHECKING:
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
+        ui: str
         client_tls: TlsFiles
         peer_tls: TlsFiles
         proxy: str
@@ -11725,14 +11949,14 @@ class Permissions(NamedTuple):
                 return True
         return False
 
-    def grant(self, more: Permissions) -> Permissions:
+    def grant(self, more: "Permissions") -> "Permissions":
         """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
-    def revoke(self, less: Permissions) -> Permissions:
+    def revoke(self, less: "Permissions") -> "Permissions":
         """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
@@ -11779,13 +12003,13 @@ class User(NamedTuple):
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
-    def with_root(self) -> User:
+    def with_root(self) -> "User":
         """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
 
-    def change_roles(self, grant: Names, revoke: Names) -> User:
+    def change_roles(self, grant: Names, revoke: Names) -> "User":
         """Return the user with other roles, sorted.  Raises AuthError."""
         roles = set(_granted(
             self.roles, grant, f"Granting duplicate role {{}} for user {self.name}"
@@ -12302,7 +12526,7 @@ class AuthStore:
         if password:
             hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
 
-        def change(old: User) -> User:
+        def change(old: "User") -> "User":
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
@@ -12331,7 +12555,7 @@ class AuthStore:
         """Return the changed role."""
         self._check_role(name)
 
-        def change(old: Role) -> Role:
+        def change(old: "Role") -> "Role":
             permissions = old.permissions
             if grant is not None:
                 permissions = permissions.grant(grant)
@@ -12466,7 +12690,7 @@ class Guard:
         refused: Handler,
     ) -> Handler:
         """Return the handler for an access to `key`; without Authorization, that of a guest."""
-        def may(user: Optional[User]) -> bool:
+        def may(user: "Optional[User]") -> "bool":
             return self._auth.may_access(user, key, write=write, recursive=recursive)
 
         return self._decide(head, may, passed, refused)
@@ -12532,7 +12756,7 @@ class Guard:
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # without one there is a verdict
 
-        def checked(known: bool) -> None:
+        def checked(known: "bool") -> None:
             if known:
                 self._verify(head, may, passed, refused, request)
             elif not request.connection.closed:
@@ -12760,6 +12984,10 @@ class Counter(Reading):
     def inc(self, *values: str) -> None:
         self._values[values] = self._values.get(values, 0) + 1
 
+    def value(self, *values: str) -> int:
+        """Return the number with these label values."""
+        return self._values.get(values, 0)
+
 
 def exponential_bounds(start: float, count: int) -> List[float]:
     """Return the bounds start * 2**n of a histogram, n < count."""
@@ -12794,6 +13022,16 @@ class Histogram:
             before = below
         self._counts[-1] += len(values) - before
         self._sum += sum(values)
+
+    @property
+    def totals(self) -> Tuple[List[int], float]:
+        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
+        return self._counts[:], self._sum
+
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper bounds of all buckets but the last."""
+        return self._bounds
 
     @property
     def count(self) -> int:
@@ -13484,7 +13722,7 @@ class SnapshotKeeper:
 
     def _write_file(self, file: SnapshotFile, started: float) -> None:
         """Write the file, after its record is in the log, on another thread: the log must go on."""
-        def done(error: Optional[BaseException], _: Any) -> None:
+        def done(error: "Optional[BaseException]", _: "Any") -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
                 SERVER_LOG.error("no snapshot could be saved: %s", error)
@@ -13722,6 +13960,7 @@ class Leadership:
         self._election_s = config.election_ms / 1000
         self._seen = 0                  # the leader at the last look
         self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._lost_at = reactor.now()   # when the last leader was lost (monotonic)
         self._removal_term = 0          # the term of the last transfer before a removal
         self._visit = 0                 # of the journal, at the last tick; 0: it was idle
         self._visit_ticks = 0           # that the visit has taken
@@ -13736,6 +13975,7 @@ class Leadership:
         log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
         if not lead:
             log.info("%s lost leader %s at term %d", me, old, raft.term)
+            self._lost_at = self._reactor.now()
         elif not seen:
             log.info("%s elected leader %s at term %d", me, new, raft.term)
         else:
@@ -13744,6 +13984,10 @@ class Leadership:
         if lead:
             self._since = self._reactor.now()
         return True
+
+    def unled_s(self) -> float:
+        """Return the seconds without a leader, 0 if one is known."""
+        return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
         """Leader: True if links to a quorum are up; others: True if the one to the leader is.
@@ -13871,6 +14115,27 @@ class Leadership:
 
 
 Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
+
+
+def report_leader_wait(
+    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
+) -> None:
+    """Log which members a member without a leader waits for, unless an election is under way.
+
+    problem  member id -> where it is dialed and what fails; "" if it can be reached
+    """
+    seconds, members = unled_s(), cluster.members
+    if seconds < LEADER_WAIT_SECONDS / 2:
+        return
+    missing = sorted(
+        f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
+        if problem(id)
+    )
+    SERVER_LOG.warning(
+        "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+        len(members) // 2 + 1, len(members), seconds,
+    )
 
 
 def publish(
@@ -13879,7 +14144,7 @@ def publish(
 ) -> None:
     """Publish this member's name and client URLs, again until it is applied; then call done()."""
 
-    def applied(result: Any) -> None:
+    def applied(result: "Any") -> None:
         if isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
@@ -13888,12 +14153,12 @@ def publish(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
-        done()
         _check_peer_urls(config, cluster.members.get(member_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
+        done()
 
     member = Member(
         member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
@@ -13939,7 +14204,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -13967,7 +14232,7 @@ class VersionMonitor:
             self._timer = None
 
     def _ask(self, member: Member, url: str) -> None:
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
@@ -13975,7 +14240,7 @@ class VersionMonitor:
 
         self._calls.append(fetch(
             self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
+            tls=self.tls,
         ))
 
     def _decide(self) -> None:
@@ -14059,7 +14324,7 @@ def purge_periodically(
         for directory, suffix, keep in kept:
             purge_files(directory, suffix, keep, disk=disk)
 
-    def purged(error: Optional[BaseException], _: Any) -> None:
+    def purged(error: "Optional[BaseException]", _: "Any") -> None:
         reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
         if error is not None:
             SERVER_LOG.error("cannot remove old files: %s", error)
@@ -14213,6 +14478,8 @@ class EtcdServer:
         self._timers = [
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
+            reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
+                self.cluster, self.transport.problem, self._leadership.unled_s)),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),
@@ -14293,7 +14560,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            data = encoded or encode_request(request := request.as_unicode())
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 
@@ -15124,7 +15392,7 @@ class UserBody(NamedTuple):
     revoke: Names
 
     @classmethod
-    def parse(cls, body: bytes) -> UserBody:
+    def parse(cls, body: bytes) -> "UserBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         return cls(
@@ -15142,7 +15410,7 @@ class RoleBody(NamedTuple):
     revoke: Optional[Permissions]
 
     @classmethod
-    def parse(cls, body: bytes) -> RoleBody:
+    def parse(cls, body: bytes) -> "RoleBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         name = GoJson.string_member(value, "role")
@@ -15310,7 +15578,7 @@ class AuthApi:
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
         """Make a change; then call reply(its result), or answer with its error."""
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
             else:
@@ -15558,12 +15826,14 @@ class KeysApi:
         self._proposals = Histogram(exponential_bounds(0.001, 14))
         metrics.add("etcd_server_proposal_durations_seconds", "Time to commit and apply.",
                     self._proposals)
+        # Finer than the metrics, which have the buckets of etcd: for the page's charts.
+        self.write_durations = Histogram([0.000_1 * 1.25 ** step for step in range(52)])    # 8.7 s
         self._watches = metrics.counter(
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
         self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
-        metrics.before_text = self._count_puts
+        metrics.before_text = self.count_puts
 
     def route(self, head: HttpHead) -> Handler:
         if head.method not in self.METHODS:
@@ -15623,7 +15893,7 @@ class KeysApi:
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        def done(result: Union[Listing, EtcdError]) -> None:
+        def done(result: "Union[Listing, EtcdError]") -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
                 return
@@ -15712,13 +15982,22 @@ class KeysApi:
         if method == "PUT":
             self._puts_s.append(elapsed_s)
             if len(self._puts_s) >= 1_000:
-                self._count_puts()
+                self.count_puts()
             return
         self._proposals.observe(elapsed_s)
+        if method != "QGET":
+            self.write_durations.observe(elapsed_s)
         self._durations.child(method).observe(elapsed_s)
 
-    def _count_puts(self) -> None:
+    @property
+    def reads(self) -> int:
+        """How many reads of keys this member was asked for."""
+        return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
+
+    def count_puts(self) -> None:
+        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
+        self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
         self._put_durations.observe_many(puts_s)
 
@@ -15955,6 +16234,10 @@ _GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_proposals_applied_total", "Raft index that is applied.",
      lambda s: s.raft_index),
     ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("pyetcd_store_keys", "Keys and directories, those of the cluster itself included.",
+     lambda s: len(s.store)),
+    ("pyetcd_store_bytes", "Characters of keys and values: bytes, where they are ASCII.",
+     lambda s: s.store.chars),
     ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
 )
 _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
@@ -16077,8 +16360,7 @@ def add_process_readings(
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
     metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
@@ -16089,7 +16371,7 @@ def _statm_bytes(field: int) -> int:
     """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
     try:
         with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
-            return int(file.read().split()[field]) * resource.getpagesize()
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
 
@@ -16100,7 +16382,7 @@ def _virtual_bytes() -> int:
 
 def _resident_bytes() -> int:
     """Return the memory in use; without /proc, the most that was ever in use."""
-    return _statm_bytes(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _statm_bytes(1) or resident_bytes_max()
 
 
 def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
@@ -16124,7 +16406,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     reactor, journal, log = server.reactor, server.journal, server.node.raft.log
     return {
         "cmdline": [sys.executable, *sys.argv],
-        "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "file_descriptor_limit": open_files_limit(),
         "memstats": {
             "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
@@ -16159,6 +16441,1572 @@ def _raft_status(status: Status) -> Dict[str, object]:
             for each, (match, next_, state) in status.progress.items()
         },
     }
+
+
+# ============================================================================
+# api/overview -- The members as this one sees them, and what is wrong, in words.
+# ============================================================================
+
+
+ASK_SECONDS = 0.9                   # between two questions to a member, however many pages look
+SILENT_SECONDS = 3.0                # without an answer; from then on it is said
+LAG_ENTRIES_MAX = 1_000             # behind the commit index; above: it is said
+
+# What a member says about itself: name -> type.  Answers of others are cut down to these.
+_REPORT_FIELDS = {
+    "role": str, "term": int, "index": int, "commit": int, "healthy": bool, "version": str,
+    "pyetcd": str, "since": int, "problem": str,
+}
+
+
+def self_report(server: EtcdServer) -> Dict[str, object]:
+    """Return what this member says about itself, to the page and to other members."""
+    raft = server.node.raft
+    return {
+        "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
+        "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
+        "healthy": server.is_healthy, "version": server.cluster.identity.reported, "pyetcd": __version__,
+        "since": server.stats.started_ns // NS, "problem": server.no_space,
+    }
+
+
+def reply_report(server: EtcdServer, request: HttpRequest) -> None:
+    """Answer GET /status on the peer port."""
+    request.reply(200, utf8(json_text(self_report(server))))
+
+
+def read_report(body: bytes) -> Dict[str, Any]:
+    """Return what another member says about itself, as far as it can be used; {} if not."""
+    try:
+        report = load_json(body)
+    except ValueError:
+        return {}
+    if not isinstance(report, dict):
+        return {}
+    return {name: report[name] for name, kind in _REPORT_FIELDS.items()
+            if type(report.get(name)) is kind}
+
+
+class Overview:
+    """Asks the other members how they are while somebody looks.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._now = server.reactor.now
+        self._asked_at: Optional[float] = None      # monotonic, as are the next two
+        self._answered_at: Dict[int, float] = {}
+        self._leaderless_at: Optional[float] = None
+        self._reports: Dict[int, Dict[str, Any]] = {}
+        self._calls: Dict[int, HttpCall] = {}       # under way
+
+    def look(self) -> None:
+        """Ask again, if the last answers are old.  To be called by each request of a page."""
+        server, now = self._server, self._now()
+        if server.lead:
+            self._leaderless_at = None
+        elif self._leaderless_at is None:
+            self._leaderless_at = now
+        if self._asked_at is not None and now - self._asked_at < ASK_SECONDS:
+            return
+        if self._asked_at is None or now - self._asked_at > SILENT_SECONDS:
+            self._answered_at, self._reports = {}, {}       # nobody looked: they are of the past
+        self._asked_at = now
+        for member in server.cluster.members.values():
+            urls = usable_urls(member.peer_urls)
+            if member.id != server.member_id and member.id not in self._calls and urls:
+                self._ask(member.id, urls[0])
+
+    def stop(self) -> None:
+        """Break off the questions under way."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls = {}
+
+    def _ask(self, member_id: int, url: str) -> None:
+        answer = Answer()
+        self._calls[member_id] = HttpCall(
+            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
+            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
+            on_head=answer.take_head, on_data=answer.take_data,
+            on_done=functools.partial(self._answered, member_id, answer),
+        )
+
+    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+        """An etcd answers 404: it is there, and says no more."""
+        del self._calls[member_id]
+        if error is None:
+            self._answered_at[member_id] = self._now()
+            report = read_report(answer.body) if answer.status == 200 else {}
+            if "index" in report:           # compared at once: it is older with every moment
+                commit = max(self._server.node.raft.log.commit, report.get("commit", 0))
+                report["lag"] = commit - report["index"]
+            self._reports[member_id] = report
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """Return what is known of each member, by name."""
+        members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
+        return [self._row(member) for member in members]
+
+    def _row(self, member: Member) -> Dict[str, Any]:
+        server = self._server
+        is_self = member.id == server.member_id
+        report = self_report(server) if is_self else self._reports.get(member.id, {})
+        return {
+            "id": format_id(member.id), "name": member.name, "peerURLs": member.peer_urls,
+            "clientURLs": member.client_urls, "self": is_self,
+            "leader": member.id == server.lead, "silent": round(self._silent_s(member.id)),
+            **report,
+        }
+
+    def _silent_s(self, member_id: int) -> float:
+        """For how long a member has not answered; 0.0 if it does, or may."""
+        server, answered_at = self._server, self._answered_at.get(member_id)
+        if answered_at is not None:
+            silent_s = self._now() - answered_at
+            return silent_s if silent_s >= SILENT_SECONDS else 0.0
+        since = server.transport.inactive_since(member_id)
+        return max(server.reactor.wall_ns() / NS - since, 1.0) if since else 0.0
+
+    def problems(self, rows: List[Dict[str, Any]]) -> List[str]:
+        """Say what is wrong, the worst first; [] if nothing is."""
+        server, said = self._server, []
+        if server.no_space:
+            said.append(f"The log cannot be written: {server.no_space}. Writes are refused.")
+        if self._leaderless_at is not None:
+            waited = show_seconds(self._now() - self._leaderless_at)
+            said.append(f"There has been no leader for {waited}: writes wait for the next one.")
+        reached = sum(not row["silent"] and bool(row["name"]) for row in rows)
+        needed = len(rows) // 2 + 1
+        if reached < needed:
+            said.append(f"Only {reached} of {len(rows)} members can be reached from here, and"
+                        f" {needed} are needed: writes fail.")
+        for row in rows:
+            said += _member_problems(row)
+        return said
+
+
+def _member_problems(row: Mapping[str, Any]) -> List[str]:
+    name = row["name"] or ", ".join(row["peerURLs"])
+    if not row["name"]:
+        return [f"The member at {name} was added, and has not started yet."]
+    if row["silent"]:
+        return [f"{name} has not answered for {show_seconds(row['silent'])}."]
+    said = []
+    if row.get("problem") and not row["self"]:
+        said.append(f"{name}: {row['problem']}.")
+    if row.get("lag", 0) > LAG_ENTRIES_MAX:
+        said.append(f"{name} is {row['lag']:,} entries behind.")
+    return said
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration in the unit that fits it: `12 s`, `3 min`, `2 h`, `5 d`."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+# ============================================================================
+# api/page_text -- The page as text: what the files in api/page/ hold, put here by build.py.
+# ============================================================================
+
+
+PAGE_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>pyetcd</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cg fill='%235b52e0'%3E%3Ccircle cx='16' cy='8' r='6'/%3E%3Ccircle cx='7' cy='24' r='6'/%3E%3Ccircle cx='25' cy='24' r='6'/%3E%3C/g%3E%3C/svg%3E">
+<style>@STYLE@</style>
+</head>
+<body spellcheck="false">
+<header>
+  <a class="brand" href="#/overview" aria-label="pyetcd, overview">
+    <svg viewBox="0 0 32 32" aria-hidden="true"><path d="M16 7 6.5 24h19z"/><circle cx="16" cy="7" r="4.6"/><circle cx="6.5" cy="24" r="4.6"/><circle cx="25.5" cy="24" r="4.6"/></svg>
+    <b>pyetcd</b>
+  </a>
+  <span id="member" class="chip"></span>
+  <span id="health" class="pill" role="status"></span>
+  <span id="readonly" class="chip" hidden>read-only</span>
+  <span class="grow"></span>
+  <button id="login" class="quiet" hidden>Log in</button>
+  <button id="theme" class="quiet icon" aria-label="Colours: as the system has them"></button>
+  <button id="help" class="quiet icon" aria-label="Keyboard">?</button>
+</header>
+<nav id="tabs" aria-label="Views"></nav>
+<main id="main">
+  <section id="offline" class="problems" role="alert" hidden></section>
+
+  <section id="overview" class="view">
+    <div id="problems" class="problems" role="alert" hidden></div>
+    <div id="charts" class="charts"></div>
+    <h2>Members <small id="cluster"></small></h2>
+    <div id="members" class="members"></div>
+  </section>
+
+  <section id="keys" class="view" hidden>
+    <div class="side card">
+      <div class="bar">
+        <input id="query" type="search" placeholder="Search  /" aria-label="Search for" autocomplete="off">
+        <select id="where" aria-label="Search in"><option value="">keys + values</option><option value="key">keys</option><option value="value">values</option></select>
+      </div>
+      <div class="bar">
+        <button id="create" class="write">+ New</button>
+        <button id="reload" class="quiet" title="Load again (r)">Reload</button>
+        <label class="check" title="Keys that begin with _"><input id="hidden" type="checkbox"> hidden</label>
+        <span class="grow"></span>
+        <small id="count" aria-live="polite"></small>
+      </div>
+      <div id="tree" class="tree" role="tree" tabindex="0" aria-label="Keys"><div id="space"><div id="rows"></div></div></div>
+    </div>
+    <div id="detail" class="card detail"></div>
+  </section>
+
+  <section id="watch" class="view" hidden>
+    <div class="bar card">
+      <label class="field">Directory or key <input id="watched" value="/"></label>
+      <button id="start" class="primary">Watch</button>
+      <button id="pause" disabled>Pause</button>
+      <label class="field grow">Show only <input id="filter" type="search" placeholder="part of a key, value or action"></label>
+    </div>
+    <p id="watching" class="note" role="status">Every change appears here as soon as it is made.</p>
+    <ol id="events" class="events card"></ol>
+  </section>
+
+  <section id="discovery" class="view" hidden>
+    <div class="bar card">
+      <span class="grow">Members of a new cluster find each other with a token. It is used up when all of them have registered.</span>
+      <label class="field write">Members <input id="size" type="number" min="1" max="99" value="3"></label>
+      <button id="token" class="primary write">New token</button>
+    </div>
+    <div id="tokens" class="tokens"></div>
+  </section>
+
+  <section id="access" class="view" hidden></section>
+
+  <section id="log" class="view" hidden>
+    <div class="bar card">
+      <label class="field grow">Show only <input id="logfilter" type="search" placeholder="part of a line, or its level"></label>
+    </div>
+    <div id="lines" class="lines card" tabindex="0" aria-label="Log lines"></div>
+  </section>
+</main>
+<div id="toasts" class="toasts" role="status" aria-live="polite"></div>
+<dialog id="dialog"></dialog>
+<noscript>This page needs JavaScript.</noscript>
+<script>@SCRIPT@</script>
+</body>
+</html>
+'''
+PAGE_CSS = r''':root {
+  color-scheme: light dark;
+  --bg: light-dark(#f4f5fa, #0e1017);
+  --card: light-dark(#ffffff, #171a24);
+  --raised: light-dark(#f7f8fc, #1e222e);
+  --line: light-dark(#e4e6ef, #2a2f3d);
+  --text: light-dark(#1b1f2e, #e8eaf2);
+  --soft: light-dark(#62697d, #99a1b5);
+  --accent: light-dark(#5046e5, #9b93ff);
+  --fill: light-dark(#5046e5, #6a60f0);
+  --tint: light-dark(#efeefe, #25244a);
+  --second: light-dark(#d97706, #fbbf24);
+  --good: light-dark(#0a7d4f, #4ade9b);
+  --good-bg: light-dark(#e3f7ed, #12322a);
+  --warn: light-dark(#9a5b00, #fbbf24);
+  --warn-bg: light-dark(#fff4dc, #3a2d0f);
+  --bad: light-dark(#c0263c, #ff8095);
+  --bad-bg: light-dark(#fdecee, #3d1a22);
+  --shadow: 0 1px 2px light-dark(#1b1f2e10, #0004), 0 6px 20px -8px light-dark(#1b1f2e1c, #0006);
+  --mono: ui-monospace, Menlo, Consolas, monospace;
+  --row: 30px;
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; }
+body {
+  margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; background: var(--bg); color: var(--text); display: flex; flex-direction: column;
+  font: 14.5px/1.5 system-ui, sans-serif;
+}
+h2 { font-size: 15px; margin: 26px 0 12px; }
+h3 { font-size: 14px; margin: 0; }
+small, .note { color: var(--soft); font-size: 12.5px; font-weight: 400; }
+code, pre, textarea { font-family: var(--mono); font-size: 12.8px; }
+a { color: var(--accent); }
+.grow { flex: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+
+header { display: flex; align-items: center; gap: 10px; padding: 12px 24px 8px; }
+.brand { display: flex; gap: 9px; align-items: center; color: inherit; text-decoration: none; font-size: 18px; letter-spacing: -.02em; }
+.brand svg { width: 27px; height: 27px; fill: var(--fill); }
+.brand path { fill: none; stroke: var(--accent); stroke-width: 2.4; opacity: .6; }
+.chip, .pill, .badge { border-radius: 99px; padding: 2px 11px; font-size: 12.5px; white-space: nowrap; }
+.chip { background: var(--raised); border: 1px solid var(--line); color: var(--soft); }
+.pill { background: var(--raised); color: var(--soft); overflow: hidden; text-overflow: ellipsis; font-weight: 550; }
+.pill.good, .badge.good { background: var(--good-bg); color: var(--good); }
+.pill.bad, .badge.bad { background: var(--bad-bg); color: var(--bad); }
+.badge.warn { background: var(--warn-bg); color: var(--warn); }
+.badge { background: var(--raised); color: var(--soft); padding: 1px 9px; font-size: 12px; font-weight: 550; }
+.badge.lead { background: var(--tint); color: var(--accent); }
+.pill.good::before, .pill.bad::before { content: "●"; font-size: 9px; margin-right: 6px; vertical-align: 1.5px; }
+
+nav { display: flex; gap: 2px; padding: 0 20px; border-bottom: 1px solid var(--line); overflow-x: auto; scrollbar-width: none; flex: none; }
+nav a { color: var(--soft); text-decoration: none; padding: 8px 13px 9px; border-bottom: 2px solid transparent; font-weight: 550; white-space: nowrap; outline-offset: -3px; }
+nav a:hover { color: var(--text); }
+nav a[aria-current] { color: var(--accent); border-color: var(--accent); }
+main { flex: 1; min-height: 0; overflow: auto; padding: 20px 24px 32px; }
+.view { max-width: 1320px; margin: 0 auto; }
+
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 9px; background: var(--card); padding: 5px 11px; min-width: 0; }
+textarea { font-family: var(--mono); font-size: 12.8px; line-height: 1.55; background: var(--raised); tab-size: 2; }
+input[type=checkbox] { accent-color: var(--fill); margin: 0 4px 0 0; }
+input[type=number] { width: 74px; }
+input::placeholder { color: var(--soft); opacity: .8; }
+button { cursor: pointer; font-weight: 550; white-space: nowrap; }
+button:hover:not(:disabled) { border-color: var(--accent); }
+button:disabled { opacity: .45; cursor: default; }
+button.primary { background: var(--fill); border-color: transparent; color: #fff; }
+button.primary:hover:not(:disabled) { filter: brightness(1.1); }
+button.danger { color: var(--bad); }
+button.quiet { background: none; border-color: transparent; color: var(--soft); }
+button.icon { padding: 4px 9px; font-size: 15px; line-height: 1.4; }
+.readonly .write { display: none; }
+.check, .field { color: var(--soft); font-size: 13px; display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
+.field input:not([type=number]) { flex: 1; color: var(--text); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; box-shadow: var(--shadow); }
+.bar { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: center; }
+.bar.card { padding: 11px 14px; }
+.problems { background: var(--bad-bg); color: var(--bad); border-radius: 14px; padding: 11px 16px; margin: 0 auto 16px; max-width: 1320px; font-weight: 550; }
+.problems p { margin: 2px 0; }
+.problems a { color: inherit; }
+.empty { color: var(--soft); padding: 34px 20px; text-align: center; }
+
+.charts, .members { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+.chart { padding: 14px 0 0; overflow: hidden; }
+.chart > div { padding: 0 17px; display: flex; align-items: baseline; gap: 8px; white-space: nowrap; }
+.chart b { font-size: 24px; font-weight: 620; letter-spacing: -.025em; line-height: 1.4; }
+.chart .peak { margin-left: auto; }
+.chart svg { display: block; width: 100%; height: 76px; margin-top: 4px; touch-action: pan-y; }
+.chart path { fill: none; stroke: var(--accent); stroke-width: 1.7; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.chart .area { stroke: none; fill: var(--accent); opacity: .13; }
+.chart .second { stroke: var(--second); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .cross { stroke: var(--soft); stroke-dasharray: 3 3; stroke-width: 1; }
+.key::before { content: ""; display: inline-block; width: 9px; height: 3px; border-radius: 2px; background: var(--accent); margin-right: 5px; vertical-align: 3px; }
+.key.second::before { background: var(--second); }
+
+.member { padding: 15px 17px; }
+.member h3::before { content: "●"; color: var(--good); font-size: 11px; margin-right: 8px; vertical-align: 1px; }
+.member.bad h3::before { color: var(--bad); }
+.member.new h3::before { color: var(--soft); }
+.member.bad { border-color: var(--bad); }
+.member .bar { margin-bottom: 9px; }
+.member .why { color: var(--bad); font-weight: 550; margin: 0 0 8px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 0; font-size: 13.3px; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+
+#keys { display: grid; grid-template-columns: minmax(270px, 38%) 1fr; gap: 16px; height: 100%; max-width: 1500px; }
+.side { display: flex; flex-direction: column; min-height: 0; overflow: hidden; }
+.side .bar { padding: 11px 12px 0; flex-wrap: nowrap; }
+.side .bar + .bar { padding: 8px 12px; border-bottom: 1px solid var(--line); }
+#query { flex: 1; }
+.tree { flex: 1; overflow: auto; min-height: 120px; outline-offset: -3px; border-radius: 0 0 13px 13px; }
+#space { position: relative; }
+#rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
+.row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
+.row:hover { background: var(--raised); }
+.row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+.row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
+.row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
+.row .dir { font-weight: 600; }
+.row .dim { color: var(--soft); font-size: 12.5px; overflow: hidden; text-overflow: ellipsis; flex: 1; font-family: var(--mono); }
+.row .ttl { font-size: 12px; color: var(--warn); flex: none; }
+
+.detail { padding: 17px 20px; overflow: auto; min-height: 0; display: flex; flex-direction: column; gap: 12px; }
+.path { font: 600 14px/1.5 var(--mono); }
+.path a { text-decoration: none; }
+.detail textarea { flex: 1 0 auto; min-height: 190px; width: 100%; resize: vertical; padding: 12px 14px; }
+.hex { background: var(--raised); border-radius: 9px; padding: 12px 14px; overflow: auto; margin: 0; flex: 1 0 auto; max-height: 60vh; }
+.back { display: none; align-self: flex-start; }
+.facts { display: flex; flex-wrap: wrap; gap: 6px 16px; color: var(--soft); font-size: 13px; align-items: center; }
+.facts b { color: var(--text); font-weight: 550; }
+.changed { background: var(--warn-bg); color: var(--warn); border-radius: 9px; padding: 7px 12px; display: flex; gap: 10px; align-items: center; flex-wrap: wrap; }
+.events { list-style: none; margin: 0; padding: 0; overflow: hidden; }
+.events:empty { display: none; }
+#history:empty { display: block; color: var(--soft); }
+#history:empty::before { content: "No change of it in the last 1,000."; }
+.events li { display: flex; gap: 11px; padding: 6px 14px; align-items: baseline; border-bottom: 1px solid var(--line); }
+.events li:last-child { border: 0; }
+.events time, .events .at { color: var(--soft); font-size: 12.5px; white-space: nowrap; }
+.events code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; flex: 1; color: var(--soft); }
+.events button { padding: 0 8px; }
+.events .what { text-decoration: none; font-weight: 550; }
+
+.tokens { display: grid; gap: 16px; margin-top: 16px; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+.tokens .card { padding: 15px 17px; display: flex; flex-direction: column; gap: 9px; min-width: 0; }
+.slots { display: flex; gap: 8px; flex-wrap: wrap; }
+.slot { border: 1px solid var(--line); border-radius: 9px; padding: 4px 11px; background: var(--raised); }
+.slot.missing { border-style: dashed; background: none; color: var(--soft); }
+pre { background: var(--raised); border-radius: 9px; padding: 10px 13px; margin: 0; overflow: auto; max-height: 46vh; }
+.code { position: relative; }
+.code button { position: absolute; right: 6px; top: 6px; padding: 2px 9px; font-size: 12.5px; }
+
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+.scroll { overflow-x: auto; margin-bottom: 8px; }
+th { text-align: left; color: var(--soft); font-weight: 550; }
+th, td { padding: 8px 16px; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border: 0; }
+.lines { margin-top: 16px; padding: 10px 0; font: 12.5px/1.65 var(--mono); height: calc(100vh - 250px); min-height: 240px; overflow: auto; }
+.lines p { margin: 0; padding: 0 16px; display: grid; grid-template-columns: 86px 92px 1fr; gap: 10px; }
+.lines .bad { background: var(--bad-bg); color: var(--bad); }
+.lines .warn { background: var(--warn-bg); }
+.lines span { color: var(--soft); }
+
+.toasts { position: fixed; right: 20px; bottom: 20px; display: grid; gap: 9px; max-width: min(430px, calc(100vw - 40px)); z-index: 5; }
+.toast { background: light-dark(#1f2333, #2b3042); color: #f2f3f8; border-radius: 11px; padding: 9px 15px; display: flex; gap: 12px; align-items: center; box-shadow: var(--shadow); }
+.toast.bad { background: #a3203a; }
+.toast button { background: #fff2; color: inherit; border: 0; padding: 3px 11px; }
+dialog { border: 1px solid var(--line); border-radius: 16px; background: var(--card); color: inherit; padding: 20px 22px; width: min(760px, calc(100vw - 24px)); max-height: 92vh; box-shadow: 0 24px 70px #0006; }
+dialog::backdrop { background: #0b0d1499; }
+dialog[open] { display: flex; flex-direction: column; gap: 12px; }
+dialog h2 { margin: 0; font-size: 17px; }
+dialog p { margin: 0; }
+dialog .field { display: grid; gap: 3px; }
+dialog textarea { min-height: 110px; }
+dialog .bar { justify-content: flex-end; margin-top: 4px; }
+.diff { padding: 0; white-space: pre-wrap; }
+.diff div { padding: 0 13px 0 28px; text-indent: -16px; }
+.diff .add { background: var(--good-bg); color: var(--good); }
+.diff .del { background: var(--bad-bg); color: var(--bad); }
+kbd { font-family: var(--mono); }
+
+@media (max-width: 760px) {
+  :root { --row: 40px; }
+  header { padding: 10px 14px 6px; gap: 7px; }
+  .brand b { display: none; }
+  nav { padding: 0 8px; }
+  main { padding: 14px 12px 26px; }
+  #keys { display: block; }
+  .side { height: 100%; }
+  .detail { height: 100%; display: none; }
+  .open .side { display: none; }
+  .open .detail { display: flex; }
+  .back { display: inline-block; }
+  .events li { flex-wrap: wrap; gap: 2px 10px; }
+  .events code { flex-basis: 100%; }
+  .lines p { grid-template-columns: 1fr; gap: 0; padding: 5px 14px; }
+  .field { flex: 1 1 100%; }
+}
+'''
+PAGE_JS = r'''"use strict";
+// What the server says goes into text nodes only: the page's policy forbids every other way.
+
+// ---- tools
+
+const $ = id => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
+const base = location.pathname.replace(/ui\/?$/, "");
+const server = location.origin + base.slice(0, -1);
+
+/** Give a node these children: nodes, text, or lists of them. */
+function fill(node, ...children) {
+  node.replaceChildren(...children.flat(9).filter(child => child != null && child !== false));
+  return node;
+}
+/** Make an element, `tag.class.class`; functions among its properties are listeners. */
+function h(tag, properties, ...children) {
+  const [name, ...classes] = tag.split("."), node = document.createElement(name);
+  node.classList.add(...classes);
+  if (properties == null || properties.constructor !== Object) {
+    children.unshift(properties);
+    properties = {};
+  }
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  return fill(node, children);
+}
+function svg(tag, properties) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in properties) node.setAttribute(name, properties[name]);
+  return node;
+}
+const gap = () => h("span.grow");
+const button = (label, kind, act) => h("button", {class: kind, click: guarded(act)}, label);
+const show = (id, is) => { $(id).hidden = !is; };
+const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractionDigits: digits});
+const rate = value => number(value, value < 10 ? 1 : 0);
+const ms = value => value ? number(value, value < 1 ? 2 : value < 100 ? 1 : 0) + " ms" : "–";
+const size = bytes => bytes < 2048 ? bytes + " B"
+  : bytes < 2 << 20 ? number(bytes / 1024, 1) + " KB" : number(bytes / (1 << 20), 1) + " MB";
+function span(seconds) {
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60]])
+    if (seconds >= 2 * length) return Math.floor(seconds / length) + " " + unit;
+  return Math.max(0, Math.round(seconds)) + " s";
+}
+let skew = 0, state = null, account = null, declined = false;      // account: who is logged in
+const clock = () => Date.now() / 1000 + skew;
+const time = date => date.toLocaleTimeString("en-GB");
+const encoded = key => key.split("/").map(encodeURIComponent).join("/");
+const parentOf = key => key.slice(0, key.lastIndexOf("/")) || "/";
+const nameOf = key => key.slice(key.lastIndexOf("/") + 1);
+const cleaned = text => "/" + text.trim().split("/").filter(Boolean).join("/");
+const link = key => "#/keys" + encoded(key);
+const visit = key => { location.hash = link(key); };
+
+// ---- requests
+
+class Refused extends Error {
+  constructor(status, {message, cause, errorCode}) {
+    super((message || `HTTP ${status}`) + (cause ? ` (${cause})` : ""));
+    this.code = errorCode;
+  }
+}
+/** Ask the server.  Throws Refused, or TypeError if there was no answer. */
+async function ask(method, path, {form, signal} = {}) {
+  const headers = {};
+  if (method !== "GET") headers["X-Pyetcd-Page"] = "1";        // no form of another page has it
+  if (account) headers.Authorization = "Basic " + account.secret;
+  const reply = await fetch(base + path, {method, headers, signal,
+    body: form && new URLSearchParams(form), cache: "no-store", credentials: "omit"});
+  if (reply.ok) return reply;
+  const text = await reply.text();
+  let said = {message: text.trim()};
+  try { said = JSON.parse(text); } catch { /* it is plain */ }
+  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
+  throw new Refused(reply.status, said);
+}
+const json = async (...request) => (await ask(...request)).json();
+const keyPath = (key, query) => "v2/keys" + encoded(key) + (query ? "?" + query : "");
+const readNode = async (key, signal) => (await json("GET", keyPath(key), {signal})).node;
+
+/** Yield the lines of a reply, parsed, as they come. */
+async function* lines(path, signal) {
+  const reader = (await ask("GET", path, {signal})).body.getReader(), decoder = new TextDecoder();
+  for (let rest = ""; ;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const parts = (rest + decoder.decode(value, {stream: true})).split("\n");
+    rest = parts.pop();
+    for (const part of parts) if (part.trim()) yield JSON.parse(part);
+  }
+}
+/** Yield the events of a key, or all below it, from an index on; connect again if need be. */
+async function* changes(key, {since, recursive = false, signal, told = () => {}}) {
+  let skip = 10;                // events that may leave the history before the next request comes
+  for (let pause = 250; !signal.aborted; pause = Math.min(2 * pause, 4000)) {
+    try {
+      const query = `wait=true&stream=true&recursive=${recursive}&waitIndex=${since}`;
+      for await (const event of lines(keyPath(key, query), signal)) {
+        pause = 250;
+        told("");
+        since = event.node.modifiedIndex + 1;
+        yield event;
+      }
+      told("The connection has ended; trying again.");
+    } catch (error) {
+      if (signal.aborted) return;
+      const first = /\[(\d+)\//.exec(error.message);      // of a history that is too short
+      told(first ? "Some changes were missed." : error.message);
+      if (first) {
+        since = Number(first[1]) + (skip *= 2);
+        continue;
+      }
+      if (error instanceof Refused) return;
+    }
+    await new Promise(done => setTimeout(done, pause));
+  }
+}
+
+// ---- toasts and dialogs
+
+function toast(text, {bad, label, act, seconds = 7} = {}) {
+  const node = h("div", {class: "toast" + (bad ? " bad" : "")}, h("span.grow", text),
+    label && h("button", {click() { node.remove(); act(); }}, label),
+    h("button", {"aria-label": "Close", click: () => node.remove()}, "×"));
+  $("toasts").append(node);
+  setTimeout(() => node.remove(), seconds * 1000);
+}
+const guarded = act => async (...given) => {
+  try { await act(...given); } catch (error) {
+    if (error.name !== "AbortError") toast(error instanceof Refused ? error.message
+      : `No answer from the server: ${error.message}`, {bad: true});
+  }
+};
+/** Show a dialog; return the button that closed it, or "". */
+function choose(title, content, ...buttons) {
+  const dialog = $("dialog");
+  fill(dialog, h("h2", {id: "title"}, title), content, h("div.bar",
+    [["", buttons.length ? "Cancel" : "Close"], ...buttons].map(([name, label, kind]) =>
+      h("button", {class: kind, "data-name": name, click: () => dialog.close(name)}, label))));
+  dialog.returnValue = "";
+  dialog.onkeydown = ({key, target}) => {
+    if (key === "Enter" && target.tagName === "INPUT") dialog.close(buttons[buttons.length - 1][0]);
+  };
+  dialog.showModal();
+  return new Promise(done => dialog.addEventListener(
+    "close", () => done(dialog.returnValue), {once: true}));
+}
+const field = (label, input) => h("label.field", label, input);
+
+async function logIn(why) {
+  if (account && !why) account = null;
+  else {
+    const user = h("input", {autofocus: true, autocomplete: "off", value: "root", id: "user"});
+    const password = h("input", {type: "password", autocomplete: "off", id: "password"});
+    if (await choose("Log in", [why && h("p", why), field("User", user),
+      field("Password", password), h("p.note", "Kept in the memory of this page only.")],
+    ["ok", "Log in", "primary"]) !== "ok") { declined = true; return; }
+    const bytes = new TextEncoder().encode(`${user.value}:${password.value}`);
+    account = {user: user.value, secret: btoa(String.fromCharCode(...bytes))};
+  }
+  $("login").textContent = account ? `${account.user} · log out` : "Log in";
+  reload();                     // another user may see something else
+  current = "";
+  route();
+}
+
+// ---- the state of the member, once a second
+
+let samples = [], answered = Date.now();
+
+async function poll() {
+  if (!document.hidden) try {
+    const last = samples.length ? samples[samples.length - 1][0] : 0;
+    state = await json("GET", "ui/status?since=" + last, {signal: AbortSignal.timeout(5000)});
+    skew = state.now - Date.now() / 1000;
+    samples = samples.concat(state.samples).slice(-300);
+    answered = Date.now();
+    showState();
+  } catch {
+    const seconds = (Date.now() - answered) / 1000;
+    if (seconds > 2) {
+      show("offline", true);
+      fill($("offline"), `This member has not answered for ${span(seconds)}. The page keeps trying.`,
+        (state ? state.members : []).filter(member => !member.self && member.clientURLs.length)
+          .map(member => [" ", h("a", {href: member.clientURLs[0] + "/ui"}, member.name)]));
+      pill("bad", "no answer");
+    }
+  }
+  setTimeout(poll, 1000);
+}
+function pill(kind, text) {
+  $("health").className = "pill " + kind;
+  $("health").textContent = text;
+}
+function showState() {
+  const {members, problems} = state, self = members.find(member => member.self) || {};
+  const up = members.filter(member => !member.silent && member.name).length;
+  show("offline", false);
+  $("member").textContent = self.name || self.id || "";
+  document.title = `${self.name || "?"} · pyetcd`;
+  if (problems.length) pill("bad", problems.length > 1 ? `${problems.length} problems` : "1 problem");
+  else pill("good", members.length > 1 ? `${up} of ${members.length} members` : "healthy");
+  $("health").title = problems.join("\n");
+  show("readonly", state.ui === "readonly");
+  document.body.classList.toggle("readonly", state.ui === "readonly");
+  show("login", state.auth);
+  show("problems", problems.length);
+  fill($("problems"), problems.map(text => h("p", text)));
+  if (current !== "overview") return;
+  $("cluster").textContent = `cluster ${state.cluster}`;
+  fill($("members"), members.map(memberCard));
+  charts.forEach(chart => chart.draw());
+}
+function memberCard(member) {
+  const {name, silent, leader, clientURLs} = member;
+  const bad = silent || member.healthy === false;
+  const why = silent ? `has not answered for ${span(silent)}` : bad && (member.problem ||
+    "knows no leader, or reaches no quorum");
+  const facts = member.term == null ? [] : [
+    ["Term · index", `${number(member.term)} · ${number(member.index)}`],
+    ["Behind", member.lag > 0 ? number(member.lag) + (member.lag > 1 ? " entries" : " entry") : "nothing"],
+    ["Version", `etcd ${member.version} · pyetcd ${member.pyetcd}`],
+    ["Up for", span(clock() - member.since)]];
+  facts.unshift(["Id", h("code", member.id)]);
+  facts.push(["Clients", clientURLs.join(", ")], ["Peers", member.peerURLs.join(", ")]);
+  return h("article", {class: `card member ${!name ? "new" : bad ? "bad" : ""}`},
+    h("div.bar", h("h3", name || "not started"),
+      h("span", {class: "badge " + (silent ? "bad" : leader ? "lead" : "")},
+        silent ? "silent" : leader ? "leader" : member.role || "member"), gap(),
+      member.self ? h("small", "this member") : clientURLs.length > 0 &&
+        h("a", {href: clientURLs[0] + "/ui"}, "its page")),
+    why && h("p.why", why),
+    h("dl", facts.map(([title, value]) => [h("dt", title), h("dd", value)])));
+}
+
+// ---- charts
+
+const WIDTH = 300, HEIGHT = 76;
+
+class Chart {
+  /** columns: of a sample -> name; write: shows a value. */
+  constructor(title, columns, write, note) {
+    Object.assign(this, {title, columns: Object.entries(columns), write, hover: null});
+    const paths = this.columns.map((_, at) => svg("path", {class: at ? "second" : ""}));
+    Object.assign(this, {paths, area: svg("path", {class: "area"}), cross: svg("path", {class: "cross"})});
+    this.picture = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img"});
+    this.picture.append(svg("path", {class: "grid", d: `M0 8H${WIDTH}M0 42H${WIDTH}M0 75.5H${WIDTH}`}),
+      this.area, ...paths, this.cross);
+    this.values = paths.map(() => h("b", "–"));
+    this.peak = h("small.peak");
+    const move = ({type, offsetX}) => {
+      this.hover = type === "pointermove" ? offsetX / this.picture.clientWidth : null;
+      this.draw();
+    };
+    for (const type of ["pointermove", "pointerleave"]) this.picture.addEventListener(type, move);
+    $("charts").append(h("article.card.chart",
+      h("div", h("h3", title), h("small", note), this.peak),
+      h("div", this.values.map((value, at) => [value, h("small",
+        {class: paths.length > 1 && "key " + (at && "second")}, this.columns[at][1])])), this.picture));
+  }
+  draw() {
+    if (!samples.length) return;
+    const all = samples.flatMap(sample => this.columns.map(([column]) => sample[column])).sort((a, b) => a - b);
+    const last = samples[samples.length - 1], peak = all[all.length - 1], most = all[Math.floor(all.length * .97)];
+    const top = Math.max(1e-3, most ? Math.min(peak, 2 * most) : peak);       // a rare peak is cut
+    const x = sample => WIDTH * (1 - (last[0] - sample[0]) / 299);
+    this.columns.forEach(([column], at) => {
+      const line = samples.map(sample => `${x(sample).toFixed(1)} ` +
+        (HEIGHT - 1 - sample[column] / top * (HEIGHT - 10)).toFixed(1)).join("L");
+      this.paths[at].setAttribute("d", "M" + line);
+      if (!at) this.area.setAttribute("d", `M${x(samples[0])} ${HEIGHT}L${line}V${HEIGHT}Z`);
+    });
+    let sample = last;
+    if (this.hover != null) sample = samples.reduce((best, other) =>
+      Math.abs(x(other) / WIDTH - this.hover) < Math.abs(x(best) / WIDTH - this.hover) ? other : best);
+    this.cross.setAttribute("d", this.hover == null ? "" : `M${x(sample)} 0V${HEIGHT}`);
+    this.values.forEach((value, at) => { value.textContent = this.write(sample[this.columns[at][0]]); });
+    this.peak.textContent = this.hover == null ? `peak ${this.write(peak)}`
+      : time(new Date(sample[0] * 1000));
+    this.picture.setAttribute("aria-label", `${this.title}: ${this.values[0].textContent}`);
+  }
+}
+const charts = [
+  new Chart("Writes", {1: ""}, rate, "per second, of the cluster"),
+  new Chart("Reads", {2: ""}, rate, "per second, of this member"),
+  new Chart("Time to write", {3: "median", 4: "99 %"}, ms),
+  new Chart("Sync of the disk", {5: ""}, ms, "mean"),
+  new Chart("Watchers", {6: ""}, number, "waiting"),
+  new Chart("Keys", {7: ""}, number, "and directories"),
+];
+
+// ---- the tree: the document has the rows that can be seen
+
+const tree = {
+  root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
+
+  /** Load the children of a directory; rows appear while they come. */
+  async load(node) {
+    if (node.loading) node.loading.abort();
+    const {signal} = node.loading = new AbortController(), kids = [];
+    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const prefix = node.key === "/" ? "/" : node.key + "/";
+    try {
+      for await (const line of lines(
+        `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
+        if (!Array.isArray(line)) continue;
+        for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
+        if (!node.kids || node.kids.length < kids.length) node.kids = kids;
+        this.drawSoon(true);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      guarded(() => { throw error; })();
+    }
+    node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
+    node.loading = null;
+    this.drawSoon(true);
+  },
+  node([, dir, preview, bytes, expires, index], key, level, known) {
+    const {kids, open} = known && known.get(key) || {};
+    return {key, dir, preview, bytes, expires, index, level, kids, open};
+  },
+  async search(text) {
+    if (this.searching) this.searching.abort();
+    this.found = text ? [] : null;
+    this.drawSoon(true);
+    if (!text) return;
+    const {signal} = this.searching = new AbortController();
+    const query = new URLSearchParams({q: text, in: $("where").value});
+    if ($("hidden").checked) query.set("hidden", "");
+    for await (const line of lines("ui/keys/?" + query, signal)) {
+      if (Array.isArray(line)) this.found.push(...line.map(row => this.node(row, row[0], 1)));
+      this.more = line.more;
+      this.drawSoon(true);
+    }
+    this.searching = null;
+    this.drawSoon();
+  },
+  flatten() {
+    if (this.found) return this.found;
+    const flat = [], stack = [[this.root.kids || [], 0]];
+    while (stack.length) {
+      const top = stack[stack.length - 1], node = top[0][top[1]++];
+      if (!node) stack.pop();
+      else {
+        flat.push(node);
+        if (node.open && node.kids) stack.push([node.kids, 0]);
+      }
+    }
+    return flat;
+  },
+  drawSoon(changed) {
+    this.changed = this.changed || changed;
+    if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
+  },
+  draw() {
+    this.frame = null;
+    if (this.changed) {
+      const before = this.flat[this.at];
+      this.flat = this.flatten();
+      if (before && this.flat[this.at] !== before)
+        this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      this.changed = false;
+    }
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
+    const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
+    const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
+    $("space").style.height = `${this.flat.length * this.high}px`;
+    $("rows").style.transform = `translateY(${first * this.high}px)`;
+    fill($("rows"), some.map((node, at) => this.row(node, first + at)),
+      !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
+    box.setAttribute("aria-activedescendant", `row${this.at}`);
+    $("count").textContent = number(this.flat.length) + (this.found ? " found" : " rows") +
+      (busy || (this.found && this.more ? ", and more" : ""));
+  },
+  row(node, at) {
+    const {key, dir, expires} = node;
+    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+      "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
+      "aria-selected": String(at === this.at)},
+    h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
+    h("span", {class: dir ? "name dir" : "name"}, (this.found ? key : nameOf(key)) + (dir ? "/" : "")),
+    h("span.dim", dir ? number(node.bytes) : BINARY.test(node.preview) ? "binary"
+      : node.preview || size(node.bytes)),
+    expires > 0 && h("span.ttl", {title: "until it expires"}, "⏱ " + span(expires - clock())));
+    line.style.paddingLeft = `${4 + (this.found ? 0 : node.level - 1) * 17}px`;
+    return line;
+  },
+  open(at) {
+    const node = this.flat[at];
+    if (!node) return;
+    this.at = at;
+    if (node.dir && !this.found) this.toggle(node);
+    this.stay = node.dir && node.key;
+    visit(node.key);
+    this.drawSoon();
+  },
+  toggle(node) {
+    node.open = !node.open;
+    if (node.open && !node.kids && !node.loading) this.load(node);
+    this.drawSoon(true);
+  },
+  move(at) {
+    this.at = Math.max(0, Math.min(this.flat.length - 1, at));
+    const box = $("tree"), top = this.at * this.high;
+    box.scrollTop = Math.min(top, Math.max(box.scrollTop, top + this.high - box.clientHeight));
+    this.drawSoon();
+  },
+  key(event) {
+    const node = this.flat[this.at], page = Math.floor($("tree").clientHeight / this.high) - 1;
+    const {key} = event, step = {ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page,
+      Home: -1e9, End: 1e9}[key];
+    if (!node) return;
+    if (step) this.move(this.at + step);
+    else if (key === "Enter" || key === " ") this.open(this.at);
+    else if (key === "ArrowRight" && node.dir && !node.open) this.toggle(node);
+    else if (key === "ArrowRight") this.move(this.at + 1);
+    else if (key === "ArrowLeft" && node.open) this.toggle(node);
+    else if (key === "ArrowLeft") this.move(this.flat.findIndex(other => other.key === parentOf(node.key)));
+    else return;
+    event.preventDefault();
+  },
+  async reveal(key) {
+    for (let node = this.root; node; ) {
+      if (!node.kids) await this.load(node);
+      const next = node.kids.find(kid => key === kid.key || key.startsWith(kid.key + "/"));
+      if (next && next.key === key) {
+        this.flat = this.flatten();
+        this.move(this.flat.indexOf(next));
+      } else if (next) next.open = true;
+      node = next && next.key !== key ? next : null;
+    }
+    this.drawSoon(true);
+  },
+  /** Load the directory again in which this page has changed something. */
+  touch(key) {
+    let node = this.root, next = node;
+    while (next) {
+      node = next;
+      next = (node.kids || []).find(kid => kid.kids && key.startsWith(kid.key + "/"));
+    }
+    return this.load(node);
+  },
+};
+
+// ---- one key
+
+let opened = null;              // {key, node, stop: of its events}
+const BINARY = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffd]/;
+const SHOWN_MAX = 1 << 18, UNDO_MAX = 4 << 20;
+
+function hex(text) {
+  const bytes = [...new TextEncoder().encode(text.slice(0, 8192))], out = [];
+  for (let at = 0; at < bytes.length; at += 16) {
+    const some = bytes.slice(at, at + 16);
+    out.push(at.toString(16).padStart(6, "0") + "  " +
+      some.map(byte => byte.toString(16).padStart(2, "0")).join(" ").padEnd(49) +
+      String.fromCharCode(...some).replace(/[^ -~]/g, "·"));
+  }
+  return out.join("\n");
+}
+/** Tell without reading a directory: it may be large. */
+async function isDirectory(key, signal) {
+  const row = tree.flat.find(other => other.key === key);
+  if (key === "/" || row) return key === "/" || row.dir;
+  const stop = new AbortController();
+  try {
+    await ask("GET", "ui/keys" + encoded(key), {signal: stop.signal});
+    return true;
+  } catch (error) {
+    if (error.code === 104) return false;
+    throw error;
+  } finally { stop.abort(); }
+}
+const openKey = guarded(async key => {
+  if (opened) opened.stop.abort();
+  const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
+  const parts = key.split("/").slice(1);
+  $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
+  mine.head = [h("button.back.quiet", {click() { visit("/"); }}, "‹ Keys"),
+    h("div.path", h("a", {href: link("/")}, "/"), parts.map((part, at) => [at ? "/" : "",
+      at < parts.length - 1 ? h("a", {href: link("/" + parts.slice(0, at + 1).join("/"))}, part) : part]))];
+  try {
+    mine.dir = await isDirectory(key, signal);
+    mine.node = mine.dir ? {key, dir: true} : await readNode(key, signal);
+  } catch (error) {
+    if (error.code !== 100) throw error;
+    if (opened === mine) fill($("detail"), mine.head, h("p.empty", "There is no such key."),
+      h("div.bar", button("Create it", "write", () => create(key))));
+    return;
+  }
+  if (opened !== mine) return;
+  if (!tree.found && !tree.flat.some(node => node.key === key)) tree.reveal(key);
+  (mine.dir ? showDirectory : showFile)(mine);
+});
+const common = (mine, value) => [gap(), button("Copy as …", "", () => copyAs(mine.key, value())),
+  button("Watch", "", () => { location.hash = "#/watch" + encoded(mine.key); }),
+  mine.key !== "/" && button("Delete", "danger write", () => remove(mine.key, mine.node))];
+
+function showDirectory(mine) {
+  fill($("detail"), mine.head, h("div.bar", button("New key here", "write", () =>
+    create(mine.key === "/" ? "/" : mine.key + "/")), common(mine, () => null)),
+  h("p.empty", "A directory. Choose a key to see its value."));
+}
+function showFile(mine) {
+  const {node} = mine, {value} = node;
+  mine.expires = node.expiration ? Date.parse(node.expiration) / 1000 : 0;
+  const binary = BINARY.test(value), large = value.length > SHOWN_MAX;
+  const area = h("textarea", {id: "value", "aria-label": "Value",
+    readonly: large || state.ui === "readonly"});
+  area.value = value.slice(0, SHOWN_MAX);
+  const kind = h("span", {id: "kind"});
+  const ttl = h("input", {type: "number", min: 1, id: "ttl", placeholder: mine.expires ? "as it is" : "never"});
+  const format = button("Format", "write", () => {
+    area.value = JSON.stringify(JSON.parse(area.value), null, 2);
+    judge();
+  });
+  const save = button("Save", "primary write", () => saveValue(mine, area.value, ttl.value));
+  function judge() {
+    let text = large ? "only the beginning is shown" : "text", rank = "";
+    if (!large) try {
+      JSON.parse(area.value);
+      [text, rank] = ["valid JSON", "good"];
+    } catch (error) {
+      if (/^\s*[[{]/.test(area.value)) [text, rank] = [`not JSON: ${error.message}`, "warn"];
+    }
+    kind.textContent = text;
+    kind.className = "badge " + rank;
+    format.disabled = rank !== "good";
+    save.disabled = large || area.value === value && !ttl.value;
+  }
+  save.id = "save";
+  area.addEventListener("input", judge);
+  ttl.addEventListener("input", judge);
+  area.addEventListener("keydown", event => {
+    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    event.preventDefault();
+    save.click();
+  });
+  const changed = h("div.changed", {id: "changed", hidden: true});
+  const history = h("ol.events", {id: "history"});
+  const fact = (title, shown) => h("span", title, " ", h("b", shown));
+  const ends = h("b", {"data-expires": mine.expires});
+  fill($("detail"), mine.head, h("div.facts", kind, size(new TextEncoder().encode(value).length),
+    fact("changed at", number(node.modifiedIndex)), fact("created at", number(node.createdIndex)),
+    mine.expires > 0 && h("span", "expires in ", ends)), changed,
+  binary ? [h("p.note", "These are its bytes" + (value.includes("\ufffd")
+    ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
+  h("pre.hex", hex(value))] : area,
+  h("div.bar", !binary && [save, format,
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
+  h("h3", "History"), history);
+  judge();
+  tick();
+  follow(mine, area, history, changed);
+}
+/** The history of a key as far as it goes, and then what happens to it. */
+async function follow(mine, area, history, changed) {
+  for await (const {action, node} of changes(mine.key, {
+    since: Math.max(1, state.history), signal: mine.stop.signal})) {
+    const value = node.value, index = number(node.modifiedIndex);
+    history.prepend(h("li", h("span.at", index), badge(action),
+      h("code", shorten(value)), value != null && button("Use", "quiet write", () => {
+        area.value = value;
+        area.dispatchEvent(new Event("input"));
+      })));
+    if (history.children.length > 200) history.lastChild.remove();
+    if (node.modifiedIndex <= mine.node.modifiedIndex) continue;
+    changed.hidden = false;
+    fill(changed, h("span.grow", value == null ? `The key has gone: ${action} at ${index}.`
+      : `The key was changed elsewhere, at ${index}.`), button("Load", "", () => openKey(mine.key)));
+  }
+}
+const badge = action => h("span", {class: "badge " + ({delete: "bad", expire: "warn",
+  compareAndDelete: "bad", create: "good"}[action] || "")}, action);
+const shorten = (value = "") => BINARY.test(value) ? hex(value.slice(0, 16)).slice(8, 56) : value.slice(0, 300);
+
+async function saveValue(mine, value, ttl, index = mine.node.modifiedIndex) {
+  const {key, expires} = mine, form = {value, prevIndex: index};
+  if (ttl || expires) form.ttl = ttl || Math.max(1, Math.ceil(expires - clock()));
+  try {
+    await ask("PUT", keyPath(key), {form});
+  } catch (error) {
+    if (error.code === 101 || error.code === 100) return lost(mine, value, ttl);
+    if (error instanceof Refused) throw error;
+    return toast("No answer: it is not known whether the change was made. Load the key again.", {bad: true});
+  }
+  toast(`Saved ${key}`);
+  tree.touch(key);
+  if (opened === mine) await openKey(key);
+}
+/** Another client was faster: show both values, and let the reader decide. */
+async function lost(mine, value, ttl) {
+  const {key} = mine, theirs = await readNode(key).catch(error => {
+    if (error.code !== 100) throw error;
+  });
+  if (!theirs) return create(key, value, "The key was deleted meanwhile: nothing was saved");
+  const answer = await choose("The key was changed meanwhile", [h("p", `Nothing was saved. Red is what
+    it holds now (index ${number(theirs.modifiedIndex)}), green is yours.`), diff(theirs.value, value)],
+  ["theirs", "Take theirs"], ["mine", "Save mine over it", "primary"]);
+  if (answer === "theirs") return openKey(key);
+  if (answer === "mine") return saveValue(mine, value, ttl, theirs.modifiedIndex);
+}
+/** The lines that differ, with some around them. */
+function diff(before, after) {
+  let a = before.split("\n"), b = after.split("\n"), head = 0;
+  const shown = [], add = (kind, mark) => line => shown.push(
+    h("div", {class: kind}, mark + line.slice(0, 4000)));
+  const same = add("", "  "), del = add("del", "- "), ins = add("add", "+ ");
+  while (head < a.length && head < b.length && a[head] === b[head]) head++;
+  a.slice(Math.max(0, head - 3), head).forEach(same);
+  a = a.slice(head);
+  b = b.slice(head);
+  const tail = [];
+  while (a.length && b.length && a[a.length - 1] === b[b.length - 1]) tail.unshift(a.pop(), b.pop());
+  if (a.length * b.length > 4e6) b.length = a.length = 300;
+  const width = b.length + 1, long = new Uint16Array((a.length + 1) * width);     // common lines
+  for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--)
+    long[i * width + j] = a[i] === b[j] ? long[(i + 1) * width + j + 1] + 1
+      : Math.max(long[(i + 1) * width + j], long[i * width + j + 1]);
+  for (let i = 0, j = 0; i < a.length || j < b.length;) {
+    if (i < a.length && j < b.length && a[i] === b[j]) { same(a[i++]); j++; }
+    else if (j === b.length || i < a.length && long[(i + 1) * width + j] >= long[i * width + j + 1]) del(a[i++]);
+    else ins(b[j++]);
+  }
+  tail.filter((_, at) => at % 2 && at < 6).forEach(same);
+  return h("pre.diff", {id: "diff"}, shown);
+}
+async function create(key, text, why = "New key") {
+  const path = h("input", {autofocus: true, value: key, id: "newkey"});
+  const value = h("textarea", {id: "newvalue"}, text);
+  const ttl = h("input", {type: "number", min: 1, placeholder: "never"});
+  const dir = h("input", {type: "checkbox"});
+  if (await choose(why, [field("Key", path), field("Value", value), h("div.facts",
+    h("label.check", "TTL", ttl, "s"),
+    h("label.check", dir, "a directory, without a value"))], ["ok", "Create", "primary"]) !== "ok") return;
+  const made = cleaned(path.value), form = {prevExist: false};
+  if (dir.checked) form.dir = true; else form.value = value.value;
+  if (ttl.value) form.ttl = ttl.value;
+  try {
+    await ask("PUT", keyPath(made), {form});
+  } catch (error) {
+    if (error.code !== 105) throw error;
+    return toast(`${made} exists already.`, {bad: true, label: "Open", act: () => visit(made)});
+  }
+  toast(`Created ${made}`);
+  await tree.touch(made);
+  if (opened && opened.key === made) openKey(made); else visit(made);
+}
+/** What a directory holds; null if that is too much to keep. */
+async function contents(key) {
+  const stop = new AbortController();
+  const reply = await ask("GET", keyPath(key, "recursive=true"), {signal: stop.signal});
+  if (reply.headers.get("Content-Length") < UNDO_MAX) return (await reply.json()).node;
+  stop.abort();
+  return null;
+}
+const files = node => node.dir ? (node.nodes || []).flatMap(files) : [node];
+
+async function remove(key, node) {
+  const kept = node.dir ? await contents(key) : node;
+  if (await choose(node.dir ? "Delete this directory?" : "Delete this key?", [h("p.path", key),
+    h("p", !kept ? "It holds more than the page can keep: this cannot be undone."
+      : (node.dir ? `With the ${number(files(kept).length)} keys in it. Hidden keys are lost; all others` : "It") +
+      " can be made again for a minute, while this page is open.")], ["ok", "Delete", "danger"]) !== "ok") return;
+  try {
+    await ask("DELETE", keyPath(key, node.dir ? "recursive=true" : "prevIndex=" + node.modifiedIndex));
+  } catch (error) {
+    if (error.code !== 101) throw error;
+    toast(`${key} was changed meanwhile: nothing was deleted.`, {bad: true});
+    return openKey(key);
+  }
+  toast(`Deleted ${key}`, {seconds: 60, ...kept && {label: "Undo", act: guarded(() => undo(key, kept))}});
+  tree.touch(key);
+  visit(parentOf(key));
+}
+async function undo(key, kept) {
+  async function bring({key, dir, value, expiration, nodes = []}) {
+    const form = {prevExist: false, ...dir ? {dir} : {value}};
+    if (expiration) form.ttl = Math.ceil(Date.parse(expiration) / 1000 - clock());
+    if (form.ttl <= 0) return;
+    await ask("PUT", keyPath(key), {form}).catch(error => {
+      if (error.code !== 105) throw error;      // it is there again
+    });
+    for (const node of nodes) await bring(node);
+  }
+  await bring(kept);
+  toast(`${key} is back.`);
+  await tree.touch(key);
+  visit(key);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {      // it needs https, or localhost
+    const area = h("textarea");
+    area.value = text;
+    ($("dialog").open ? $("dialog") : document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  toast("Copied.");
+}
+const code = text => h("div.code", h("pre", text), button("Copy", "", () => copy(text)));
+const shell = text => "'" + text.replace(/'/g, "'\\''") + "'";
+
+function copyAs(key, value) {
+  const quoted = JSON.stringify(key), curl = "curl " + (account ? `-u ${shell(account.user)} ` : "") +
+    shell(`${server}/v2/keys${encoded(key)}`);
+  const login = account ? `, username=${JSON.stringify(account.user)}, password=input()` : "";
+  const python = `from pyetcd_client import Client\n\nclient = Client(${JSON.stringify(server)}${login})\n` +
+    (value == null ? `for node in client.get(${quoted}).children:\n    print(node.key, node.value)`
+      : `print(client.get(${quoted}).value)\nclient.set(${quoted}, ${JSON.stringify(value)})`);
+  choose("Copy as …", [h("h3", "curl"), code(curl),
+    value != null && code(`${curl} -XPUT --data-urlencode ${shell("value=" + value)}`),
+    h("h3", "Python"), code(python)]);
+}
+
+// ---- watch
+
+const watch = {events: []};
+
+async function startWatch() {
+  const key = cleaned($("watched").value), running = watch.stop;
+  if (running) running.abort();
+  watch.stop = running && watch.key === key ? null : new AbortController();
+  Object.assign(watch, {key, paused: null, trouble: "", seen: 0});
+  showWatch();
+  if (!watch.stop) return;
+  const {signal} = watch.stop, told = text => { watch.trouble = text; showWatch(); };
+  for await (const event of changes(key, {since: state.index + 1, recursive: true, signal, told})) {
+    event.at = new Date();
+    watch.seen++;
+    (watch.paused || watch.events).push(event);
+    if (watch.events.length > 1000) watch.events.shift();
+    if (!watch.paused) addEvent(event);
+    else if (watch.paused.length > 1000) watch.paused.shift();
+    showWatch();
+  }
+}
+function showWatch() {
+  $("start").textContent = watch.stop ? "Stop" : "Watch";
+  $("pause").disabled = !watch.stop;
+  $("pause").textContent = watch.paused ? `Go on (${watch.paused.length})` : "Pause";
+  $("watching").textContent = watch.trouble || (watch.stop
+    ? `Watching ${watch.key} and all below it: ${number(watch.seen)} changes so far.`
+    : "Every change appears here as soon as it is made.");
+}
+function addEvent({action, node, at}) {
+  const wanted = $("filter").value.toLowerCase(), list = $("events");
+  if (!`${action} ${node.key} ${node.value}`.toLowerCase().includes(wanted)) return;
+  list.prepend(h("li", h("time", time(at)), badge(action),
+    h("a.what", {href: link(node.key)}, node.key), h("code", shorten(node.value)),
+    h("span.at", number(node.modifiedIndex))));
+  if (list.children.length > 300) list.lastChild.remove();
+}
+function drawEvents() {
+  fill($("events"));
+  watch.events.forEach(addEvent);
+}
+
+// ---- discovery, users, log
+
+const REGISTRY = "/_etcd/registry";
+let discovery = null;
+
+/** When a token was made, which a UUID of version 7 tells; else 0. */
+function madeAt(token) {
+  const at = parseInt(token.slice(0, 12), 16) / 1000;
+  return token[12] === "7" && "89ab".includes(token[16]) && at < clock() + 3600 ? at : 0;
+}
+const loadTokens = guarded(async () => {
+  const tokens = [];
+  try {
+    for await (const line of lines("ui/keys" + REGISTRY))
+      if (Array.isArray(line)) tokens.push(...line.filter(row => row[1]));
+  } catch (error) { if (error.code !== 100) throw error; }
+  tokens.sort((a, b) => b[5] - a[5]);
+  fill($("tokens"), await Promise.all(tokens.slice(0, 24).map(row => tokenCard(row[0]))),
+    tokens.length !== Math.min(Math.max(tokens.length, 1), 24) && h("p.empty",
+      tokens.length ? "Older ones are not shown." : "No tokens yet."));
+});
+async function tokenCard(token) {
+  const key = `${REGISTRY}/${token}`, [config, all] = await Promise.all([
+    readNode(key + "/_config/size").catch(() => ({})), readNode(key).catch(() => ({}))]);
+  const total = Number(config.value) || 0, at = madeAt(token), url = `${server}/${token}`;
+  const members = (all.nodes || []).filter(node => node.value).sort((a, b) => a.createdIndex - b.createdIndex);
+  const missing = Math.max(0, total - members.length);
+  const command = `python3 pyetcd.py -name machine${members.length + 1} \\
+  -listen-peer-urls http://0.0.0.0:2380 -initial-advertise-peer-urls 'http://$private_ipv4:2380' \\
+  -listen-client-urls http://0.0.0.0:2379 -advertise-client-urls 'http://$private_ipv4:2379' \\
+  -discovery ${url}`;
+  return h("article.card", h("div.bar",
+    h("h3", total ? `${members.length} of ${total} registered` : "no size"),
+    h("span", {class: "badge " + (missing ? "warn" : "good")}, missing ? `${missing} missing` : "complete"),
+    gap(), h("small", at ? `${span(clock() - at)} old` : "age unknown")),
+  h("div.slots", members.map(node => h("span.slot", {title: nameOf(node.key)}, node.value)),
+    Array.from({length: Math.min(missing, 20)}, () => h("span.slot.missing", "waiting …"))),
+  code(url), missing > 0 && h("details", h("summary", "The next member"), code(command)));
+}
+async function watchTokens(signal) {
+  loadTokens();
+  for await (const _ of changes(REGISTRY, {since: state.index + 1, recursive: true, signal})) {
+    clearTimeout(watchTokens.timer);
+    watchTokens.timer = setTimeout(loadTokens, 200);
+  }
+}
+const showAccess = guarded(async () => {
+  const view = $("access"), names = list => (list || []).join(", ") || "–";
+  fill(view, h("div.card.empty", state.auth ? "Only root may see users and roles."
+    : "Users and roles are off. To turn them on: pyetcdctl user add root && pyetcdctl auth enable"));
+  if (!state.auth) return;
+  const {users} = await json("GET", "v2/auth/users"), {roles} = await json("GET", "v2/auth/roles");
+  const table = (heads, rows) => h("div.card.scroll", h("table", [heads, ...rows].map((cells, at) =>
+    h("tr", cells.map(cell => h(at ? "td" : "th", {}, cell))))));
+  fill(view, h("h2", "Users"), table(["User", "Roles"], (users || []).map(({user, roles}) =>
+    [h("b", user), names((roles || []).map(({role}) => role))])),
+  h("h2", "Roles"), table(["Role", "May read", "May write"], (roles || []).map(({role, permissions: {kv}}) =>
+    [h("b", role), h("code", names(kv.read)), h("code", names(kv.write))])));
+});
+let logged = [];
+const loadLog = guarded(async () => {
+  logged = (await json("GET", "ui/log")).lines;
+  drawLog();
+  if (current === "log") timer = setTimeout(loadLog, 2000);
+});
+function drawLog() {
+  const wanted = $("logfilter").value.toLowerCase(), box = $("lines");
+  const kinds = {WARNING: "warn", ERROR: "bad", CRITICAL: "bad"};
+  const atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+  fill(box, logged.filter(([, ...words]) => words.join(" ").toLowerCase().includes(wanted))
+    .map(([at, kind, from, text]) => h("p", {class: kinds[kind]},
+      h("span", time(new Date(at * 1000))), h("span", from), text)));
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+// ---- views, keyboard, colours
+
+const VIEWS = ["overview", "keys", "watch", "discovery", "access", "log"];
+let current = "", timer = 0, saved = {};
+try { saved = localStorage; } catch { /* the browser keeps nothing */ }
+
+function go(view) {
+  if (view === current) return;
+  current = view;
+  declined = false;
+  for (const tab of $("tabs").children) {
+    show(tab.dataset.view, tab.dataset.view === view);
+    tab.ariaCurrent = tab.dataset.view === view ? "page" : null;
+  }
+  clearTimeout(timer);
+  if (discovery) discovery.abort();
+  if (!state) return;
+  if (view === "overview") showState();
+  if (view === "keys" && !tree.root.kids) tree.load(tree.root);
+  if (view === "keys") tree.drawSoon();
+  if (view === "discovery") watchTokens((discovery = new AbortController()).signal);
+  if (view === "access") showAccess();
+  if (view === "log") loadLog();
+}
+function route() {
+  const [, view, rest] = /^#\/(\w+)(.*)/.exec(location.hash) || [0, "overview", ""];
+  let key = "/";
+  try { key = cleaned(decodeURIComponent(rest)); } catch { /* no key */ }
+  go(VIEWS.includes(view) ? view : "overview");
+  if (!state) return;
+  if (view === "keys" && (!opened || opened.key !== key)) openKey(key);
+  if (view === "watch" && rest && !(watch.stop && watch.key === key)) {
+    $("watched").value = key;
+    startWatch();
+  }
+}
+function theme(step) {
+  const names = ["as the system has them", "light", "dark"], at = ((saved.theme || 0) % 3 + step) % 3;
+  saved.theme = at;
+  document.documentElement.style.colorScheme = ["light dark", "light", "dark"][at];
+  $("theme").textContent = "◐☀☾"[at];
+  $("theme").title = "Colours: " + names[at];
+}
+function tick() {
+  for (const node of document.querySelectorAll("[data-expires]"))
+    node.textContent = span(node.dataset.expires - clock());
+  if (current === "keys") tree.drawSoon();
+}
+const help = () => choose("Keyboard", h("dl", ["1 – 6", "the views", "/", "search", "n", "new key", "r",
+  "load again", "↑ ↓ ← →", "move in the tree", "Enter", "open", "Ctrl S", "save", "t", "colours"]
+  .map((text, at) => at % 2 ? h("dd", text) : h("dt", h("kbd", text)))));
+function reload() {
+  if (tree.root.kids) tree.load(tree.root);
+  if (opened) openKey(opened.key);
+}
+const createHere = guarded(() => {
+  const {key, dir} = tree.flat[tree.at] || tree.root;
+  return create(cleaned(dir ? key : parentOf(key)).replace(/([^/])$/, "$1/"));
+});
+function keyboard(event) {
+  const {key, target, ctrlKey, metaKey, altKey} = event;
+  if ($("dialog").open || ctrlKey || metaKey || altKey || /INPUT|TEXTAREA|SELECT/.test(target.tagName)) return;
+  if (VIEWS[key - 1]) location.hash = "#/" + VIEWS[key - 1];
+  else if (key === "/") { go("keys"); $("query").focus(); }
+  else if (key === "n" && state && state.ui === "true") createHere();
+  else if (key === "r" && current === "keys") reload();
+  else if (key === "t") theme(1);
+  else if (key === "?") help();
+  else return;
+  event.preventDefault();
+}
+let typing = 0;
+function search() {
+  clearTimeout(typing);
+  typing = setTimeout(guarded(() => tree.search($("query").value.trim())), 250);
+}
+for (const view of VIEWS) $("tabs").append(
+  h("a", {href: "#/" + view, "data-view": view}, view[0].toUpperCase() + view.slice(1)));
+on("theme", "click", () => theme(1));
+on("help", "click", help);
+on("login", "click", () => logIn());
+on("query", "input", search);
+on("where", "change", search);
+on("hidden", "change", () => { tree.load(tree.root); search(); });
+on("reload", "click", reload);
+on("create", "click", createHere);
+on("tree", "scroll", () => tree.drawSoon());
+on("tree", "keydown", event => tree.key(event));
+// By place: the row may be drawn again before it is released.
+on("tree", "click", ({clientY}) => tree.open(
+  Math.floor((clientY - $("space").getBoundingClientRect().top) / tree.high)));
+on("start", "click", startWatch);
+on("watched", "keydown", ({key}) => { if (key === "Enter") startWatch(); });
+on("pause", "click", () => {
+  const missed = watch.paused;
+  watch.paused = missed ? null : [];
+  watch.events = watch.events.concat(missed || []).slice(-1000);
+  (missed || []).forEach(addEvent);
+  showWatch();
+});
+on("filter", "input", drawEvents);
+on("token", "click", guarded(async () => {
+  const url = await (await ask("POST", "new", {form: {size: $("size").value}})).text();
+  toast("A new token: " + url, {label: "Copy", act: () => copy(url), seconds: 20});
+  loadTokens();
+}));
+on("logfilter", "input", drawLog);
+addEventListener("hashchange", route);
+addEventListener("keydown", keyboard);
+addEventListener("resize", () => tree.drawSoon());
+theme(0);
+route();
+poll().then(() => { current = ""; route(); });
+setInterval(tick, 1000);
+'''
+
+
+# ============================================================================
+# api/request_log -- The line of a request at level DEBUG.
+# ============================================================================
+
+
+def log_reply(request: HttpRequest, log: logging.Logger) -> None:
+    """Have a request logged when its reply begins, with status and duration.
+
+    Source: etcd 2.3 etcdhttp/client.go, which logs it when it comes, without either.
+    """
+    request.connection = cast(Connection, _Logged(request, log))
+
+
+class _Logged:
+    """The connection of one request, which looks at the first bytes of the reply."""
+
+    def __init__(self, request: HttpRequest, log: logging.Logger) -> None:
+        connection = request.connection
+        line = request.method, request.target, connection.remote
+        vars(self).update(connection=connection, line=line, log=log, since=connection.reactor.now())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.connection, name, value)
+
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Send a part of the reply."""
+        self._look(data)
+        self.connection.send(data, more)
+
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
+        """Send the end of the reply."""
+        self._look(data)
+        self.connection.finish(data, keep_alive, more)
+
+    def _look(self, data: bytes) -> None:
+        if self.line:
+            seconds = self.connection.reactor.now() - self.since
+            self.log.debug("[%s] %s remote:%s status:%d duration:%.3f ms", *self.line,
+                           int(data[9:12]), round(seconds * 1e3, 3))
+            vars(self)["line"] = ()
+
+
+# ============================================================================
+# api/ring -- The last five minutes of a member, a sample a second: what the page draws.
+# ----------------------------------------------------------------------------
+# Nothing is counted for it: a sample is the difference of counters that are there anyway.
+# ============================================================================
+
+
+SAMPLES_MAX = 300                   # kept, one a second; above: the oldest is forgotten
+SAMPLE_SECONDS = 1.0
+_WRITES = ("sets", "create", "update", "delete", "compare_and_swap", "compare_and_delete")
+
+
+class SecondSample(NamedTuple):
+    """What happened in one second; latencies are 0 if nothing was measured."""
+
+    unix_s: int
+    writes_s: float                 # applied, per second: those of the whole cluster
+    reads_s: float                  # of keys, that this member was asked for, per second
+    p50_ms: float                   # of the writes that this member has answered
+    p99_ms: float
+    fsync_ms: float                 # mean time of a write and sync of the log
+    watchers: int
+    keys: int                       # of users, directories included
+
+
+class _Totals(NamedTuple):
+    """The counters at one moment."""
+
+    at: float
+    writes: int
+    reads: int
+    durations: Sequence[int]        # by bucket
+    syncs: int
+    sync_s: float
+
+
+class Ring:
+    """Takes a sample a second, as long as the member runs.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, keys: KeysApi) -> None:
+        self.samples: Deque[SecondSample] = collections.deque(maxlen=SAMPLES_MAX)
+        self._server = server
+        self._keys = keys
+        self._before = self._totals()
+        self._timer = server.reactor.every(SAMPLE_SECONDS, self._sample)
+
+    def _totals(self) -> _Totals:
+        server, keys = self._server, self._keys
+        keys.count_puts()
+        stats = server.store.stats
+        counts, sync_s = server.journal.writer.sync_durations.totals
+        return _Totals(
+            server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
+            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+        )
+
+    def _sample(self) -> None:
+        server = self._server
+        if server.stopping:
+            self._timer.cancel()
+            return
+        before, now = self._before, self._totals()
+        self._before = now
+        seconds = max(now.at - before.at, 1e-3)
+        counts = [new - old for new, old in zip(now.durations, before.durations)]
+        syncs = now.syncs - before.syncs
+        # A snapshot of the leader brings its counters along: no rate can be told from those.
+        self.samples.append(SecondSample(
+            server.reactor.wall_ns() // NS, max(now.writes - before.writes, 0) / seconds,
+            (now.reads - before.reads) / seconds,
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.5),
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.99),
+            1_000 * (now.sync_s - before.sync_s) / syncs if syncs else 0.0,
+            server.store.stats.watchers, count_keys(server.store),
+        ))
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
+    """Return the value below which `share` of the counted values lie; 0.0 if there are none.
+
+    bounds  upper bounds of the buckets; the last count is of what is above them
+
+    The values of a bucket are taken to lie evenly between its bounds.
+    """
+    wanted = share * sum(counts)
+    if not wanted:
+        return 0.0
+    steps = zip([0.0, *bounds], bounds, itertools.accumulate(counts), counts)
+    for lower, upper, below, here in steps:
+        if below >= wanted:
+            return upper - (below - wanted) / here * (upper - lower)
+    return bounds[-1]
+
+
+def count_keys(store: Store) -> int:
+    """Return how many keys and directories users have: all nodes but those of the cluster."""
+    members = [f"/0/members/{name}" for name, _ in store.children("/0/members")]
+    others = sum(map(store.count_children, (*_NOT_OF_USERS, *members)))
+    return max(len(store) - 1 - others, 0)
+
+
+# Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
+_NOT_OF_USERS = (
+    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
+)
 
 
 # ============================================================================
@@ -16199,7 +18047,7 @@ class Download:
     """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
-        self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
+        self, request: HttpRequest, server: EtcdServer, ended: "Callable[[Download], None]"
     ) -> None:
         self._request = request
         self._server = server
@@ -16351,12 +18199,18 @@ class StatusApi:
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}."""
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
+
+        With "Package": "raft" only that of one package.  Without it also that of packages whose
+        level was set before, as in etcd.
+        """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
         try:
-            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+            members = GoJson.loads(request.body, partial=True)
+            name = GoJson.string_member(members, "Level")
+            package = GoJson.string_member(members, "Package")
         except ValueError:
             write_message(request, 400, "Invalid json body")
             return
@@ -16364,8 +18218,17 @@ class StatusApi:
         if level is None:
             write_message(request, 400, f"Invalid log level {name}")
             return
-        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
-        logging.getLogger("pyetcd").setLevel(level[1])
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            write_message(request, 400, f"Invalid log package {package}")
+            return
+        if package:
+            package_logger("etcdhttp").info('log level of %s set to "%s"', package, level[0])
+            package_logger(package).setLevel(level[1])
+        else:
+            package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+            for each in [n for n in logging.root.manager.loggerDict if n.startswith("pyetcd.")]:
+                logging.getLogger(each).setLevel(logging.NOTSET)
+            logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
 
 
@@ -16376,6 +18239,318 @@ _LEVELS = {
         ("INFO", "3", logging.INFO), ("DEBUG", "4", logging.DEBUG), ("TRACE", "5", logging.DEBUG),
     ) for word in (name, name[0], number) if word
 }
+
+
+# ============================================================================
+# api/ui -- The page, /ui, and the few paths below it that the page needs beside the other APIs.
+# ----------------------------------------------------------------------------
+# /ui                 the page
+# /ui/status          members, what is wrong, and the samples of the last five minutes
+# /ui/keys/<path>     the children of a directory, or with ?q= what is found below it
+# /ui/log             the last lines of the log, for root
+# ============================================================================
+
+
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
+                                    # script of another origin without being asked about
+UI_MODES = ("true", "false", "readonly")
+LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
+HITS_MAX = 500                      # of one search; likewise
+PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
+BROWSES_MAX = 8                     # listings and searches at a time; above: 503
+BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
+UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+def _source_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def page_headers() -> str:
+    """Return the header lines of the page: it may run its own script only, and ask us only.
+
+    Trusted types make the browser refuse every way from text to HTML, script included.
+    """
+    policy = (
+        f"default-src 'none'; script-src {_source_hash(PAGE_JS)}; style-src"
+        f" {_source_hash(PAGE_CSS)}; connect-src 'self'; img-src data:; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script';"
+        " trusted-types 'none'"
+    )
+    return (
+        f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\n"
+        "X-Frame-Options: DENY\r\nReferrer-Policy: same-origin\r\nCache-Control: no-cache\r\n"
+    )
+
+
+class UiApi:
+    """/ui and what is below it.  mode: one of UI_MODES.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, auth: Auth, guard: Guard, keys: KeysApi) -> None:
+        self._server = server
+        self._auth = auth
+        self._guard = guard
+        self._mode = server.config.ui
+        self._page = PAGE_HTML.replace("@STYLE@", PAGE_CSS).replace("@SCRIPT@", PAGE_JS).encode()
+        self._headers = page_headers()
+        self._overview = Overview(server)
+        self._ring = Ring(server, keys) if self._mode != "false" else None
+        self._browses: Set[Browse] = set()
+
+    def stop(self) -> None:
+        """Ask the other members no more."""
+        self._overview.stop()
+
+    def route(self, head: HttpHead) -> Optional[Handler]:
+        """Return what answers a request with this head; None if it is no matter of the page."""
+        path = head.path
+        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
+            return None
+        if self._mode == "false":
+            return None
+        if path == "/":
+            is_browser = "text/html" in head.headers.get("accept", "")
+            return _send_to_page if is_browser and head.method in ("GET", "HEAD") else None
+        is_listing = path.startswith("/ui/keys/") or path == "/ui/keys"
+        if head.method != "GET" and (is_listing or head.method != "HEAD"):
+            return functools.partial(refuse_method, "GET" if is_listing else "GET,HEAD")
+        if is_listing:
+            return self._route_keys(head)
+        if path == "/ui/log":
+            return self._guard.root(head, self._log, refuse_credentials)
+        handlers: Dict[str, Handler] = {
+            "/ui": self._send_page, "/ui/": _send_to_page, "/ui/status": self._status,
+        }
+        return handlers.get(path, not_found)
+
+    def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
+        """Return what refuses a write of a page; None if it is none, or may pass.
+
+        A form on a page elsewhere can POST without that page's script being asked about.
+
+        origins  those that the operator has named in -cors
+        """
+        headers, is_read = head.headers, head.method in _READS
+        if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
+            return None if self._mode == "true" else _refuse_readonly
+        if is_read:
+            return None
+        if "referer" in headers and headers["referer"].endswith(f"://{headers.get('host')}/ui"):
+            return _refuse_headerless
+        if head.method != "POST" or not head.path.startswith("/v2/"):
+            return None
+        is_allowed = "*" in origins or headers.get("origin", "") in origins
+        return _refuse_foreign if not is_allowed and is_foreign(head) else None
+
+    def _send_page(self, request: HttpRequest) -> None:
+        request.reply(200, self._page, "text/html; charset=utf-8", self._headers)
+
+    def _status(self, request: HttpRequest) -> None:
+        """?since=UNIX_S: without the samples up to then."""
+        assert self._ring is not None   # else there is no such path
+        server, overview = self._server, self._overview
+        since = request.query.partition("since=")[2][:20]
+        overview.look()
+        rows = overview.rows()
+        samples = [
+            [sample.unix_s, *(round(value, 3) for value in sample[1:])]
+            for sample in self._ring.samples
+            if not since.isdecimal() or sample.unix_s > int(since)
+        ]
+        history = server.store.hub.history
+        text = json_text({
+            "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
+            "cluster": format_id(server.cluster.id), "version": server.cluster.identity.reported,
+            "pyetcd": __version__, "index": server.store.current_index,
+            "history": history.first_index, "problems": overview.problems(rows),
+            "members": rows,
+        })
+        text = f'{text[:-1]},"samples":{json.dumps(samples)}}}'     # 0.5 ms instead of 4
+        request.reply(200, utf8(text), headers=_NO_STORE)
+
+    def _log(self, request: HttpRequest) -> None:
+        lines = list(RECENT_LINES.lines)
+        request.reply(200, utf8(json_text({"lines": lines})), headers=_NO_STORE)
+
+    # -- keys --------------------------------------------------------------
+
+    def _route_keys(self, head: HttpHead) -> Handler:
+        path = clean_path(head.path[len("/ui/keys"):] or "/")
+        if len(head.query) > SHORT_HEADER_BYTES_MAX:
+            return lambda request: request.reply(414)
+        try:
+            fields = parse_form(head.query.encode("latin-1"))
+        except InvalidForm as error:
+            refused = error.with_traceback(None)
+            return lambda request: write_error(request, refused, "")
+        wanted = fields.get("q", "").lower()
+        browse = functools.partial(
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
+            "hidden" in fields,
+        )
+        return self._guard.key(
+            head, path, write=False, recursive=bool(wanted), passed=browse,
+            refused=refuse_credentials,
+        )
+
+    def _browse(
+        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
+    ) -> None:
+        if len(self._browses) >= BROWSES_MAX:
+            write_message(request, 503, "too many listings are under way; try again")
+            return
+        store = self._server.store
+        nodes = store.below(path, recursive=bool(text), hidden=hidden)
+        if nodes is None:
+            try:
+                store.listing(path, now_ns=0).end()
+            except EtcdError as error:
+                write_error(request, error, "")
+            return
+        rows = search(nodes, text, where) if text else listing(nodes)
+        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
+                        self._browses.discard)
+        self._browses.add(browse)
+        browse.start()
+
+
+_NO_STORE = "Cache-Control: no-store\r\n"
+
+
+def _send_to_page(request: HttpRequest) -> None:
+    request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
+
+
+def _refuse_readonly(request: HttpRequest) -> None:
+    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
+                  " or -ui=false")
+
+
+def _refuse_headerless(request: HttpRequest) -> None:
+    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
+
+
+def _refuse_foreign(request: HttpRequest) -> None:
+    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
+                  " knowledge: name the page's origin in -cors if it may")
+
+
+def is_foreign(head: HttpHead) -> bool:
+    """True if a browser sends this for a page of another origin."""
+    site = head.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    origin = head.headers.get("origin", "")
+    return origin != "" and origin.partition("://")[2] != head.headers.get("host", "")
+
+
+Rows = Iterator[str]                # for each node looked at, and now and then: a row, or ""
+Nodes = Iterator[Optional[Tuple[str, Node]]]
+
+
+def row_json(name: str, node: Node) -> str:
+    """Return [name, is directory, value's begin, size, expiry in unix s or 0, modified index].
+
+    size  of a directory: number of its children; of a value: in bytes, as JSON if it is long
+    """
+    preview, size = "", len(node.children or ())
+    if isinstance(node, LongNode):
+        size = sum(map(len, node.json))
+    elif node.value is not None:
+        preview, size = node.value[:PREVIEW_CHARS_MAX], len(utf8(node.value))
+    return (
+        f"[{json_string(name)},{int(node.children is not None)},{json_string(preview)},{size}"
+        f",{node.expires_ns // NS},{node.modified_index}]"
+    )
+
+
+def listing(nodes: Nodes) -> Rows:
+    """Rows of the children of a directory."""
+    for found in nodes:
+        yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
+
+
+def search(nodes: Nodes, text: str, where: str) -> Rows:
+    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
+
+    where  `key`, `value` or "": both
+    """
+    for found in nodes:
+        if found is None:
+            yield ""
+            continue
+        path, node = found
+        has = where != "value" and text in path[2:].lower()
+        if not has and where != "key":
+            if isinstance(node, LongNode):
+                has = yield from _long_has(node, json_string(text)[1:-1])
+            else:
+                has = node.value is not None and text in node.value.lower()
+        yield row_json(path[2:], node) if has else ""
+
+
+def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
+    """Return whether the JSON of a long value has `inside`, with a pause for each piece."""
+    before = ""
+    for piece in node.json:
+        here = before + piece.decode().lower()
+        if inside in here:
+            return True
+        before = here[1 - len(inside):] if len(inside) > 1 else ""
+        yield ""
+    return False
+
+
+class Browse:
+    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
+
+    Lines of JSON: arrays of rows, then an object that says whether there is more.
+    """
+
+    def __init__(
+        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
+        ended: "Callable[[Browse], None]",
+    ) -> None:
+        self._reactor = server.reactor
+        self._rows = rows
+        self._left = rows_max
+        self._ended = ended
+        self._looked = 0
+        index = server.store.current_index
+        self._end = f'"index":{index}'
+        self._reply: StreamReply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        self._reply.on_close = self._gone
+
+    def start(self) -> None:
+        """Write the first slice."""
+        self._go_on()
+
+    def _go_on(self) -> None:
+        reply = self._reply
+        if reply.closed:
+            self._ended(self)
+            return
+        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
+        self._looked += len(looked)
+        found = [row for row in looked if row][:self._left]
+        self._left -= len(found)
+        if found:
+            reply.write(f"[{','.join(found)}]\n".encode())
+        if not self._left or len(looked) < BROWSE_SLICE_NODES:
+            more = str(not self._left).lower()
+            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
+            reply.end()
+            self._ended(self)
+        elif reply.pending > UNREAD_BYTES_MAX:
+            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
+        else:
+            self._reactor.call_in_turn(self._go_on)
+
+    def _gone(self) -> None:
+        self._rows = iter(())
+        self._ended(self)
 
 
 # ============================================================================
@@ -16452,6 +18627,7 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
+        self._ui = UiApi(server, auth, self._guard, self._keys)
         status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
@@ -16469,6 +18645,10 @@ class ClientApi:
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
 
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
+
     @property
     def handler(self) -> Handler:
         """The handler of client requests, with CORS only if that is configured."""
@@ -16480,7 +18660,7 @@ class ClientApi:
     def serve(self, request: HttpRequest) -> None:
         """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
-            self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
+            log_reply(request, self._log)
         head = request.head
         decided: Optional[Tuple[int, Handler]] = head.parsed
         version = self._applier.auth_changes
@@ -16497,10 +18677,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
@@ -16560,7 +18746,7 @@ class PeerApi:
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
-        elif path in ("/members", "/version"):
+        elif path in ("/members", "/version", "/status"):
             self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
@@ -16570,6 +18756,8 @@ class PeerApi:
             refuse_method("GET", request)
         elif path == "/version":
             request.reply(200, version_json(self._server))
+        elif path == "/status":             # for the page of another member
+            reply_report(self._server, request)
         else:
             cluster = self._server.cluster
             members = sorted(cluster.members.values())
@@ -16591,6 +18779,7 @@ class DiscoveryService:
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold; None: they hold none
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -16598,10 +18787,11 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None],
+        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
     ) -> None:
         self._do = do
         self._keys = keys
+        self._wall_ns = wall_ns
 
     def handle(self, request: HttpRequest) -> bool:
         """Answer a request for the registry; return False for any other path."""
@@ -16622,7 +18812,8 @@ class DiscoveryService:
         """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
-            isinstance(request, CorsRequest) and request.is_allowed
+            PAGE_HEADER in request.headers      # then it was the page's button
+            or isinstance(request, CorsRequest) and request.is_allowed
         ):
             write_text(request, 403, _NOT_FOR_PAGES)
             return
@@ -16637,9 +18828,9 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = os.urandom(16).hex()
+        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
 
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
                 write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
@@ -16663,6 +18854,19 @@ class DiscoveryService:
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
+
+
+def make_token(wall_ns: Optional[int]) -> str:
+    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+
+    wall_ns  unix nanoseconds; None: all of it is by chance
+    """
+    token = bytearray(os.urandom(16))
+    if wall_ns is not None:                     # RFC 9562 §5.7
+        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+        token[6] = token[6] & 0x0F | 0x70
+        token[8] = token[8] & 0x3F | 0x80
+    return token.hex()
 
 
 _NOT_FOR_PAGES = (
@@ -16713,6 +18917,152 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
+# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
+# ============================================================================
+
+
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+
+_Key = Tuple[int, str, str]         # level, logger, text
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        repeated = getattr(record, "repeated", 0)
+        often = "once" if repeated == 1 else f"{repeated} times"
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
+        return f"{record.asctime} {prefix}{record.message}{count}"
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, indented: no text in it looks like a line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, package, message, and the fields of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time is local, with microseconds and zone (RFC 3339)."""
+        time = datetime.fromtimestamp(record.created).astimezone()
+        shown = {
+            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
+            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if getattr(record, "repeated", 0):
+            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown)
+
+
+class _Repeats:
+    """A line that was logged, and how often it has come since."""
+
+    __slots__ = ("since", "count", "last")
+
+    def __init__(self, since: float, last: logging.LogRecord) -> None:
+        self.since = since
+        self.count = 0
+        self.last = last
+
+
+class RepeatHandler(logging.Handler):
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
+    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
+    all others.  Lines of raft that differ only in the term are the same line.
+    """
+
+    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
+        super().__init__()
+        self._target = target
+        self._now = now
+        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        now = self._now()
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
+            key, repeats = self._logged.popitem(last=False)
+            if self._tell(repeats):
+                self._logged[key] = _Repeats(now, repeats.last)
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            self._target.handle(record)
+            return
+        text = record.getMessage()
+        if record.name == "pyetcd.raft":
+            text = re.sub(r"term \d+", "term", text)
+        key = record.levelno, record.name, text
+        if key in self._logged:
+            self._logged[key].count += 1
+            self._logged[key].last = record
+            return
+        if len(self._logged) >= LOG_REPEATS_MAX:
+            self._tell(self._logged.popitem(last=False)[1])
+        self._logged[key] = _Repeats(now, record)
+        self._target.handle(record)
+
+    def _tell(self, repeats: _Repeats) -> bool:
+        """Log the last line with its count; False if it has not come again."""
+        if repeats.count:
+            record = copy.copy(repeats.last)
+            record.repeated = repeats.count
+            self._target.handle(record)
+        return repeats.count > 0
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        while self._logged:
+            self._tell(self._logged.popitem(last=False)[1])
+        super().close()
+
+
+# ============================================================================
+# life/wait_report -- What a member waits for before it serves, said in the log.
+# ============================================================================
+
+
+WAIT_REPORT_SECONDS = 10.0
+
+
+class WaitReport:
+    """Logs every ten seconds what the block of a `with` waits for, and for how long.
+
+    what  of it now; "": nothing worth a line.  Thread: one, beside that of the block.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.what = ""
+        self._log = package_logger(package)
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "WaitReport":
+        threading.Thread(target=self._run, name="wait-report", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        since = SYSTEM_CLOCK.now()
+        while not self._ended.wait(WAIT_REPORT_SECONDS):
+            if self.what:
+                self._log.info("waiting for %s, %.0f s", self.what, SYSTEM_CLOCK.now() - since)
+
+
+# ============================================================================
 # life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
@@ -16737,7 +19087,7 @@ class DiscoveryUnreachable(DiscoveryError):
 class DiscoveryFull(DiscoveryError):
     """Enough other members have registered: there is no place for this one."""
 
-    def __init__(self, members: List[Registration]) -> None:
+    def __init__(self, members: "List[Registration]") -> None:
         super().__init__("discovery: cluster is full")
         self.members = members
 
@@ -16854,6 +19204,7 @@ class Discovery:
         self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
+        self._report = WaitReport("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -16862,9 +19213,10 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._read_registry()
-        self._register()
-        return self._initial_cluster(self._wait_until_complete())
+        with self._report:
+            self._read_registry()
+            self._register()
+            return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
         """Wait for the members without registering; return the initial cluster.
@@ -16872,7 +19224,8 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait_until_complete())
+            with self._report:
+                return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -16978,6 +19331,11 @@ class Discovery:
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
+            names = ", ".join(member.value.partition("=")[0] for member in members)
+            self._report.what = (
+                f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
+                f" {len(members)} of {state.size} registered ({names})"
+            )
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
@@ -17031,6 +19389,7 @@ class Discovery:
     def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
+        self._report.what = f"the discovery service: {error}"
         self._log.error("error #0: %s%s", error, advice)
         wait_s = self._backoff.next()
         self._log.info(
@@ -17254,7 +19613,7 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
+    def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
         found = []
         for url in urls:
             addresses, scheme = {url_address(url)}, urlsplit(url).scheme
@@ -17338,9 +19697,14 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
         log.info("initial cluster = %s", initial)
 
 
-def default_initial_cluster(name: str) -> str:
-    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
-    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+def default_initial_cluster(config: ServerConfig) -> str:
+    """Return the default of -initial-cluster: the member alone, on the peer URLs it advertises.
+
+    Source: etcd 3.  Differs from etcd 2.3, which puts the default peer URLs there, and then
+    refuses a member that advertises others.
+    """
+    urls = config.initial_advertise_peer_urls or DEFAULT_PEER_URLS.split(",")
+    return ",".join(f"{config.name}={url}" for url in urls)
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
@@ -17480,7 +19844,7 @@ def _parse_domain(text: str) -> str:
 
 def one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
     """Return the parser that accepts `choices`; refusal: its reason for any other text."""
-    def parse(text: str) -> str:
+    def parse(text: "str") -> "str":
         if text not in choices:
             raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
@@ -17508,10 +19872,6 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
-LOG_PACKAGES = (
-    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
-    "rafthttp", "snap", "tls", "wal",
-)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -17547,7 +19907,7 @@ def _parse_proxy(text: str) -> str:
 
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
-    def parse(text: str) -> bool:
+    def parse(text: "str") -> "bool":
         if parse_bool(text):
             raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
@@ -17587,6 +19947,7 @@ _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default wi
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
     "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+    "format": (one_of("text", "json", "console"), "text"),
 }
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
@@ -17602,6 +19963,7 @@ listen-client-urls  urls  list of URLs to listen on for client traffic.
 max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
 max-wals  uint  maximum number of wal files to retain (0 is unlimited).
 cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+ui  true|false|readonly  the page at /ui: `true`, `false`, or `readonly`.
 """),
     "clustering": (*flag_rows("""
 initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
@@ -17660,6 +20022,7 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
     "logging": flag_rows("""
 debug  bool  enable debug-level logging.
 log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+log-format  format  `text` (or `console`), as etcd 2.3 writes it, or `json`: an object a line.
 """),
     "unsafe": flag_rows("""
 force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
@@ -17667,6 +20030,7 @@ force-new-cluster  bool  make this member the only one of its cluster: after the
     "other": flag_rows("""
 version  bool  show the version and exit.
 config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+cloud-config  text  path to a cloud-config: flags and variables go before its section coreos.etcd2.
 """),
     "of etcd 0.4, still working": flag_rows("""
 addr  address  [DEPRECATED] use -advertise-client-urls.
@@ -17741,7 +20105,7 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "the log goes to stderr; its level is set by -debug and -log-package-levels": {
         "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-level": "info", "enable-log-rotation": False,
         "log-rotation-config-json": "",
     },
     "the log has no such warnings": {
@@ -17772,6 +20136,82 @@ def _all_flags() -> Dict[str, Flag]:
             parse = parse_bool if isinstance(default, bool) else str
             flags[name] = Flag(name, parse, default, "", reason)
     return flags
+
+
+# ============================================================================
+# life/cloud_config -- The section for etcd2 in a cloud-config, which is YAML for several programs.
+# ----------------------------------------------------------------------------
+# Source: coreos-cloudinit, config/etcd2.go: the names are those of the flags, with _ or -.
+# ============================================================================
+
+
+_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_PATH = ("coreos", "etcd2")
+
+
+class _Row(NamedTuple):
+    """A line with something on it."""
+
+    line: int                           # from 1
+    indent: int                         # spaces before the text
+    text: str
+
+
+def etcd2_section(path: str, text: str) -> str:
+    """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
+
+    All other sections are for other programs.  They are skipped by their indentation, so that
+    they may be any YAML.
+
+    path  of the file, for messages
+
+    Raises FlagError with file and line.
+    """
+    rows = [
+        _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
+        for line, row in enumerate(text.splitlines(), 1)
+        if row.strip() and not row.lstrip().startswith("#") and row.rstrip() not in ("---", "...")
+    ]
+    for depth, name in enumerate(_PATH):
+        rows = _below(path, rows, name, ".".join(_PATH[:depth]))
+    lines = [""] * len(text.splitlines())
+    left = min((row.indent for row in rows), default=0)
+    for row in rows:
+        lines[row.line - 1] = " " * (row.indent - left) + row.text
+    return "\n".join(lines)
+
+
+def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row]:
+    """Return the rows of the value of `name`, one of the keys that begin at the left of `rows`."""
+    found: List[List[_Row]] = []
+    level = rows[0].indent if rows else 0
+    for place, row in enumerate(rows):
+        if row.indent > level or (place and row.text.startswith("- ") or row.text == "-"):
+            continue                    # of the key before
+        match = _KEY.fullmatch(row.text)
+        if match is None or row.indent < level:
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
+                            f" {_form_advice(row)}")
+        if match.group(2) != name:
+            continue
+        if found:
+            raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
+        if match.group(3) and not match.group(3).startswith("#"):
+            raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
+                            f" below, one on each line")
+        found.append(list(itertools.takewhile(
+            lambda below: below.indent > level, rows[place + 1:])))
+    if not found:
+        inside = f" below {parent}" if parent else ""
+        raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
+                        f" coreos.etcd2, as coreos-cloudinit does")
+    return found[0]
+
+
+def _form_advice(row: _Row) -> str:
+    if row.text.startswith("\t"):
+        return "it is indented by a tab: use spaces"
+    return "write `key:` or `key: value`, as far to the right as the keys beside it"
 
 
 # ============================================================================
@@ -17815,9 +20255,8 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
-    alone = default_initial_cluster(config.name)
     void = [name for name, is_given in (
-        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster", config.initial_cluster not in ("", default_initial_cluster(config))),
         ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
         ("initial-cluster-state", config.initial_cluster_state == "existing"),
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
@@ -18136,9 +20575,6 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
             f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
             f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
         )
-    if config.initial_cluster == default_initial_cluster(config.name):
-        hints += "; forgot to set --initial-cluster flag?"
-        hints += " if you want to use discovery service, please set --discovery flag."
     if ",".join(advertised) == DEFAULT_PEER_URLS:
         hints += "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
@@ -18409,7 +20845,7 @@ class DataLossCheck:
         self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
@@ -18470,7 +20906,7 @@ class ServerThread:
     an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
-    def __init__(self, **settings: Unpack[ServerSettings]) -> None:
+    def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
         free = ("http://127.0.0.1:0",)
         config = ServerConfig(
             listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
@@ -18486,6 +20922,7 @@ class ServerThread:
         return server
 
     def _init(self, config: ServerConfig) -> None:
+        check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._budget = BufferBudget(self._reactor)
@@ -18611,6 +21048,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
@@ -18659,13 +21097,13 @@ class Server(ServerThread):
     def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
-            published=self._ready.set, transport_type=self._transport_type,
+            published=self.set_ready, transport_type=self._transport_type,
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
-        api = ClientApi(self.etcd)
+        self._client_api = api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
-        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
@@ -18711,6 +21149,12 @@ class Server(ServerThread):
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
+    def set_ready(self) -> None:
+        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        if not self._ready.is_set():
+            package_logger("etcd").info("ready to serve client requests")
+        self._ready.set()
+
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
         listeners = self._client_listeners
@@ -18732,6 +21176,8 @@ class Server(ServerThread):
     def _free(self) -> None:
         if self._data_loss_check is not None:
             self._data_loss_check.end()
+        if self._client_api is not None:
+            self._client_api.stop()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -18824,7 +21270,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
                  go_quote(cluster_file))
         return known
     try:
-        text = config.initial_cluster or default_initial_cluster(config.name)
+        text = config.initial_cluster or default_initial_cluster(config)
         if config.discovery:
             text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
         elif config.discovery_srv:
@@ -18931,7 +21377,7 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: "Forward"
     ) -> HttpCall:
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
@@ -18973,11 +21419,11 @@ class Endpoint:
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def add_waiting(self, forward: Forward) -> None:
+    def add_waiting(self, forward: "Forward") -> None:
         self._waiting[forward] = None
         self._start_timer()
 
-    def remove_waiting(self, forward: Forward) -> None:
+    def remove_waiting(self, forward: "Forward") -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -19206,7 +21652,7 @@ class Forward:
 
     def __init__(
         self, request: HttpRequest, endpoints: Sequence[Endpoint], dialer: ProxyDialer,
-        metrics: ProxyMetrics, ended: Callable[[Forward], None],
+        metrics: ProxyMetrics, ended: "Callable[[Forward], None]",
     ) -> None:
         self._request = request
         self._left = collections.deque(endpoints)
@@ -19586,7 +22032,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore", "check", "dump", "export", "import"):
+        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -19610,6 +22056,20 @@ class Settings:
             self.read_file(path)
         else:
             self.read_environment()
+            if self["cloud-config"]:
+                self.read_cloud_config(self["cloud-config"])
+
+    def read_cloud_config(self, path: str) -> None:
+        """Read coreos.etcd2 of a cloud-config; flags and variables go before its settings."""
+        self.lines.append((logging.INFO, "etcd", f'reading coreos.etcd2 from "{path}"'))
+        given = set(self.values)
+        for line, name, text in read_cloud_config(path):
+            source = f"{path}:{line}"
+            if name in given:
+                self._log(f"{source}: {name} is unused: {self.sources[name]} goes before it")
+            else:           # coreos-cloudinit replaces addresses in the whole file
+                text = expand_addresses(text, self._environ, source)
+                self._set_from_file(name, text, source)
 
     def read_environment(self) -> None:
         """Read the ETCD_* variables; an empty variable counts as not set."""
@@ -19643,15 +22103,17 @@ class Settings:
             f" provided."
         )]
         for line, name, text in read_config_file(path):
-            source = f"{path}:{line}"
-            flag = self._flags.get(name)
-            if flag is None or name in ("config-file", "version"):
-                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._suggestion('', name)}")
-                continue
-            if flag.is_bool:
-                text = _YAML_BOOLS.get(text.lower(), text)
-            self._set(flag, text, source)
+            self._set_from_file(name, text, f"{path}:{line}")
+
+    def _set_from_file(self, name: str, text: str, source: str) -> None:
+        flag = self._flags.get(name)
+        if flag is None or name in ("config-file", "cloud-config", "version"):
+            self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                      f" those that are known{self._suggestion('', name)}")
+            return
+        if flag.is_bool:
+            text = _YAML_BOOLS.get(text.lower(), text)
+        self._set(flag, text, source)
 
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
@@ -19783,18 +22245,41 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
+    text = _read_text(path)
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    return _checked_settings(path, read(path, text))
+
+
+def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
+
+    Its lines are as those of a configuration file.  Raises FlagError with file and line.
+    """
+    section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
+    return _checked_settings(path, (
+        (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
+    ))
+
+
+def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except OSError as error:
         raise FlagError(
             f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
         ) from None
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
-    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _checked_settings(path: str, settings: Iterable[_Found]) -> List[Tuple[int, str, str]]:
+    """Return the settings that are not empty.  Raises FlagError for a setting given twice."""
     found: Dict[str, Tuple[int, str, str]] = {}
-    for line, section, key, value in read(path, text):
+    for line, section, key, value in settings:
         if not value:
             continue
         if section and key not in _SECTION_KEYS:
@@ -19808,17 +22293,14 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     return list(found.values())
 
 
-_Found = Tuple[int, str, str, str]      # line, section or "", key, text
-
-
 def _json_settings(path: str, text: str) -> Iterator[_Found]:
     lines = text.split("\n")
 
-    def line_of(key: str, first: int) -> int:
+    def line_of(key: "str", first: "int") -> "int":
         quoted = json.dumps(key)
         return next((n for n in range(first, len(lines) + 1) if quoted in lines[n - 1]), first)
 
-    def flat(key: str, value: Any, line: int) -> str:
+    def flat(key: "str", value: "Any", line: "int") -> "str":
         if isinstance(value, list):
             return ",".join(flat(key, item, line) for item in value)
         if isinstance(value, (tuple, float)):
@@ -19921,7 +22403,7 @@ def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     /etc/environment.  Without a private one, the interface with the default route has it.
     Raises FlagError, which names `source`, if an address is unknown.
     """
-    def address(match: re.Match[str]) -> str:
+    def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
         variable = f"COREOS_{kind.upper()}_IPV4"
         known = environ.get(variable) or read_environment_file(ENVIRONMENT_FILE).get(variable)
@@ -20234,7 +22716,7 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
 
@@ -21476,7 +23958,7 @@ def import_keys(
 
 
 def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
-    def skipped(key: bytes, why: str) -> None:
+    def skipped(key: "bytes", why: "str") -> None:
         refused.append(f"{key.decode('utf-8', 'backslashreplace')}: {why}")
 
     for path in (source, os.path.join(source, "member", "snap", "db"),
@@ -21501,8 +23983,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
 # ============================================================================
 # life/testkit -- The test kit: members that a test kills, freezes and cuts off.
 # ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
-# fixtures.
+# Threads: the test's, and those of the members.
 # ============================================================================
 
 
@@ -21603,7 +24084,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self._ready.set)
+        etcd.publish(self.set_ready)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21615,16 +24096,25 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
+def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
+    """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
     While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
+    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
+    Raises OSError.
     """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
+    sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    if port:                            # despite old connections, but not beside a listener
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+    address = sock.getsockname()
+    try:
+        socket.create_server(address[:2], family=sock.family).close()
+    except OSError:
+        sock.close()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{address[1]}"
 
 
 class LocalMember:
@@ -21643,7 +24133,7 @@ class LocalMember:
     """
 
     def __init__(
-        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+        self, name: str = "etcd1", directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.name = name
         self.client_url = ""            # of the first listener; the same after a restart
@@ -21657,7 +24147,7 @@ class LocalMember:
         self._release: Optional[threading.Event] = None     # the held reactor waits for it
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
-    def __enter__(self) -> LocalMember:
+    def __enter__(self) -> "LocalMember":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -21702,7 +24192,7 @@ class LocalMember:
         server = self._running()
         republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
 
-        def is_ready() -> bool:
+        def is_ready() -> "bool":
             nonlocal republish_at
             if self.is_paused or server.call(server.is_ready):
                 return not self.is_paused
@@ -21800,8 +24290,15 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
         if self.client_url:
             return
         directory = self._directory
@@ -21810,9 +24307,7 @@ class LocalMember:
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
         self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
-        )
+            _reserve_url(self._owned, host, port) for port in (client_port, peer_port))
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
         self._cuts = mute, deaf
@@ -21866,14 +24361,14 @@ class LocalCluster:
     """
 
     def __init__(
-        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+        self, size: int = 3, directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
         self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
 
-    def __enter__(self) -> LocalCluster:
+    def __enter__(self) -> "LocalCluster":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -22001,47 +24496,10 @@ def _accepts(member: LocalMember, sender: LocalMember) -> bool:
     """True if `member` does not drop messages from `sender`: see DataLossCheck."""
     message = Message(MsgType.VOTE, sender=sender.member_id)
 
-    def accepts(etcd: EtcdServer) -> bool:
+    def accepts(etcd: "EtcdServer") -> "bool":
         return etcd.transport.drop is None or not etcd.transport.drop(message)
 
     return bool(member.call(accepts))
-
-
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
 
 
 class ClusterFactory:
@@ -22051,20 +24509,268 @@ class ClusterFactory:
         self._tmp_path_factory = tmp_path_factory
         self._clusters = clusters
 
-    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+    def __call__(self, size: int = 3, **settings: "Unpack[MemberSettings]") -> LocalCluster:
         directory = str(self._tmp_path_factory.mktemp("etcd"))
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
+class PytestPlugin:
+    """The fixtures of pyetcd_pytest, for installations that name this class as the plugin."""
+
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Load the file beside this one."""
+        config.pluginmanager.import_plugin("pyetcd_pytest")
 
 
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
+# ============================================================================
+# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
+# ----------------------------------------------------------------------------
+# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
+# process starts them in a fraction of a second, and none is left behind when it ends.
+# ============================================================================
+
+
+DEV_SIZES = (1, 3, 5, 7, 9)
+_DISCOVERY_SIZE = 3                 # members of the cluster that -discovery-url is for
+_LOOK_SECONDS = 0.5                 # between two looks whether all members run
+_ANSWER_SECONDS = 5.0               # for /new of a member in this process
+_KEPT_FILE = "dev.json"                # in a kept data directory: the URLs of its members
+
+Address = Tuple[str, int, int]      # host, client port, peer port; port 0: a free one
+
+
+def _parse_port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
+        raise ValueError("a port is a number from 1 to 65535")
+    return int(text)
+
+
+def _parse_host(text: str) -> str:
+    if not is_ip(text):
+        raise ValueError("an IP address of this machine is wanted, without a port")
+    if text in WILDCARD_HOSTS:
+        raise ValueError("the URLs need one address of this machine, such as"
+                         f" {default_route_address() or '10.0.0.5'}")
+    return text
+
+
+DEV_FLAGS = (
+    Flag("port", _parse_port, 0,
+         "client port of the first member; its peer port is the next one, then come those of the"
+         " second member, and so on (default: free ports)."),
+    Flag("host", _parse_host, "",
+         "address of this machine to listen on (default: 127.0.0.1, which only this machine"
+         " reaches)."),
+    Flag("data-dir", str, "",
+         "directory that keeps data, number of members and ports for the next `pyetcd dev`"
+         " (default: a temporary one, removed at the end)."),
+    Flag("discovery-url", parse_bool, False,
+         "print a fresh discovery URL for three members elsewhere; without -host this listens on"
+         " this machine's address on the default route."),
+    *FLAGS["logging"],
+)
+DEV_USAGE = (
+    "usage: pyetcd dev [N] [flags]", "",
+    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
+    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
+)
+
+
+def dev_size(word: str) -> int:
+    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
+    if not word:
+        return 0
+    sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
+    if not (word.isascii() and word.isdecimal()):
+        raise FlagError(f"'{word}' is not a number of members; use {sizes}")
+    size = int(word[:9])
+    if size in DEV_SIZES:
+        return size
+    if not size:
+        raise FlagError(f"a cluster has at least one member; use {sizes}")
+    if size > DEV_SIZES[-1]:
+        raise FlagError(f"{word} members are too many for one process; use {sizes}")
+    raise FlagError(
+        f"{size} members survive no more failures than {size - 1}: both need a majority; use"
+        f" {sizes}"
+    )
+
+
+class EndSignals:
+    """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
+
+    def __enter__(self) -> "EndSignals":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before: Dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # A late signal must not change the exit code of a process that has cleaned up.
+        is_over = self.wait(0.0)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_over else before)
+        self._reader.close()
+        self._writer.close()
+
+    def _received(self, number: int, frame: object) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
+            self._writer.send(b"x")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a signal has come, for at most timeout_s; tell whether one has."""
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
+
+
+# -- where the members live ------------------------------------------------------
+
+
+def plan_addresses(settings: Settings, size: int) -> List[Address]:
+    """Return the addresses of all members: those of a kept data directory, or new ones.
+
+    size  0: as many as the data directory has, or one
+
+    Raises FlagError for what does not go together.
+    """
+    port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
+    recorded = _read_kept(data_dir) if data_dir else []
+    if recorded:
+        count, (own_host, own_port, _) = len(recorded), recorded[0]
+        if size not in (0, count) or port not in (0, own_port) or host not in ("", own_host):
+            raise FlagError(
+                f"{data_dir} keeps a cluster of {count} on {own_host}, ports from {own_port};"
+                f" leave N, -port and -host out, or name another -data-dir"
+            )
+        return recorded
+    if not host and settings["discovery-url"]:
+        host = default_route_address()
+    last = port + 2 * (size or 1) - 1
+    if last > 65535:
+        raise FlagError(f"-port {port} leaves too few ports for {size} members; use one up to"
+                        f" {65536 - 2 * size}")
+    return [
+        (host or "127.0.0.1", port and port + 2 * place, port and port + 2 * place + 1)
+        for place in range(size or 1)
+    ]
+
+
+def _read_kept(data_dir: str) -> List[Address]:
+    """Return the addresses that a data directory was used with; none for a new one."""
+    path = os.path.join(data_dir, _KEPT_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)["members"]
+        return [(*url_address(client), url_address(peer)[1]) for client, peer in found]
+    except FileNotFoundError:
+        if os.path.isdir(data_dir) and os.listdir(data_dir):
+            raise FlagError(
+                f"{data_dir} is not empty and has no {_KEPT_FILE}: it is no directory of `pyetcd"
+                f" dev`; name a new one"
+            ) from None
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlagError(f"cannot use {path}: {error}; name another -data-dir") from None
+
+
+def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
+    urls = [[member.client_url, member.peer_url] for member in cluster.members]
+    with open(os.path.join(data_dir, _KEPT_FILE), "w", encoding="utf-8") as file:
+        json.dump({"members": urls}, file)
+
+
+_PORT_HINTS = {
+    errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
+                      " ports",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+}
+
+
+def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
+    """Start the members on their addresses, and wait until all serve.  Raises StartError."""
+    for member, (host, client_port, peer_port) in zip(cluster.members, addresses):
+        try:
+            member.reserve(host, client_port, peer_port)
+        except OSError as error:
+            ports = f" port {client_port} or {peer_port}" if client_port else ""
+            hint = _PORT_HINTS.get(error.errno or 0, error.strerror or str(error))
+            raise StartError(f"cannot listen on {host}{ports}: {hint}") from None
+    try:
+        cluster.start()
+    except (TimeoutError, ServerStopped) as error:
+        raise StartError(f"the cluster did not start: {error}") from None
+
+
+# -- what it prints --------------------------------------------------------------
+
+
+def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
+    """Return the lines that say where the members serve and what to try."""
+    first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
+    count = len(cluster.members)
+    kept = "is kept" if data_dir else "is removed then"
+    lines = [f"{count} member{'s' * (count > 1)} in this process. Ctrl-C ends it; the data"
+             f" {kept}.", ""]
+    for member in cluster.members:
+        lines.append(f"  {member.name}  {member.client_url}{'  leader' * (member is leader)}")
+    return [
+        *lines, "", f"page: {first.client_url}/ui", *([f"data: {data_dir}"] * bool(data_dir)), "",
+        "Try next:",
+        f"  curl {first.client_url}/v2/keys/foo -XPUT -d value=bar",
+        f"  curl {last.client_url}/v2/keys/foo",
+        f"  curl '{last.client_url}/v2/keys/?wait=true&recursive=true'    # prints the next change",
+    ]
+
+
+def discovery_lines(client_url: str) -> List[str]:
+    """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
+    try:
+        status, _, body = blocking_get(
+            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
+        )
+    except (OSError, http.client.HTTPException) as error:
+        raise StartError(f"no discovery URL from {client_url}: {error}") from None
+    text = body.decode("utf-8", "replace").strip()
+    if status != 200:
+        raise StartError(f"no discovery URL from {client_url}: {text}")
+    reach = "   (reached from this machine only; see -host)" if is_local(client_url) else ""
+    return [
+        f"discovery URL for {_DISCOVERY_SIZE} members elsewhere:{reach}", f"  {text}",
+        "  give it to each as -discovery; for another number of members:",
+        f"  curl '{client_url}/new?size=5'",
+    ]
+
+
+def run_dev(settings: Settings, size: int) -> int:
+    """Run a cluster until a signal ends it; return the exit code.  Raises FlagError, StartError."""
+    data_dir = settings["data-dir"]
+    addresses = plan_addresses(settings, size)
+    with contextlib.ExitStack() as owned:
+        signals = owned.enter_context(EndSignals())
+        directory = data_dir or owned.enter_context(
+            tempfile.TemporaryDirectory(prefix="pyetcd-dev-"))
+        cluster = LocalCluster(
+            len(addresses), directory, heartbeat_ms=DEFAULT_HEARTBEAT_MS,
+            election_ms=DEFAULT_ELECTION_MS,            # those for tests keep a laptop busy
+        )
+        owned.callback(cluster.close)
+        start_cluster(cluster, addresses)
+        lines = describe_cluster(cluster, data_dir)
+        if data_dir:
+            _write_kept(data_dir, cluster)
+        if settings["discovery-url"]:
+            lines += ["", *discovery_lines(cluster.members[0].client_url)]
+        print("\n".join(lines), flush=True)
+        while not signals.wait(_LOOK_SECONDS):
+            ended = [member.name for member in cluster.members if not member.is_running]
+            if ended:
+                raise StartError(f"{', '.join(ended)} ended by itself, and so does the rest")
+        logging.getLogger("pyetcd").setLevel(logging.CRITICAL)      # each loses the others now
+    return 0
 
 
 # ============================================================================
@@ -22628,6 +25334,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -22656,29 +25364,11 @@ def version_text() -> str:
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
 def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():
@@ -22703,14 +25393,11 @@ def check_data_dir(config: ServerConfig) -> str:
 
 def raise_descriptor_limit() -> None:
     """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
         raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
             f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
         )
 
@@ -22746,7 +25433,7 @@ class SignalStop:
 
     def install(self, stop: Callable[[], None]) -> None:
         """Call stop() on a thread of its own at the first signal; ignore later ones."""
-        def received(number: int, frame: object) -> None:
+        def received(number: "int", frame: "object") -> None:
             if self._received:
                 return
             self._received = number
@@ -22761,6 +25448,7 @@ class SignalStop:
     def end(self) -> None:
         """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
+            logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 
@@ -22806,6 +25494,28 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+def run_dev_words(words: Sequence[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words[0] if is_first else "")
+        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -22815,6 +25525,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

@@ -50,22 +50,23 @@ class _Traffic:
 
     def __exit__(self, *exc_info):
         self._over.set()
-        self._thread.join(30)
+        self._thread.join(120)
 
     def _run(self):
         number = 0
         while not self._over.wait(0.005):
             number += 1
-            put = self._member.put("traffic", str(number), timeout_s=30)
+            put = self._member.request(
+                "PUT", "/v2/keys/traffic", {"value": number}, timeout_s=100)
             value = self._member.value("traffic")
             if put is None or put[0] not in (200, 201) or value != str(number):
-                self.wrong.append((put and put[:2], value, number))
+                self.wrong.append((put and put[:2], value, number, self._member.failure))
             self.done += 1
 
     def goes_on(self):
         """Wait until it has done some more."""
         wanted = self.done + 3
-        eventually(lambda: self.done >= wanted, 30, "more writes and reads")
+        eventually(lambda: self.done >= wanted, 120, "more writes and reads")
 
 
 class _Victim:
@@ -434,7 +435,7 @@ def test_live_watchers_that_never_read(one):
 def test_live_watches_and_connections_that_are_over(one):
     """B7: long paths, closed at once; the number of watchers is as before."""
     def watchers():
-        text = one.member.request("GET", "/metrics")[1]
+        text = eventually(lambda: one.member.request("GET", "/metrics"))[1]
         return float(re.search(r"(?m)^etcd_store_watchers (\S+)", text).group(1))
 
     before = watchers()

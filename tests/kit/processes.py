@@ -6,21 +6,25 @@ In this process, members are those of our users: pyetcd.LocalMember and pyetcd.L
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
+import json
 import os
 import py_compile
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
 
-import requests
-
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import _ports, eventually, free_port
+
+_FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 def compile_once():
@@ -78,6 +82,7 @@ class ClusterMember:
         self.client = f"http://127.0.0.1:{free_port()}"
         self.peer = f"http://127.0.0.1:{free_port()}"
         self.process = None
+        self.failure = None             # of the last request without an answer
 
     def flags(self):
         return [
@@ -100,16 +105,41 @@ class ClusterMember:
         return leader and leader[0] == 200 and self.request("GET", "/v2/keys/", quorum="true")
 
     def request(self, method, path, data=None, timeout_s=10.0, **query):
-        """Return (status, JSON or text, headers); None if nobody answers."""
-        url = self.client + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        """Return (status, JSON or text, headers); None if nobody answers (see `failure`).
+
+        data: a form.
+        """
+        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        connection = http.client.HTTPConnection(
+            urllib.parse.urlsplit(self.client).netloc, timeout=timeout_s)
+        with contextlib.closing(connection):
+            try:
+                connection.request(method, target, data and urllib.parse.urlencode(data), _FORM)
+                answer = connection.getresponse()
+                text = answer.read().decode()
+            except (OSError, http.client.HTTPException) as error:
+                self.failure = error
+                return None
         try:
-            answer = requests.request(method, url, data=data, timeout=timeout_s)
-        except requests.RequestException:
-            return None
-        try:
-            return answer.status_code, answer.json(), answer.headers
+            return answer.status, json.loads(text), answer.headers
         except ValueError:
-            return answer.status_code, answer.text, answer.headers
+            return answer.status, text, answer.headers
+
+    def put_many(self, pairs, connections=40):
+        """Write all (key, value) pairs, many at a time; values may hold what a URL may."""
+        shares = [[b"PUT /v2/keys/%s?value=%s HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+                   % (key.encode(), value.encode()) for key, value in pairs[number::connections]]
+                  for number in range(connections)]
+        address = pyetcd.url_address(self.client)
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(socket.create_connection(address, 60))
+                       for _ in range(connections)]
+            for writer, share in zip(writers, shares):
+                writer.sendall(b"".join(share))
+                writer.shutdown(socket.SHUT_WR)
+            answers = [b"".join(iter(lambda w=writer: w.recv(1 << 16), b"")) for writer in writers]
+        done = [len(re.findall(rb"HTTP/1.1 20[01] ", answer)) for answer in answers]
+        assert sum(done) == len(pairs), answers
 
     def put(self, key, value, **more):
         return self.request("PUT", f"/v2/keys/{key}", {"value": value, **more})

@@ -326,6 +326,9 @@ class _SimTransport:
     def remove_all(self):
         self.peers.clear()
 
+    def problem(self, member_id):
+        return "http://simulated: unreachable" * (not self.active_since(member_id))
+
     def active_since(self, member_id):
         return 1.0
 

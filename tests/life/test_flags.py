@@ -108,6 +108,7 @@ def test_flags_double_dash_ends_the_flags() -> None:
     (["-config-file", "none.yml"],
      "error verifying flags, open none.yml: no such file or directory"),
     (["-cors", "ftp://x"], "Invalid CORS origin: ftp://x"),
+    (["-ui", "maybe"], "invalid value, use one of true, false, readonly"),
     (["-log-package-levels", "raft=LOUD"], "raft=LOUD is not <package>=<level>"),
     (["-addr", "foo"], "address foo: missing port in address"),
     (["-addr", "foo:1"], "bad IP in address specification"),
@@ -221,7 +222,7 @@ def test_flags_initial_cluster_that_is_none_is_explained(
 
 @pytest.mark.parametrize("name", sorted(
     name for name, flag in pyetcd._all_flags().items()
-    if name not in ("config-file", "version", *pyetcd.IGNORED_BOOLS)))
+    if name not in ("config-file", "cloud-config", "version", *pyetcd.IGNORED_BOOLS)))
 def test_flags_quotes_of_an_env_file_are_told_whatever_the_flag(
     name: str, tmp_path: Path
 ) -> None:
@@ -385,6 +386,15 @@ def test_flags_initial_cluster_follows_the_name() -> None:
         "x=http://localhost:2380,x=http://localhost:7001")
 
 
+def test_flags_initial_cluster_follows_the_advertised_peer_urls() -> None:
+    """As in etcd 3; programs that start an `etcd` for their tests leave -initial-cluster out."""
+    urls = "http://10.0.0.5:2380,http://10.0.0.6:2380"
+    config = _flags_config(["-name", "x", "-initial-advertise-peer-urls", urls])
+    assert config.initial_cluster == "x=http://10.0.0.5:2380,x=http://10.0.0.6:2380"
+    proxied = _flags_config(["-proxy", "on", "-initial-advertise-peer-urls", urls])
+    assert proxied.initial_cluster == config.initial_cluster.replace("x=", "default=")
+
+
 def test_flags_fill_every_field_of_the_configuration() -> None:
     config = _flags_config([
         "-name=n", "-data-dir=d", "-wal-dir=w", "-snapshot-count=5", "-heartbeat-interval=10",
@@ -394,7 +404,7 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         "-listen-client-urls=http://h:4", "-listen-peer-urls=http://h:5",
         "-discovery-fallback=exit", "-discovery-proxy=p:1", "-strict-reconfig-check=false",
         "-compat-version=3.4",
-        "-cors=*", "-debug", "-proxy=readonly", "-proxy-failure-wait=1",
+        "-cors=*", "-ui=readonly", "-debug", "-proxy=readonly", "-proxy-failure-wait=1",
         "-proxy-refresh-interval=2", "-proxy-dial-timeout=3", "-proxy-write-timeout=4",
         "-proxy-read-timeout=5", "-cert-file=c", "-key-file=k", "-trusted-ca-file=t",
         "-ca-file=a", "-client-cert-auth", "-client-crl-file=r",
@@ -410,7 +420,7 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         listen_client_urls=("http://h:4",), listen_peer_urls=("http://h:5",),
         discovery_fallback="exit", discovery_proxy="p:1", strict_reconfig_check=False,
         compat_version="3.4",
-        cors=("*",), debug=True, proxy="readonly", proxy_failure_wait_ms=1,
+        cors=("*",), ui="readonly", debug=True, proxy="readonly", proxy_failure_wait_ms=1,
         proxy_refresh_interval_ms=2, proxy_dial_timeout_ms=3, proxy_write_timeout_ms=4,
         proxy_read_timeout_ms=5,
         client_tls=pyetcd.TlsFiles("c", "k", "t", "a", True, "r", "n"),
@@ -982,7 +992,7 @@ def test_flags_page_of_the_manual_names_every_flag_that_works() -> None:
              and "not supported" not in flag.help and "DEPRECATED" not in flag.help}
     assert works - named == set()
     for page in manual_pages():
-        for command in re.findall(r"python3 (?:\.\./)?pyetcd\.py (?!backup|restore)((?:.*\\\n)*.*)",
+        for command in re.findall(r"python3 (?:\.\./)?pyetcd\.py (?![a-z])((?:.*\\\n)*.*)",
                                   manual(page)):
             assert set(re.findall(r"(?<!\S)-([a-z][a-z-]+)", command.partition("#")[0])) <= known
 

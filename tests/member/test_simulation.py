@@ -21,25 +21,28 @@ from tests.kit.simulator import (
     _sim_scenario,
 )
 
+_ONLY = os.environ.get("PYETCD_SIM_SEED")
+_SEEDS = [int(_ONLY)] if _ONLY else list(range(int(os.environ.get("PYETCD_SIM_SEEDS", "100"))))
+_BLOCKS = [block for block in (_SEEDS[number::10] for number in range(10)) if block]
 
-def test_sim_seeds():
+
+@pytest.mark.parametrize("seeds", _BLOCKS, ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}")
+def test_sim_seeds(seeds):
     """Whatever chance does to a cluster, what was acknowledged stays and all members agree."""
-    only = os.environ.get("PYETCD_SIM_SEED")
     nodes = int(os.environ.get("PYETCD_SIM_NODES", "0")) or None
-    first, count = (int(only), 1) if only else (0, int(os.environ.get("PYETCD_SIM_SEEDS", "100")))
     commits = acknowledged = reads = operations = refused = 0
     started = time.monotonic()
-    for seed in range(first, first + count):
+    for seed in seeds:
         sim = _sim_scenario(seed, nodes)
         commits += len(sim.invariants.committed)
         acknowledged += len(sim.acknowledged)
         reads += sim.reads
         refused += sim.refused
         operations += sum(map(len, sim.histories.values()))
-    assert acknowledged > count, "the scenarios hardly ever got a write through"
-    assert reads > count / 2, "the scenarios hardly ever got a quorum read through"
+    assert acknowledged > len(seeds), "the scenarios hardly ever got a write through"
+    assert reads > len(seeds) / 2, "the scenarios hardly ever got a quorum read through"
     minutes = (time.monotonic() - started) / 60
-    print(f"{count} seeds, {count / minutes:.0f} a minute: {commits} committed entries,"
+    print(f"{len(seeds)} seeds, {len(seeds) / minutes:.0f} a minute: {commits} committed entries,"
           f" {acknowledged} acknowledged writes, {operations} operations in histories,"
           f" {refused} damaged disks refused")
 

@@ -58,6 +58,7 @@ class ServerConfig(NamedTuple):
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    ui: str = "true"                    # the page: `true`, `false`, or `readonly`
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
     proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
+        ui: str
         client_tls: TlsFiles
         peer_tls: TlsFiles
         proxy: str

@@ -49,6 +49,8 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -65,10 +67,12 @@ class PeerStatus:
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        self.problem = str(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0
+            self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
 
 

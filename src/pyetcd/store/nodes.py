@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from ..base.limits import REMOVED_NODES_MAX
-from .events import Directory, Node
+from .events import Directory, Node, node_chars
 from .walks import TreeWalk
 from .watchers import TtlHeap
 
@@ -22,6 +22,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
@@ -61,17 +62,63 @@ class NodeTree:
             if not nodes:
                 del self._replaced[0]
 
-    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._reachable(path)
+        return 0 if node is None else len(node.children or ())
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._reachable(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._reachable(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
+
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _free(self, path: str) -> None:
         """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
         self._budget -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
