@@ -16465,8 +16465,8 @@ def self_report(server: EtcdServer) -> Dict[str, object]:
     return {
         "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
         "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
-        "healthy": server.is_healthy, "version": server.cluster.identity.reported, "pyetcd": __version__,
-        "since": server.stats.started_ns // NS, "problem": server.no_space,
+        "healthy": server.is_healthy, "version": server.cluster.identity.reported,
+        "pyetcd": __version__, "since": server.stats.started_ns // NS, "problem": server.no_space,
     }
 
 
