@@ -16,10 +16,10 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls
+  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls, versions
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
-  disk:   bolt, files, records, snapshots, wal
+  disk:   bolt, files, records, snapshots, v3_data, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   compatibility, frames, streams, links, transport
@@ -2122,6 +2122,84 @@ def is_local(url: str) -> bool:
 
 
 # ============================================================================
+# base/versions -- Versions of etcd: the identity that a member announces, and the peers that fit it.
+# ============================================================================
+
+
+UNKNOWN_VERSION = "2.0.0"           # of a peer without the header
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def version_key(version: str) -> Tuple[int, int]:
+    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
+    major, minor, _ = version.split(".", 2)
+    return int(major), int(minor)
+
+
+class Identity(NamedTuple):
+    """The version of etcd that a member acts as (-compat-version).
+
+    Etcd members refuse peers by the first two; a leader makes the lowest `etcdserver` of all
+    members the cluster version.
+    """
+
+    server: str             # X-Server-Version: no cluster above its major.minor is joined
+    min_cluster: str        # X-Min-Cluster-Version: oldest peer and oldest cluster version
+    reported: str           # `etcdserver` in GET /version
+
+    def bears(self, cluster_version: str) -> bool:
+        """True if a member of this identity can live in a cluster of that version."""
+        return version_key(cluster_version) <= version_key(self.server)
+
+    def refusal(self, headers: Mapping[str, str]) -> str:
+        """Return why the two versions in a peer's headers do not fit this identity; "": they do.
+
+        Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+        """
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
+        server = major_minor(version)
+        least = major_minor(headers.get("x-min-cluster-version", UNKNOWN_VERSION))
+        remote = f"remote[{headers.get('x-server-from', '')}]={version}"
+        if server is None or least is None:
+            return f"not a version: {remote}"
+        if server < version_key(self.min_cluster):
+            return f"remote version is too low: {remote}, local={self.server}"
+        if least > version_key(self.server):
+            hint = "; start this member with -compat-version 3.4" if least == (3, 0) else ""
+            return f"local version is too low: {remote}, local={self.server}{hint}"
+        return ""
+
+
+AUTO_IDENTITY = "auto"
+IDENTITIES = {
+    "2.3": Identity(SERVER_VERSION, MIN_CLUSTER_VERSION, SERVER_VERSION),
+    # Accepted by 2.3 as well, which looks only at the minimum of a newer peer.
+    "3.4": Identity("3.4.23", MIN_CLUSTER_VERSION, "3.4.23"),
+    # The same to peers, but the cluster version stays at 2.3, so members of 2.3 may come back.
+    "bridge": Identity("3.4.23", MIN_CLUSTER_VERSION, SERVER_VERSION),
+}
+DEFAULT_IDENTITY = IDENTITIES["2.3"]
+FIRST_V3_VERSION = (3, 0)
+
+
+def choose_identity(name: str, *cluster_versions: Optional[str]) -> Identity:
+    """Return the identity of -compat-version `name` for a cluster of these versions.
+
+    `auto` is 2.3 unless the cluster bears 3.0 or more: its members refuse 2.3 then.
+    """
+    if name != AUTO_IDENTITY:
+        return IDENTITIES[name]
+    keys = [major_minor(version or "") or (0, 0) for version in cluster_versions]
+    return IDENTITIES["3.4"] if max(keys, default=(0, 0)) >= FIRST_V3_VERSION else DEFAULT_IDENTITY
+
+
+# ============================================================================
 # raft/progress -- Progress and quorum: a leader's view of its followers, and the messages of one member.
 # ----------------------------------------------------------------------------
 # Knows neither the log's content nor time nor sockets.
@@ -2583,7 +2661,7 @@ class Replication:
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
         # Called for a follower whose entries are compacted; None: not ready, asked again later.
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.snapshot_source: Callable[[int], Optional[Snapshot]] = lambda peer: None
         self.commit_unsent = False                  # some follower may not know our commit index
         self._config = config
         self._log = log
@@ -2680,7 +2758,7 @@ class Replication:
         """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
-        snapshot, log = self.snapshot_source(), self._log
+        snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
         if not log.match_term(EntryID(snapshot.term, snapshot.index)):
@@ -5287,9 +5365,10 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
+        """Read `file` if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = open(path, "rb")
+        self._file: BinaryIO = file or open(path, "rb")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
@@ -5984,12 +6063,17 @@ class SnapshotFile(NamedTuple):
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
+def _ignore_index(raft_index: int) -> None:
+    pass
+
+
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
+        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
@@ -6006,6 +6090,7 @@ class Snapshotter:
         Differs from etcd: an incomplete file has another name, so load() on another thread never
         reads half of it.
         """
+        self.before_write(file.id.index)
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
         with disk_full_as_error(path):
@@ -6030,7 +6115,7 @@ class Snapshotter:
         for name in reversed(self.disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
-                if not name.endswith((".broken", ".tmp", ".snap.db")):
+                if not name.endswith((".broken", ".tmp", ".snap.db")) and name != "db":
                     log.warning("skipped unexpected non snapshot file %s", name)
                 continue
             term, index = (int(part, 16) for part in match.groups())
@@ -6224,6 +6309,117 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
             os.replace(path, target)
             fsync_dir(paths.member)
             fsync_dir(paths.root)
+
+
+# ============================================================================
+# disk/v3_data -- Data of etcd's v3 API, of which this member keeps none: databases without it, and a mark.
+# ============================================================================
+
+
+_MARK = "v3-data"                   # file in the member directory
+
+
+class V3Mark:
+    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
+
+    A file remembers it, since the entries that wrote the data are compacted in time.
+
+    member_dir  with the file, and with snap/db; "": remember it in memory only
+    """
+
+    def __init__(self, member_dir: str = "") -> None:
+        self.path = member_dir and os.path.join(member_dir, _MARK)
+        self.database = member_dir and os.path.join(member_dir, "snap", "db")
+        self.is_set = bool(member_dir) and os.path.exists(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if member_dir and holds_v3_data(open(self.database, "rb")):
+                self.set(self.database)
+
+    def set(self, where: str) -> None:
+        """Remember v3 data; `where` it was found goes to the log."""
+        if self.is_set:
+            return
+        self.is_set = True
+        log = package_logger("etcdserver")
+        log.warning(
+            "%s holds data of etcd's v3 API, which this member does not keep: members of etcd 3"
+            " can get it from one another only", where,
+        )
+        if self.path:
+            try:
+                _write_file(self.path, b"")
+            except OSError as error:
+                log.error("cannot write %s: %s", self.path, error)
+
+    def write_database(self, raft_index: int) -> None:
+        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
+
+        Thread: any.
+        """
+        if self.database and not self.is_set:
+            try:
+                _write_file(self.database, empty_database(raft_index))
+            except OSError as error:
+                package_logger("snap").error("cannot write %s: %s", self.database, error)
+
+    def remove_database(self) -> None:
+        """Remove the database, so that etcd 2.3 starts here, unless it holds data."""
+        if self.database and not self.is_set:
+            with contextlib.suppress(OSError):
+                os.unlink(self.database)
+
+
+def _write_file(path: str, data: bytes) -> None:
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_dir(os.path.dirname(path))
+
+
+def empty_database(raft_index: int) -> bytes:
+    """Return the database without keys that etcd 3 needs beside a snapshot up to raft_index."""
+    file = io.BytesIO()
+    write_bolt(file, v3_buckets(raft_index))
+    return file.getvalue()
+
+
+def holds_v3_data(database: IO[bytes]) -> bool:
+    """Return whether a database of etcd 3 holds keys or users.
+
+    database  a file at the start of the database; it is closed
+
+    A damaged one counts as one that does; none at all holds nothing.
+    """
+    with database:
+        start = database.tell()
+        if not database.read(1):
+            return False
+        database.seek(start)
+        try:
+            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
+            return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
+        except (BoltError, OSError):
+            return True
+
+
+_DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
+
+
+class _Tail(io.RawIOBase):
+    """A file from the present position of another one on."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._start = file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(self._start + offset) - self._start
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
 
 
 # ============================================================================
@@ -9492,19 +9688,7 @@ MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
 _PIPELINE = "pipeline"
 
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
 _OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -9513,24 +9697,6 @@ def _parse_id(text: str) -> Optional[int]:
         return None
     value = int(text, 16)
     return value if value <= UINT64_MAX else None
-
-
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Return why the two versions in a peer's headers do not fit ours; "": they do.
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
 
 
 class PeerStatus:
@@ -9608,6 +9774,34 @@ class Sent(NamedTuple):
     ok: bool                            # False: lost, or dropped
 
 
+class MessageInspector:
+    """The check of messages that peers send, and of databases of 3.x; this one lets all pass."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
+        return None
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        """Return whether the database behind a snapshot of 3.x holds data.  Thread: any."""
+        return False
+
+    def note_v3_data(self) -> None:
+        """Remember that the cluster holds data of the v3 API."""
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Return whether an empty database beside a snapshot would harm that member."""
+        return False
+
+    def empty_database(self, raft_index: int) -> bytes:
+        """Return the database for a member of 3.x beside a snapshot up to raft_index."""
+        return b""
+
+
 class LinkContext(NamedTuple):
     """The identity and the callbacks that all links of this member share."""
 
@@ -9625,6 +9819,8 @@ class LinkContext(NamedTuple):
     round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
     tls: Optional[TlsContext]                       # None: the defaults, for https peers
     decoding: SlicedWork
+    inspector: MessageInspector = MessageInspector()
+    identity: Identity = DEFAULT_IDENTITY
 
 
 ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
@@ -9948,7 +10144,7 @@ class StreamReader:
 
     def _on_head(self, status: int, headers: Dict[str, str]) -> None:
         self._answer.take_head(status, headers)
-        version = headers.get("x-server-version", _UNKNOWN_VERSION)
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
@@ -10143,12 +10339,19 @@ class StreamWriter:
 
 
 class PeerPost:
-    """One message on its way by POST /raft."""
+    """One message on its way by POST.
 
-    def __init__(self, message: Message, body: Sequence[bytes]) -> None:
+    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
+    """
+
+    def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
-        self.body = body                # in pieces
-        self.size = sum(map(len, body))
+        self.body = encode_message_parts(message)       # in pieces
+        self.target, self.content_type = "/raft", "application/protobuf"
+        if database is not None:
+            self.target, self.content_type = "/raft/snapshot", "application/octet-stream"
+            self.body = [_U64.pack(sum(map(len, self.body))), *self.body, database]
+        self.size = sum(map(len, self.body))
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
@@ -10168,7 +10371,6 @@ class Pipeline:
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
         self._congested = False
-        self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
@@ -10177,8 +10379,18 @@ class Pipeline:
             self._drop(message)
             return
         self._congested = False
-        self._waiting.append(PeerPost(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, self._database_for(message)))
         self._send_waiting()
+
+    def _database_for(self, message: Message) -> Optional[bytes]:
+        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
+
+        2.3 takes a snapshot in both forms.
+        """
+        version = self._status.version or self._context.identity.server
+        if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
+            return None
+        return self._context.inspector.empty_database(message.snapshot.index)
 
     def stop(self) -> None:
         """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
@@ -10217,8 +10429,9 @@ class Pipeline:
             self._answered(post, error, answer)
 
         post.call = fetch(
-            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
-            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
+            context.reactor, post.url, post.target, done, method="POST", body=post.body,
+            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
         )
@@ -10388,18 +10601,14 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless the receiver is etcd 3.x.
-
-        That needs a bolt database with it, and exits when it gets none.
-        """
-        version = self.status.version
-        if (major_minor(version) or (0, 0)) < (3, 0):
+        """Send a snapshot, unless the receiver would lose data by the empty database in it."""
+        if not self._context.inspector.needs_v3_data(self._id):
             self._pipeline.offer(message)
             return
         self._context.log_error(
-            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
-            " this member does not have; start it with a copy of another 3.x member's data"
-            " directory, or replace it by a 2.3 member"
+            f"cannot send a snapshot to {self._id:x}: the cluster holds data of etcd's v3 API,"
+            " which this member does not keep; a member of etcd 3 must lead to send it: restart"
+            " this member, and others of pyetcd, until one does"
         )
         self._context.unreachable(self._id)
         self._context.snapshot_done(self._id, False)
@@ -10411,19 +10620,6 @@ class Peer:
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
-
-
-class MessageInspector:
-    """The check of messages that peers send; this one lets all of them pass."""
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Return, in steps, why `message` must not be delivered; "": it may."""
-        yield from ()
-        return ""
-
-    def read_state(self, data: bytes) -> Any:
-        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
-        return None
 
 
 class Transport:
@@ -10450,11 +10646,13 @@ class Transport:
         received: Callable[[int, Message, int], None] = _ignore,
         round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
+        identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
+        self._identity = identity
         self._is_removed = is_removed
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
@@ -10479,7 +10677,7 @@ class Transport:
             1.0 + election_s / 5, self._log.error, self._receive,
             lambda to: self._report_soon(unreachable, to),
             lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding,
+            round_trip, tls, self._decoding, self._inspector, identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -10575,10 +10773,10 @@ class Transport:
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
             "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": MIN_CLUSTER_VERSION,
+            "X-Min-Cluster-Version": self._identity.min_cluster,
             "X-Peerurls": ",".join(peer_urls),
             "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": SERVER_VERSION,
+            "X-Server-Version": self._identity.server,
         }
 
     # -- receiving ---------------------------------------------------------
@@ -10631,7 +10829,7 @@ class Transport:
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
-                or _compatibility_error(head.headers)):
+                or self._identity.refusal(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
@@ -10726,7 +10924,7 @@ class Transport:
 
     def _headers_for(self, request: HttpRequest) -> str:
         is_stream = request.path.startswith("/raft/stream/")
-        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        version = f"X-Server-Version: {self._identity.server}\r\n" if is_stream else ""
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
@@ -10742,12 +10940,16 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: "Optional[BaseException]", message: "Any") -> None:
+        def done(error: "Optional[BaseException]", found: "Any") -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
                 self._refuse(request, 400, str(error), why)
-            elif self._is_removed(message.sender):
+                return
+            message, has_v3_data = found
+            if has_v3_data:
+                self._inspector.note_v3_data()
+            if self._is_removed(message.sender):
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
@@ -10755,7 +10957,7 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
@@ -10772,7 +10974,7 @@ class Transport:
     def _is_compatible(self, request: HttpRequest) -> bool:
         """Check versions, cluster and id, in this order; refuse at the first fault."""
         headers = request.headers
-        fault = _compatibility_error(headers)
+        fault = self._identity.refusal(headers)
         theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
         id = _parse_id(headers.get("x-server-from", "")) or 0
         other = self._other_process(id, advertised)
@@ -10817,11 +11019,13 @@ _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
-    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
-) -> Message:
-    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
+    body: Union[bytes, IO[bytes]], inspector: MessageInspector, is_framed: bool
+) -> Tuple[Message, bool]:
+    """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
-    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
+    is_framed  the form of 3.x: a length, the message, and a database, which is not kept
+
+    Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -10837,15 +11041,16 @@ def _posted_snapshot(
             message = decode_message(data)
         except CodecError as error:
             raise CodecError(f"failed to decode raft message ({error})") from None
+        has_v3_data = is_framed and inspector.has_v3_data(file)
     if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
     snapshot = message.snapshot
     if snapshot is not None:
         try:
-            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+            message.snapshot = snapshot._replace(state=inspector.read_state(snapshot.data))
         except ValueError as error:
             raise CodecError(f"not a snapshot that this member can take: {error}") from None
-    return message
+    return message, has_v3_data
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
@@ -10877,6 +11082,7 @@ class Member(NamedTuple):
     name: str = ""                      # "" until it has published itself
     client_urls: Tuple[str, ...] = ()
     features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
+    is_learner: bool = False            # of etcd 3.4: gets the log, and has no vote yet
 
     @property
     def started(self) -> bool:
@@ -10906,7 +11112,8 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        return json_text({"peerURLs": self.peer_urls})
+        learner = {"isLearner": True} if self.is_learner else {}
+        return json_text({"peerURLs": self.peer_urls, **learner})
 
 
 def format_id(id: int) -> str:
@@ -10974,6 +11181,9 @@ class Cluster:
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.v3_mark = V3Mark()                     # of data that this member does not keep
+        self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
     @classmethod
@@ -11033,7 +11243,7 @@ class Cluster:
         except CodecError as error:
             SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
-        return attributes._replace(peer_urls=raft.peer_urls)
+        return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
         """True if every member has published that it has `feature`."""
@@ -11072,13 +11282,19 @@ class Cluster:
             raise MemberRemoved()
         known = self.is_known(id)
         adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        context = change.context or b"{}"
+        member = parse_member(context, id)
+        if adds and load_json(context).get("isPromote"):
+            learner = self._read_member(format_id(id))
+            if not learner.is_learner:
+                raise MemberNotFound()  # 3.4 has another error for one that votes already
+            return learner._replace(is_learner=False)
         if adds and known:
             raise MemberExists()
         if not adds and not known:
             raise MemberNotFound()
         if change.type == ConfChangeType.REMOVE_NODE:
             return None
-        member = parse_member(change.context or b"{}", id)
         for other in self._ids("/0/members"):
             if int(other, 16) != id:
                 if set(self._read_member(other).peer_urls) & set(member.peer_urls):
@@ -11103,11 +11319,11 @@ class Cluster:
         self.removed.add(id)
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
-    def update_raft_attributes(
-        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
-    ) -> None:
-        """Apply: a member has new peer URLs.  One store index."""
-        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+    def update_raft_attributes(self, changed: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member has new peer URLs, or a vote.  One store index."""
+        id = changed.id
+        member = self.members[id]._replace(
+            peer_urls=changed.peer_urls, is_learner=changed.is_learner)
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
@@ -11116,7 +11332,8 @@ class Cluster:
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
         known = self.members.get(published.id) or published
-        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
+        self.members[published.id] = published._replace(
+            peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
         """Apply: the cluster version (the store is written by the Applier).
@@ -11128,19 +11345,26 @@ class Cluster:
         if self.version is None:
             SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
+            self.was_lowered = version_key(version) < version_key(self.version)
             SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
 
-    @staticmethod
-    def _check_version(version: str) -> None:
-        if version_key(version) > version_key(SERVER_VERSION):
+    def _check_version(self, version: str) -> None:
+        if not self.identity.bears(version):
             raise InvariantError(
-                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
-                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
-                " is at least as new as the cluster"
+                f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
+                f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
+                f" that is at least as new as the cluster{self._identity_hint(version)}"
             )
+
+    @staticmethod
+    def _identity_hint(version: str) -> str:
+        """Return the value of -compat-version that bears a cluster version, for the operator."""
+        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
+        name = next(bearing, "")
+        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -11196,12 +11420,6 @@ class Cluster:
         )
 
 
-def version_key(version: str) -> Tuple[int, int]:
-    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
-    major, minor, _ = version.split(".", 2)
-    return int(major), int(minor)
-
-
 def parse_member(context: bytes, id: int) -> Member:
     """Return the member in a conf change's context; parts that are missing are empty.
 
@@ -11217,6 +11435,7 @@ def parse_member(context: bytes, id: int) -> Member:
         return Member(
             id, tuple(sorted(texts[1:first_client])), texts[0],
             tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
+            fields.get("isLearner") is True,
         )
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
@@ -11233,6 +11452,8 @@ def parse_member(context: bytes, id: int) -> Member:
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
 
+_V3_FIELDS_WITHOUT_DATA = {1, 10, 100}  # of InternalRaftRequest: id, alarm, header
+
 Applied = Union[Event, EtcdError, None]
 
 
@@ -11246,6 +11467,7 @@ class Applier:
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
     ) -> None:
         self.clock = clock
+        self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
@@ -11288,9 +11510,16 @@ class Applier:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
+                return None
             if request is None:
+                self._skip_v3(entry)
                 return None
         return self.apply_request(request)
+
+    def _skip_v3(self, entry: Entry) -> None:
+        self.v3_entries += 1
+        if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
+            self._cluster.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -11394,10 +11623,8 @@ class Applier:
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
-        elif change.type == ConfChangeType.UPDATE_NODE:
-            self._cluster.update_raft_attributes(
-                change.node_id, member.peer_urls, now_ns=now_ns
-            )
+        elif self._cluster.is_known(change.node_id):    # new peer URLs, or a learner's vote
+            self._cluster.update_raft_attributes(member, now_ns=now_ns)
         else:
             self._cluster.add(member, now_ns=now_ns)
 
@@ -11437,7 +11664,7 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry) -> None:
+def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
@@ -11456,7 +11683,7 @@ def check_entry(entry: Entry) -> None:
         if request is not None and not request.path.startswith("/1/"):
             if is_long and request.path.startswith("/0/"):
                 raise CodecError(f"{len(entry.data)} bytes below /0")
-            _check_own_path(request)
+            _check_own_path(request, identity)
         if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
             if len(request.path) * request.path.count("/") > PATH_COST_MAX:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
@@ -11481,7 +11708,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_own_path(request: Request) -> None:
+def _check_own_path(request: Request, identity: Identity) -> None:
     """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
@@ -11490,7 +11717,7 @@ def _check_own_path(request: Request) -> None:
         return
     if request.method != "PUT" or path != "/0/version":
         raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
-    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+    if _VERSION_VALUE.fullmatch(value) and not identity.bears(value):
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
@@ -11523,7 +11750,7 @@ class MemberInspector(MessageInspector):
             return fault
         for entry in message.entries:
             try:
-                check_entry(entry)
+                check_entry(entry, self._cluster.identity)
                 if message.type == MsgType.PROP:
                     check_proposal(entry)
             except CodecError as error:
@@ -11537,9 +11764,23 @@ class MemberInspector(MessageInspector):
     def read_state(self, data: bytes) -> StoreState:
         """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
         state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+        if state.version and not self._cluster.identity.bears(state.version):
             raise ValueError(f"cluster version {state.version} is newer than this program")
         return state
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        return holds_v3_data(database)
+
+    def note_v3_data(self) -> None:
+        self._cluster.v3_mark.set("a snapshot of the leader")
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
+        member = self._cluster.members.get(member_id)
+        return self._cluster.v3_mark.is_set and not (member and member.features)
+
+    def empty_database(self, raft_index: int) -> bytes:
+        return empty_database(raft_index)
 
 
 # ============================================================================
@@ -11571,6 +11812,7 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
+    compat_version: str = "auto"        # or `2.3`, `3.4`, `bridge`: see base/versions.py
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
@@ -11615,6 +11857,7 @@ if TYPE_CHECKING:
         discovery_fallback: str
         discovery_proxy: str
         discovery_srv: str
+        compat_version: str
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
@@ -13375,6 +13618,7 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.nodes = nodes                          # in it
+        self.least_index = 0                        # an older file does not fit every follower
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -13395,14 +13639,18 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if the newest file is older than `count` entries, and the disk was not just full.
+        """True if a new file is needed, and the disk was not just full.
+
+        The newest one is older than `count` entries, or than least_index.
 
         A walk takes 4 us per node.  That of a large store waits for as many entries as it has
         nodes, as it would cost more than the entries do; they take less memory than the nodes.
         The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+        if not self.index < self.least_index <= raft_index and (
+            behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES
+        ):
             return False
         return self._reactor.now() >= self._not_before
 
@@ -13425,8 +13673,9 @@ class SnapshotKeeper:
 
     @property
     def is_requested(self) -> bool:
-        """True if a receiver waits for a snapshot, and none is in the making."""
-        return bool(self._waiting) and not self.busy
+        """True if a follower or a client waits for a snapshot, and none is in the making."""
+        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
+        return (bool(self._waiting) or is_old) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
@@ -13502,12 +13751,22 @@ class SnapshotKeeper:
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
-    def newest(self) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+    def newest(self, member_id: int, *, is_v3: bool) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: not ready.
+
+        is_v3  the follower may be of etcd 3.x, which ignores a snapshot from before its addition:
+               then a new one is due
+        """
         if self._cache is None and self.index and not self._loading:
             self._loading = True
             self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
-        return self._cache
+        snapshot = self._cache
+        if snapshot is None or self.index < self.least_index:
+            return None
+        if is_v3 and member_id not in snapshot.voters:
+            self.least_index = snapshot.index + 1
+            return None
+        return snapshot
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
@@ -13931,6 +14190,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
 class VersionMonitor:
     """Raises the cluster version to the lowest version of any member.  For a leader.
 
+    Differs from etcd: a leader of identity `bridge` lowers it if no member reports a higher one.
     Source: etcd 2.3 etcdserver/cluster_util.go.
     """
 
@@ -13952,9 +14212,10 @@ class VersionMonitor:
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+        current, own = self._cluster.version, self._cluster.identity.reported
+        if current and version_key(current) == version_key(own):
             return
-        self._versions = {self._member_id: SERVER_VERSION}
+        self._versions = {self._member_id: own}
         for member in list(self._cluster.members.values()):
             urls = usable_urls(member.peer_urls)
             if member.id != self._member_id and urls:
@@ -13986,12 +14247,12 @@ class VersionMonitor:
         """Propose the minimum when every member has answered; a first guess when one cannot."""
         current = self._cluster.version
         if self._versions.keys() >= self._cluster.members.keys():
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._propose_version(wanted, current)
+            known = version_key(current) if current else (0, 0)
+            keys = sorted(map(version_key, self._versions.values()))
+            if keys[0] > known or keys[-1] < known:
+                self._propose_version("%d.%d.0" % keys[0], current)
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(MIN_CLUSTER_VERSION, current)
+            self._propose_version(self._cluster.identity.min_cluster, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
         short = wanted.rpartition(".")[0]
@@ -14003,9 +14264,6 @@ class VersionMonitor:
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
 
 
 def _server_version(body: bytes) -> str:
@@ -14168,7 +14426,7 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
@@ -14201,7 +14459,8 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = functools.partial(
+            self.snapshots.newest, is_v3=self.cluster.identity.bears("3.0.0"))
         return node
 
     # -- life --------------------------------------------------------------
@@ -14516,12 +14775,8 @@ class EtcdServer:
             else:
                 self.transport.remove_peer(change.node_id)
                 self.leader_stats.remove(change.node_id)
-        elif member is None or change.node_id == self.member_id:
-            return
-        elif change.type == ConfChangeType.ADD_NODE:
+        elif member is not None and change.node_id != self.member_id:
             self.transport.add_peer(member.id, member.peer_urls)
-        else:
-            self.transport.update_peer(member.id, member.peer_urls)
 
     def _connect_others(self) -> None:
         for member in self.cluster.members.values():
@@ -14543,6 +14798,8 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
+        if self.cluster.was_lowered:
+            self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
@@ -15993,6 +16250,8 @@ _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_heartbeat_send_failures_total",
      "Heartbeats to followers that left a period late or more.",
      lambda s: s.counts.late_heartbeats),
+    ("pyetcd_v3_entries_skipped_total", "Entries of etcd's v3 API, which are not applied.",
+     lambda s: s.applier.v3_entries),
     ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
 )
 # Name, help, label, its value: samples that are always 1.
@@ -16000,7 +16259,7 @@ _FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
     ("etcd_server_id", "Id of this member, in hex.", "server_id",
      lambda s: format_id(s.member_id)),
     ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
-     lambda s: SERVER_VERSION),
+     lambda s: s.cluster.identity.reported),
     ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
      lambda s: s.cluster.version or "not_decided"),
 )
@@ -16206,8 +16465,8 @@ def self_report(server: EtcdServer) -> Dict[str, object]:
     return {
         "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
         "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
-        "healthy": server.is_healthy, "version": SERVER_VERSION, "pyetcd": __version__,
-        "since": server.stats.started_ns // NS, "problem": server.no_space,
+        "healthy": server.is_healthy, "version": server.cluster.identity.reported,
+        "pyetcd": __version__, "since": server.stats.started_ns // NS, "problem": server.no_space,
     }
 
 
@@ -17843,8 +18102,9 @@ class Download:
 
 
 def version_json(server: EtcdServer) -> bytes:
-    cluster = server.cluster.version or "not_decided"
-    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+    cluster = server.cluster
+    version = cluster.version or "not_decided"
+    return f'{{"etcdserver":"{cluster.identity.reported}","etcdcluster":"{version}"}}'.encode()
 
 
 class StatusApi:
@@ -18107,7 +18367,7 @@ class UiApi:
         history = server.store.hub.history
         text = json_text({
             "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
-            "cluster": format_id(server.cluster.id), "version": SERVER_VERSION,
+            "cluster": format_id(server.cluster.id), "version": server.cluster.identity.reported,
             "pyetcd": __version__, "index": server.store.current_index,
             "history": history.first_index, "problems": overview.problems(rows),
             "members": rows,
@@ -19726,6 +19986,7 @@ discovery  token  discovery URL used to bootstrap the cluster.
 discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
 discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
 """), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
@@ -20040,6 +20301,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
         on_failure.callback(wal.close)
         member_id, cluster.id = decode_metadata(contents.metadata)
         cluster.local_id = member_id
+        cluster.identity = choose_identity(
+            config.compat_version, store.value("/0/version"), *_logged_versions(contents.entries)
+        )
         if snapshot is not None:
             cluster.recover()
             snapshot = snapshot._replace(data=b"")
@@ -20069,6 +20333,16 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f" move its file away to use the one before"
         ) from None
     package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+
+
+def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the cluster versions that the entries set, for one that no snapshot holds yet."""
+    for entry in entries:
+        if b"/0/version" in entry.data and entry.type == EntryType.NORMAL:
+            with contextlib.suppress(CodecError):
+                request = read_command(entry.data)
+                if request is not None and request.path == "/0/version":
+                    yield request.val
 
 
 def _is_blank(boot: Bootstrap) -> bool:
@@ -20179,6 +20453,8 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _prepare_database(boot)
+        _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
 
@@ -20215,6 +20491,25 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _prepare_database(boot: Bootstrap) -> None:
+    """Let etcd 3.4 start on this data directory if this member acts as one, else etcd 2.3."""
+    mark = boot.cluster.v3_mark = V3Mark(boot.data_dir.member)
+    if boot.cluster.identity == IDENTITIES["3.4"]:
+        boot.snapshotter.before_write = mark.write_database
+        if boot.snapshot is not None:
+            mark.write_database(boot.snapshot.index)
+    else:
+        mark.remove_database()
+
+
+def _log_identity(compat_version: str, identity: Identity) -> None:
+    if identity is not DEFAULT_IDENTITY:
+        why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
+            f"-compat-version is {compat_version}")
+        package_logger("etcdserver").info(
+            "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
@@ -20375,6 +20670,7 @@ def _form(
         cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
             _check_no_past(member.id, cluster.members.values(), tls)
+    cluster.identity = choose_identity(config.compat_version)
     boot = _create_log(config, data_dir, cluster, initial)
     return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
 
@@ -20451,10 +20747,15 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
-    if not _is_compatible(others, tls):
+    versions = list(filter(None, (_cluster_version(member, tls) for member in others)))
+    local.identity = identity = choose_identity(config.compat_version, *versions)
+    low = version_key(identity.min_cluster)
+    if not versions or not all(low <= version_key(v) and identity.bears(v) for v in versions):
+        hint = "" if identity.bears("3.4.0") else "; -compat-version 3.4 joins one of 3.x"
         raise StartError(
             f"incompatible with current running cluster: its version must lie between"
-            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+            f" {identity.min_cluster} and {identity.server}; look at GET /version of its"
+            f" members{hint}"
         )
     local.id, local.local_id = cluster_id, own.id
     local.members = {member.id: member for member in members}
@@ -20479,25 +20780,20 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
     return sorted(matched, key=lambda member: member.id)
 
 
-def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if this program can join a cluster of the version that the members report."""
-    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
-    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    return bool(versions) and all(low <= version <= high for version in versions)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
-    """Return the cluster version that `member` reports; None without an answer or a version."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(load_json(body)["etcdcluster"]))
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
-    return None
+    return ""
 
 
 # ============================================================================
@@ -22919,7 +23215,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     }
     version = store.value("/0/version") or ""
     with contextlib.suppress(ValueError):
-        if version_key(version) <= version_key(SERVER_VERSION):
+        if DEFAULT_IDENTITY.bears(version):
             files["/0/version"] = version
     store.replace_files("/0", files)
 

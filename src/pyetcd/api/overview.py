@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Dict, List, Mapping, Optional
 
-from ..base.limits import NS, SERVER_VERSION, __version__
+from ..base.limits import NS, __version__
 from ..base.text import json_text, load_json, utf8
 from ..base.urls import usable_urls
 from ..member.cluster import Member, format_id
@@ -31,8 +31,8 @@ def self_report(server: EtcdServer) -> Dict[str, object]:
     return {
         "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
         "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
-        "healthy": server.is_healthy, "version": SERVER_VERSION, "pyetcd": __version__,
-        "since": server.stats.started_ns // NS, "problem": server.no_space,
+        "healthy": server.is_healthy, "version": server.cluster.identity.reported,
+        "pyetcd": __version__, "since": server.stats.started_ns // NS, "problem": server.no_space,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Callable, Dict, FrozenSet, Generator, Iterator, Optional, Set
 from ..base.basics import clean_path
 from ..base.errors import EtcdError, InvalidForm
 from ..base.ids import RECENT_LINES
-from ..base.limits import NS, SERVER_VERSION, SHORT_HEADER_BYTES_MAX, __version__
+from ..base.limits import NS, SHORT_HEADER_BYTES_MAX, __version__
 from ..base.text import json_string, json_text, utf8
 from ..member.auth import Auth, Guard
 from ..member.cluster import format_id
@@ -150,7 +150,7 @@ class UiApi:
         history = server.store.hub.history
         text = json_text({
             "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
-            "cluster": format_id(server.cluster.id), "version": SERVER_VERSION,
+            "cluster": format_id(server.cluster.id), "version": server.cluster.identity.reported,
             "pyetcd": __version__, "index": server.store.current_index,
             "history": history.first_index, "problems": overview.problems(rows),
             "members": rows,

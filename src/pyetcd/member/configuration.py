@@ -54,6 +54,7 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
+    compat_version: str = "auto"        # or `2.3`, `3.4`, `bridge`: see base/versions.py
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
         discovery_fallback: str
         discovery_proxy: str
         discovery_srv: str
+        compat_version: str
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
