@@ -761,7 +761,7 @@ LOG_PACKAGES = (
     "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
     "rafthttp", "snap", "tls", "wal",
 )
-_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_PLACE = re.compile(r"(?:(connection with|\w{1,16})[ :])?%[.\d]*([a-z])")
 _RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
 _FIELDS = {                             # what is named so in front of a value is this field
     "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
@@ -20156,7 +20156,7 @@ def _all_flags() -> Dict[str, Flag]:
 # ============================================================================
 
 
-_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_KEY = re.compile(r"""("[\w.-]+"|'[\w.-]+'|[\w.-]+)\s*:(?:\s+(.*))?""", re.DOTALL)
 _PATH = ("coreos", "etcd2")
 
 
@@ -20203,11 +20203,11 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
         if match is None or row.indent < level:
             raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
                             f" {_form_advice(row)}")
-        if match.group(2) != name:
+        if match.group(1).strip("\"'") != name:
             continue
         if found:
             raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
-        if match.group(3) and not match.group(3).startswith("#"):
+        if match.group(2) and not match.group(2).startswith("#"):
             raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
                             f" below, one on each line")
         found.append(list(itertools.takewhile(

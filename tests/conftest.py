@@ -39,15 +39,16 @@ from tests.kit.stores import store as store
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the run: compile once, and let the children of every process hear SIGINT.
+    """Prepare the run: compile once, and let the children of every process hear signals.
 
     A shell without job control starts its background jobs with SIGINT ignored, and children
     inherit that. A handler of Python becomes the default in a child.
     """
     if not hasattr(config, "workerinput"):
         compile_once()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda number, frame: None)
+    for number in (signal.SIGINT, signal.SIGHUP):       # nohup has the latter ignored
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True)

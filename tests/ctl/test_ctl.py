@@ -1145,7 +1145,8 @@ def test_ctl_mirror_copies_follows_and_goes_on_after_a_pause(_ctl_pair):
             eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal again")
             code, out, err = _ctl_interrupt(process)
         assert (code, err) == (130, "")
-        assert re.fullmatch(r"copied \d+ keys, removed 1; source index \d+\n", out)    # once more
+        # Once more, unless the buffers of the stream held all changes meanwhile.
+        assert re.fullmatch(r"(copied \d+ keys, removed 1; source index \d+\n)?", out)
         client.delete("/from/f", recursive=True), client.set("/from/z", "late")
         again = _client_main("--endpoints", source, "mirror", "--once", "--prefix", "/from",
                              "--dest-prefix", "/to", target)

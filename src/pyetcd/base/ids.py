@@ -54,7 +54,7 @@ LOG_PACKAGES = (
     "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
     "rafthttp", "snap", "tls", "wal",
 )
-_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_PLACE = re.compile(r"(?:(connection with|\w{1,16})[ :])?%[.\d]*([a-z])")
 _RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
 _FIELDS = {                             # what is named so in front of a value is this field
     "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",

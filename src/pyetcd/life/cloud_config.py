@@ -11,7 +11,7 @@ from typing import List, NamedTuple, Sequence
 
 from .flags import FlagError
 
-_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_KEY = re.compile(r"""("[\w.-]+"|'[\w.-]+'|[\w.-]+)\s*:(?:\s+(.*))?""", re.DOTALL)
 _PATH = ("coreos", "etcd2")
 
 
@@ -58,11 +58,11 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
         if match is None or row.indent < level:
             raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
                             f" {_form_advice(row)}")
-        if match.group(2) != name:
+        if match.group(1).strip("\"'") != name:
             continue
         if found:
             raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
-        if match.group(3) and not match.group(3).startswith("#"):
+        if match.group(2) and not match.group(2).startswith("#"):
             raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
                             f" below, one on each line")
         found.append(list(itertools.takewhile(
