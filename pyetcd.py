@@ -18267,18 +18267,25 @@ def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def page_headers() -> str:
-    """Return the header lines of the page: it may run its own script only, and ask us only.
+def _without_indent(text: str) -> str:
+    """Return a file of the page as it is sent: 2 KB less."""
+    return re.sub("(?m)^ +", "", text)
+
+
+def make_page() -> Tuple[bytes, str]:
+    """Return the page and its header lines: it may run its own script and ask this member only.
 
     Trusted types make the browser refuse every way from text to HTML, script included.
     """
+    style, script = _without_indent(PAGE_CSS), _without_indent(PAGE_JS)
+    page = _without_indent(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
     policy = (
-        f"default-src 'none'; script-src {_source_hash(PAGE_JS)}; style-src"
-        f" {_source_hash(PAGE_CSS)}; connect-src 'self'; img-src data:; base-uri 'none';"
+        f"default-src 'none'; script-src {_source_hash(script)}; style-src"
+        f" {_source_hash(style)}; connect-src 'self'; img-src data:; base-uri 'none';"
         " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script';"
         " trusted-types 'none'"
     )
-    return (
+    return page.encode(), (
         f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\n"
         "X-Frame-Options: DENY\r\nReferrer-Policy: same-origin\r\nCache-Control: no-cache\r\n"
     )
@@ -18292,8 +18299,7 @@ class UiApi:
         self._auth = auth
         self._guard = guard
         self._mode = server.config.ui
-        self._page = PAGE_HTML.replace("@STYLE@", PAGE_CSS).replace("@SCRIPT@", PAGE_JS).encode()
-        self._headers = page_headers()
+        self._page, self._headers = make_page()
         self._overview = Overview(server)
         self._ring = Ring(server, keys) if self._mode != "false" else None
         self._browses: Set[Browse] = set()
@@ -18998,6 +19004,8 @@ class RepeatHandler(logging.Handler):
             key, repeats = self._logged.popitem(last=False)
             if self._tell(repeats):
                 self._logged[key] = _Repeats(now, repeats.last)
+        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
+            self._tell_all()
         if record.exc_info or record.levelno <= logging.DEBUG:
             self._target.handle(record)
             return
@@ -19022,10 +19030,13 @@ class RepeatHandler(logging.Handler):
             self._target.handle(record)
         return repeats.count > 0
 
-    def close(self) -> None:
-        """Log what was counted so far."""
+    def _tell_all(self) -> None:
         while self._logged:
             self._tell(self._logged.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        self._tell_all()
         super().close()
 
 
