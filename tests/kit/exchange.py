@@ -181,42 +181,56 @@ class MixedCluster(StaticCluster):
 
 
 class Writer:
-    """Writes new keys through the members in turn, and remembers what is acknowledged."""
+    """Writes new keys through all members at once, and remembers what is acknowledged."""
+
+    THREADS = 3
 
     def __init__(self, cluster):
         self.cluster = cluster
         self.acknowledged = {}
         self.pause_s = 0.0              # longest time without an acknowledged write
+        self._last = time.monotonic()   # acknowledged write; with pause_s below the lock
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="writer")
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"writer{number}")
+            for number in range(self.THREADS)
+        ]
 
     def __enter__(self):
-        self._thread.start()
-        eventually(lambda: self.acknowledged, what="a first write")
+        for thread in self._threads:
+            thread.start()
+        self.wait_more(1)
         return self
 
     def __exit__(self, *exc_info):
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self):
-        session, last = requests.Session(), time.monotonic()
+    def wait_more(self, count):
+        """Wait until so many more writes are acknowledged."""
+        wanted = len(self.acknowledged) + count
+        eventually(lambda: len(self.acknowledged) >= wanted, what=f"{wanted} writes")
+
+    def _run(self, thread):
+        session = requests.Session()
         for number in itertools.count():
-            if self._stopped.is_set():
+            if self._stopped.wait(0.01):
                 return
             members = list(self.cluster.members)
-            member, key = members[number % len(members)], f"/w/{number}"
+            member, key = members[(thread + number // 50) % len(members)], f"/w/{thread}-{number}"
             try:
                 answer = session.put(
                     f"{member.client}/v2/keys{key}", {"value": number}, timeout=1)
             except requests.RequestException:
                 continue
             if answer.status_code in (200, 201):
-                now = time.monotonic()
-                self.pause_s = max(self.pause_s, now - last)
-                last = now
-                self.acknowledged[key] = str(number)
-                self._stopped.wait(0.005)
+                with self._lock:
+                    now = time.monotonic()
+                    self.pause_s = max(self.pause_s, now - self._last)
+                    self._last = now
+                    self.acknowledged[key] = str(number)
 
 
 def etcdctl3(member, *arguments):

@@ -9,8 +9,15 @@ import pytest
 from tests.kit.exchange import EXCHANGE_SECONDS, MixedCluster, Writer, etcdctl3, needs_etcd
 
 _OFTEN = ("-snapshot-count", "40")      # the logs are compacted soon
-_PAUSE_SECONDS_MAX = 3                  # of writes, while members are exchanged
+_PAUSE_SECONDS_MAX = 10                 # of writes: mostly below 2, on a machine that is not busy
 _EXCHANGES = 3 if EXCHANGE_SECONDS >= 60 else 1     # of members by new ones, which take long
+
+
+def _check(cluster, writer):
+    """Nothing acknowledged is lost, all members are equal, and clients were not left waiting."""
+    print(f"{len(writer.acknowledged)} writes, longest pause {writer.pause_s:.1f} s")
+    cluster.check_equal(writer.acknowledged)
+    assert writer.pause_s < _PAUSE_SECONDS_MAX
 
 
 @needs_etcd
@@ -42,8 +49,8 @@ def test_exchange_killed_leaders_lose_no_acknowledged_write(tmp_path):
             until = time.monotonic() + EXCHANGE_SECONDS
             while time.monotonic() < until:
                 cluster.wait_served(cluster.kill_leader())
-        cluster.check_equal(writer.acknowledged)
-        print(f"{len(writer.acknowledged)} writes, longest pause {writer.pause_s:.1f} s")
+                writer.wait_more(100)
+        _check(cluster, writer)
 
 
 @needs_etcd
@@ -86,8 +93,7 @@ def test_exchange_of_members_under_load(tmp_path, way, count):
             for kind in ("pyetcd", "etcd"):
                 for member in cluster.members[-count:]:
                     way(cluster, member, kind)
-        cluster.check_equal(writer.acknowledged)
-    assert writer.pause_s < _PAUSE_SECONDS_MAX
+        _check(cluster, writer)
 
 
 @needs_etcd
@@ -106,9 +112,8 @@ def test_exchange_moves_from_2_3_to_3_4_and_back_under_load(tmp_path):
                 cluster.wait_version(version)
             for member in members[-_EXCHANGES:]:
                 cluster.exchange(member, "2.3")
-        cluster.check_equal(writer.acknowledged)
+        _check(cluster, writer)
         cluster.wait_version("2.3.0")
-    assert writer.pause_s < _PAUSE_SECONDS_MAX
 
 
 @needs_etcd

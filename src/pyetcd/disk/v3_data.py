@@ -96,7 +96,7 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         try:
             reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
-        except (BoltError, OSError):
+        except (BoltError, OSError, OverflowError):
             return True
 
 
