@@ -761,12 +761,11 @@ LOG_PACKAGES = (
     "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
     "rafthttp", "snap", "tls", "wal",
 )
-_PLACE = re.compile(r"(?:(connection with|\w{1,16})[ :])?%[.\d]*([a-z])")
+_PLACE = re.compile(r"%[.\d]*([a-z])")
 _RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
 _FIELDS = {                             # what is named so in front of a value is this field
     "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
     "member": "member", "peer": "peer", "remote": "remote", "status": "status", "term": "term",
-    "connection with": "peer",
 }
 
 
@@ -777,12 +776,15 @@ def _fields(record: logging.LogRecord) -> Dict[str, object]:
     """
     fields: Dict[str, object] = {}
     if record.args and isinstance(record.args, tuple):
-        for place, value in zip(_PLACE.finditer(str(record.msg)), record.args):
-            name = _FIELDS.get(place[1] or "", "")
+        text = str(record.msg)
+        for place, value in zip(_PLACE.finditer(text), record.args):
+            before = text[:place.start()].rstrip(" :")
+            is_peer = before.endswith("connection with")
+            name = "peer" if is_peer else _FIELDS.get(before.rpartition(" ")[2], "")
             if record.name == "pyetcd.raft.node" and not place.start():
                 name = "member"
             if name:
-                fields[name] = f"{value:x}" if place[2] == "x" else value
+                fields[name] = f"{value:x}" if place[1] == "x" else value
     elif record.name == "pyetcd.raft":  # whose texts hold nothing but ids and numbers
         for found in _RAFT_FIELD.finditer(str(record.msg)):
             name, is_number = found[1] or "member", found[1] in ("term", "index")
