@@ -14,14 +14,29 @@ one of FIRST (what a script does before its other imports) and __main__.py (the 
 from __future__ import annotations
 
 import ast
+import builtins
 import re
+import stat
 import sys
 import textwrap
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Set, Tuple
+from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Set, Tuple, Union
 
 ROOT = Path(__file__).resolve().parent
+SHEBANG = "#!/usr/bin/env python3"
 NOTICE = "# Built from src/ by build.py: change it there."
+PYTHON_MIN = (3, 9)                     # as in pyproject.toml
+# What older Pythons say.  They compile the whole file first, so its syntax is that of SYNTAX_MAX:
+# no walrus, no `/` among the parameters, no future import of annotations.
+SYNTAX_MAX = (3, 6)
+CHECK = """\
+import sys
+
+if sys.version_info < {minimum}:
+    _why = "{program} needs Python {wanted} or later, and this is " + sys.version.split()[0]
+    if __name__ == "__main__":
+        sys.exit(_why)
+    raise ImportError(_why) from None   # {program} needs Python {wanted} or later"""
 RULE, THIN_RULE = "# " + "=" * 76, "# " + "-" * 76
 
 # The rooms of each program, from the first in its file to the last, and what each holds.
@@ -35,7 +50,7 @@ ROOMS: Dict[str, Dict[str, str]] = {
         "peer": "frames, links, transport",
         "member": "cluster, applier, journal, auth records, statistics, the server object",
         "api": "keys, members, status, auth, snapshot, discovery service, the table of paths",
-        "life": "discovery, bootstrap, embedding, proxy, flags, backup, test kit, command line",
+        "life": "discovery, bootstrap, embedding, proxy, flags, tools, dev, test kit, command line",
     },
     "pyetcd_client": {
         "transport": "errors, results, endpoints, connections, calls",
@@ -98,7 +113,10 @@ def error_at(path: Path, line: int, sentence: str) -> BuildError:
 def read_module(program: str, path: Path) -> Module:
     """Read one source file, and refuse imports that its room must not have."""
     text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text, str(path))
+    try:
+        tree = ast.parse(text, str(path), feature_version=SYNTAX_MAX)
+    except SyntaxError as error:
+        raise error_at(path, error.lineno or 1, str(error.msg)) from None
     room = "" if path.parent.name == program else path.parent.name
     title, _, notes = (ast.get_docstring(tree) or "").partition("\n")
     if not title:
@@ -268,18 +286,92 @@ def build(program: str) -> str:
         raise error_at(modules[beside[0]].path, 1, "a module stands in a room")
     outside: Set[str] = set().union(*(module.outside for module in [head, *ordered, last]))
     for_types: Set[str] = set().union(*(module.for_types for module in ordered))
-    outside.discard("from __future__ import annotations")
+    dropped = {"from __future__ import annotations", "import sys"}
     notes = head.notes.replace("@INDEX@", index(program, ordered))
-    parts = [f'"""{head.title}\n{notes}\n"""\n\n{NOTICE}\n\nfrom __future__ import annotations']
-    own = first.outside - {"from __future__ import annotations"}
-    parts += [write_imports(own), first.body, write_imports(outside - own)]
+    check = CHECK.format(minimum=PYTHON_MIN, wanted=".".join(map(str, PYTHON_MIN)),
+                         program=program)
+    parts = [f'{SHEBANG}\n"""{head.title}\n{notes}\n"""\n\n{NOTICE}', check]
+    own = first.outside - dropped
+    parts += [write_imports(own), first.body, write_imports(outside - own - dropped)]
     if for_types:
         parts.append("if TYPE_CHECKING:\n" + textwrap.indent(write_imports(for_types), "    "))
     parts.append(head.body)
     text = "\n\n".join(part for part in parts if part)
     for module in ordered:
         text += f"\n\n\n{banner(program, module)}\n\n\n{module.body}"
-    return f"{text}\n\n\n{last.body}\n"
+    return quote_annotations(f"{text}\n\n\n{last.body}\n")
+
+
+class Annotations(ast.NodeVisitor):
+    """Finds the annotations of a program that must be quoted where Python evaluates them.
+
+    That is when the `def` runs.  At the top of the file and in classes there, an annotation stays
+    as it is if all its names are defined above and only names of typing have brackets.  Functions
+    in functions are defined again and again: all their annotations are quoted, which costs nothing.
+
+    known  names that can be used now; grows with the program
+    """
+
+    def __init__(self) -> None:
+        self.known = set(dir(builtins))
+        self.typing: Set[str] = set()   # those of the module typing
+        self.late: List[ast.expr] = []
+        self._own: Set[str] = set()     # names of the class around: they hide others
+        self._depth = 0                 # functions around
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """Look into a class."""
+        around, self._own = self._own, {name for each in node.body for name in bound_names(each)}
+        self.generic_visit(node)
+        self._own = around
+
+    def visit_FunctionDef(self, node: Union[ast.FunctionDef, ast.AsyncFunctionDef]) -> None:
+        """Look at parameters and result, then into the body."""
+        parameters = node.args
+        for each in (*parameters.args, *parameters.kwonlyargs, parameters.vararg,
+                     parameters.kwarg):
+            self._look(each.annotation if each is not None else None)
+        self._look(node.returns)
+        self._depth += 1
+        for statement in node.body:
+            self.visit(statement)
+        self._depth -= 1
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """Annotations of variables are not evaluated inside functions."""
+        if not self._depth:
+            self._look(node.annotation)
+
+    def _look(self, annotation: Union[ast.expr, None]) -> None:
+        if annotation is None or isinstance(annotation, ast.Constant):
+            return
+        parts = list(ast.walk(annotation))
+        names = {part.id for part in parts if isinstance(part, ast.Name)}
+        generic = {ast.unparse(part.value) for part in parts if isinstance(part, ast.Subscript)}
+        if (self._depth or names - self.known or names & self._own or generic - self.typing
+                or any(isinstance(part, ast.BinOp) for part in parts)):
+            self.late.append(annotation)
+
+
+def quote_annotations(text: str) -> str:
+    """Return a program that needs no future import: annotations that name what is defined below
+    them, or for type checkers only, are put into quotes."""
+    found = Annotations()
+    for node in ast.parse(text).body:
+        found.visit(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "typing":
+            found.typing.update(bound_names(node))
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            found.known.update(name.split(".")[0] for name in bound_names(node))
+    lines = text.encode("utf-8").split(b"\n")
+    for late in sorted(found.late, key=lambda late: (late.lineno, late.col_offset), reverse=True):
+        first, last = late.lineno - 1, (late.end_lineno or late.lineno) - 1
+        quoted = '"' + ast.unparse(late).replace('"', "'") + '"'
+        tail = lines[last][late.end_col_offset or 0:]
+        lines[first:last + 1] = [lines[first][:late.col_offset] + quoted.encode("utf-8") + tail]
+    return b"\n".join(lines).decode("utf-8")
 
 
 def first_difference(program: str, built: str, found: str) -> str:
@@ -310,9 +402,13 @@ def main(words: List[str]) -> int:
             return 1
         if not words:
             target.write_bytes(text.encode("utf-8"))
+            target.chmod(0o755)
         elif not target.exists() or target.read_text(encoding="utf-8") != text:
             found = target.read_text(encoding="utf-8") if target.exists() else ""
             sys.stderr.write(first_difference(program, text, found) + "\n")
+            status = 1
+        elif not target.stat().st_mode & stat.S_IXUSR:
+            sys.stderr.write(f"{program}.py is not executable: run build.py\n")
             status = 1
     return status
 

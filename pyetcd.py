@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """pyetcd: etcd v2 in one Python file, with the standard library only.
 A member, a whole cluster in one process, or a discovery service: same flags, same HTTP API, same
 peer protocol and same files on disk as etcd 2.3.8.  Run it (`python pyetcd.py -h`), or embed it:
@@ -15,7 +16,7 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls
+  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
   disk:   bolt, files, records, snapshots, wal
@@ -24,11 +25,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   peer:   compatibility, frames, streams, links, transport
   member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
             waiting, leadership, upkeep, server
-  api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
-            discovery
-  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, inspection, records, exchange, testkit,
-            verdicts, tools, command_line
+  api:    forms, gojson, auth, listings, keys, members, metrics, request_log, snapshot, status,
+            routes, discovery
+  life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
+            data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
+            inspection, records, exchange, testkit, dev, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -36,11 +37,16 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 # Built from src/ by build.py: change it there.
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):
+    _why = "pyetcd needs Python 3.9 or later, and this is " + sys.version.split()[0]
+    if __name__ == "__main__":
+        sys.exit(_why)
+    raise ImportError(_why) from None   # pyetcd needs Python 3.9 or later
 
 import marshal
 import os
-import sys
 
 if __name__ == "__main__":
     def _enter_fresh_image() -> None:
@@ -77,7 +83,7 @@ if __name__ == "__main__":
             os.close(image)
 
     def _leave_past_image(
-        image: int, words: list[bytes], name: bytes, path: tuple[str, ...], script: str
+        image: int, words: "list[bytes]", name: bytes, path: "tuple[str, ...]", script: str
     ) -> None:
         """Make all as if the user's script had been started, and not a file in memory."""
         os.close(image)
@@ -91,7 +97,7 @@ if __name__ == "__main__":
         with open("/proc/self/comm", "wb") as file:
             file.write(name)                # exec has made it `exe`
 
-    def _show_words(words: list[bytes]) -> None:
+    def _show_words(words: "list[bytes]") -> None:
         """Write over the memory in which `ps` looks for the command line.  Raises OSError."""
         with open("/proc/self/stat", "rb") as file:
             start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
@@ -118,7 +124,6 @@ import contextlib
 import copy
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -135,7 +140,6 @@ import platform
 import queue
 import random
 import re
-import resource
 import secrets
 import select
 import selectors
@@ -149,10 +153,10 @@ import struct
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import weakref
 from array import array
+from collections import OrderedDict
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
@@ -195,96 +199,6 @@ __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
     "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
-
-if not hasattr(select, "epoll"):
-    raise ImportError("pyetcd needs epoll: it runs on Linux only")
-
-
-# ============================================================================
-# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
-# ============================================================================
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() removes at most a trailing slash from an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )
-
-
-def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
-    if is_clean_path(path):
-        return path.rstrip("/") or "/"
-    parts: List[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if parts:
-                parts.pop()
-        elif part and part != ".":
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-class TlsFiles(NamedTuple):
-    """The TLS settings of one side, client or peer; "" where not given.
-
-    The files are PEM, and read again when one of them changes.
-    """
-
-    cert_file: str = ""
-    key_file: str = ""
-    trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
-    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
-    crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # host that a client certificate must be for
-    allowed_cn: str = ""                # common name that it must have
-
-
-class Backoff:
-    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._next_s = first_s
-
-    def next(self) -> float:
-        wait_s = self._next_s
-        self._next_s = min(wait_s * 2, self._max_s)
-        return wait_s
-
-    def reset(self) -> None:
-        self._next_s = self._first_s
-
-
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
-
-
-def descriptors_max(kept: int, part: int) -> int:
-    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
-
-
-def fsync_dir(path: str) -> None:
-    """Make names created, renamed or removed in directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _nothing() -> None:
-    """A callback without effect; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -437,7 +351,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
-def _crc_powers(zeros: int) -> List[array[int]]:
+def _crc_powers(zeros: int) -> "List[array[int]]":
     """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
@@ -817,8 +731,43 @@ def one_line(text: str) -> str:
 
 def _make_one_line(record: logging.LogRecord) -> bool:
     """Filter a record: names, keys, headers and texts of peers may hold any character."""
+    record.fields = _fields(record)
     record.msg, record.args = one_line(record.getMessage()), None
     return True
+
+
+LOG_PACKAGES = (
+    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
+    "rafthttp", "snap", "tls", "wal",
+)
+_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
+_FIELDS = {                             # what is named so in front of a value is this field
+    "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
+    "member": "member", "peer": "peer", "remote": "remote", "status": "status", "term": "term",
+    "connection with": "peer",
+}
+
+
+def _fields(record: logging.LogRecord) -> Dict[str, object]:
+    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+
+    Names come from our own texts, never from what is put into them.
+    """
+    fields: Dict[str, object] = {}
+    if record.args and isinstance(record.args, tuple):
+        for place, value in zip(_PLACE.finditer(str(record.msg)), record.args):
+            name = _FIELDS.get(place[1] or "", "")
+            if record.name == "pyetcd.raft.node" and not place.start():
+                name = "member"
+            if name:
+                fields[name] = f"{value:x}" if place[2] == "x" else value
+    elif record.name == "pyetcd.raft":  # whose texts hold nothing but ids and numbers
+        for found in _RAFT_FIELD.finditer(str(record.msg)):
+            name, is_number = found[1] or "member", found[1] in ("term", "index")
+            fields["peer" if name in ("to", "from") else name] = (
+                int(found[2]) if is_number else found[2])
+    return fields
 
 
 def package_logger(package: str) -> logging.Logger:
@@ -843,6 +792,194 @@ class IdGenerator:
     def next(self) -> int:
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
+
+
+# ============================================================================
+# base/system -- What systems other than Linux lack, or do otherwise.
+# ----------------------------------------------------------------------------
+# macOS has no epoll, no fdatasync and no /proc.  Windows has none of what a member needs, but
+# imports this file.
+# ============================================================================
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows
+    fcntl = resource = None  # type: ignore[assignment]
+
+
+def check_system() -> None:
+    """Raise StartError with what a member needs and this system lacks."""
+    lacks = [what for what, is_there in (
+        ("file locks (fcntl)", fcntl is not None),
+        ("poll", hasattr(select, "epoll") or hasattr(select, "poll")),
+    ) if not is_there]
+    if lacks:
+        raise StartError(
+            f"pyetcd does not run on {sys.platform}, which lacks {' and '.join(lacks)}: use Linux"
+            " or macOS, or on Windows WSL or a container; pyetcd_client runs here"
+        )
+
+
+class Poll:
+    """What select.epoll does, by poll(), whose bits are the same."""
+
+    def __init__(self) -> None:
+        poll = select.poll()
+        self.register, self.modify, self.unregister = poll.register, poll.modify, poll.unregister
+        self._poll = poll.poll
+
+    def poll(self, timeout_s: Optional[float] = None) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of what is ready; wait for it timeout_s at most."""
+        return self._poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def make_poll() -> Poll:
+    """Return epoll where the system has it: that takes as long with many sockets as with few."""
+    return select.epoll() if hasattr(select, "epoll") else Poll()  # type: ignore[return-value]
+
+
+def lock_file(handle: int) -> bool:
+    """Take the POSIX lock of a file; False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def sync_file(handle: int) -> None:
+    """Make contents and attributes of a file durable.
+
+    macOS's fsync leaves them in the drive, which forgets them without power; what its F_FULLFSYNC
+    does not work on (a network's file system) gets fsync.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                raise
+    os.fsync(handle)
+
+
+sync_data: Callable[[int], None] = getattr(os, "fdatasync", sync_file)      # contents only
+
+
+def open_files_limit() -> int:
+    """Return how many descriptors this process may open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def resident_bytes_max() -> int:
+    """Return the most memory that this process has ever used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def raise_files_limit() -> None:
+    """Allow as many open files as the system lets us; macOS says no limit, and takes 10,240."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limit in (hard, 10_240):
+        if limit == hard or open_files_limit() < limit:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return
+
+
+# ============================================================================
+# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
+# ============================================================================
+
+
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """The TLS settings of one side, client or peer; "" where not given.
+
+    The files are PEM, and read again when one of them changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
+    limit = open_files_limit()
+    return limit - min(kept, limit // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """A callback without effect; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -1096,7 +1233,7 @@ def go_quote(text: str) -> str:
     return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
 
 
-def _go_escape(match: re.Match[str]) -> str:
+def _go_escape(match: "re.Match[str]") -> str:
     char = match[0]
     code = ord(char)
     if char in _GO_SHORT:
@@ -1274,7 +1411,7 @@ class Request(NamedTuple):
     stream: bool = False
     refresh: Optional[bool] = None
 
-    def as_unicode(self) -> Request:
+    def as_unicode(self) -> "Request":
         """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
@@ -1856,7 +1993,7 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
         if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
-            text: LongText = yield from long_text_steps(value)
+            text: LongText = (yield from long_text_steps(value))
             values[name] = text
         else:
             values[name] = as_unicode(_text(value))
@@ -3237,7 +3374,7 @@ class RawNode:
         )
 
     @classmethod
-    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> RawNode:
+    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> "RawNode":
         """Return a member of a new cluster, whose first Ready holds `entries`.
 
         entries  one ConfChange per initial member at indexes 1..n, term 1, equal everywhere:
@@ -3509,6 +3646,11 @@ class LongNode(Node):
         return b"".join(value) == b"".join(self.json)       # perhaps in other pieces
 
 
+def node_chars(node: Node) -> int:
+    """Return the characters of a file's value, of a long one as it is kept; 0 for a directory."""
+    return sum(map(len, node.json)) if type(node) is LongNode else len(node.value or "")
+
+
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
@@ -3735,7 +3877,7 @@ class TreeWalk:
 
     __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
-    def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
+    def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
         self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
@@ -4093,7 +4235,7 @@ class WatcherHub:
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
-    def __init__(self, history: EventHistory, stats: StoreStats) -> None:
+    def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
         self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
@@ -4325,6 +4467,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
@@ -4364,17 +4507,27 @@ class NodeTree:
             if not nodes:
                 del self._replaced[0]
 
-    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _free(self, path: str) -> None:
         """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
         self._budget -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
@@ -4505,11 +4658,12 @@ class StoreState(NamedTuple):
     events: List[Event]                 # the history, oldest first
     back: int                           # of the history's ring
     capacity: int
+    chars: int                          # as NodeTree has them
 
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
-    ) -> StoreState:
+    ) -> "StoreState":
         """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
@@ -4524,15 +4678,16 @@ class StoreState(NamedTuple):
             ring = slots[front:] + slots[:front]        # oldest first, then the unused
             if nodes["/0"].children is None or nodes["/1"].children is None:
                 raise ValueError("/0 and /1 must be directories")
-            ttl = TtlHeap()
+            ttl, chars = TtlHeap(), -len("/" + "/0" + "/1")
             for path, node in nodes.items():
+                chars += len(path) + node_chars(node)
                 if node.expires_ns:
                     ttl.set(path, node.expires_ns)
             return cls(
                 nodes, ttl, _number(state, "CurrentIndex"),
                 {name: _number(counters, name) for name in counters},
                 [event for event in ring if event is not None],
-                _number(queue, "Back"), _number(queue, "Capacity"),
+                _number(queue, "Back"), _number(queue, "Capacity"), chars,
             )
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"not a snapshot of a store: {error!r}") from None
@@ -4870,7 +5025,7 @@ class Store(NodeTree):
 
         Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace_tree(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -4896,10 +5051,12 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if self._walks or expires_ns or (old is not None and old.expires_ns):
+        if (old is None or self._walks or expires_ns or old.expires_ns
+                or node.__class__ is not Node or old.__class__ is not Node):
             self._put_node(path, old, node)
-        else:
+        else:                           # what most writes do
             self._nodes[path] = node
+            self.chars += len(node.value or "") - len(old.value or "")
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
@@ -4912,13 +5069,6 @@ class Store(NodeTree):
         node = file_node(text, old.created_index, index, expires_ns)
         self._put_node(path, old, node)
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
-
-    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        for walk in self._walks:
-            walk.keep(path, old)
-        self._nodes[path] = node
-        if node.expires_ns or (old is not None and old.expires_ns):
-            self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
         """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
@@ -5083,14 +5233,13 @@ class BoltReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: BinaryIO = open(path, "rb")
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._meta = self._newest_meta()
             self._buckets = self._top_buckets()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
-    def __enter__(self) -> BoltReader:
+    def __enter__(self) -> "BoltReader":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -5375,7 +5524,7 @@ class OsDisk:
         _fdatasync(handle)
 
     def fsync(self, handle: int) -> None:
-        os.fsync(handle)
+        sync_file(handle)
 
     def close(self, handle: int) -> None:
         os.close(handle)
@@ -5383,7 +5532,7 @@ class OsDisk:
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
-        os.fsync(handle)
+        sync_file(handle)
 
     def rename(self, old: str, new: str) -> None:
         os.replace(old, new)
@@ -5403,14 +5552,10 @@ class OsDisk:
         real = os.path.realpath(path)
         if real in _locked_paths.values():
             return False
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        _locked_paths[path] = real
-        return True
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
@@ -5442,7 +5587,7 @@ def disk_full_as_error(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()
 
 
@@ -6070,7 +6215,7 @@ class Wal:
     def create(
         cls, directory: str, metadata: bytes, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Wal:
+    ) -> "Wal":
         """Begin a new log, durably.  Raises WalError if there is one, FileLocked, OSError."""
         if cls.exists(directory, disk=disk):
             raise WalError(f"wal: file already exists: {directory} holds a log")
@@ -6084,7 +6229,7 @@ class Wal:
     def open(
         cls, directory: str, start: EntryID = _LOG_START, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Tuple[Wal, WalContents]:
+    ) -> "Tuple[Wal, WalContents]":
         """Read the log behind the snapshot `start`, and get ready to append.
 
         A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
@@ -6997,12 +7142,12 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-_EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
+_IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
+_EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
 _READY = tuple(
-    (selectors.EVENT_READ if mask & ~select.EPOLLOUT else 0)
-    | (selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0)
-    for mask in range(2 * select.EPOLLHUP)
+    (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
+    for mask in range(2 * _INVALID)
 )
 
 
@@ -7025,7 +7170,7 @@ class Reactor:
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
-        self._epoll = select.epoll()    # selectors would cost some 3 us more per event
+        self._epoll = make_poll()       # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
@@ -7037,7 +7182,7 @@ class Reactor:
         self._flushes: List[Callable[[], None]] = []
         # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
-        self._urgent = select.epoll()           # all others: looked at while some are late
+        self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
@@ -7120,7 +7265,7 @@ class Reactor:
             return waiter
         self._look_ups[host, port] = [waiter]
 
-        def found(error: Optional[BaseException], addresses: Any) -> None:
+        def found(error: "Optional[BaseException]", addresses: "Any") -> None:
             for waiter in self._look_ups.pop((host, port)):
                 if waiter.callback is not None:
                     waiter.callback(error, addresses)
@@ -7538,7 +7683,7 @@ class HttpRequest:
     def start_stream(
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
-    ) -> StreamReply:
+    ) -> "StreamReply":
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
         A reply without body (HEAD, 204, 304) is completed by end().
@@ -7835,7 +7980,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     check_readable(key_file)
     asked: List[bool] = []
 
-    def passphrase() -> str:
+    def passphrase() -> "str":
         asked.append(True)
         raise ValueError("the key is encrypted")
 
@@ -8537,7 +8682,7 @@ class Service:
         self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
 
-    def serve(self, sock: socket.socket, remote: str) -> Connection:
+    def serve(self, sock: socket.socket, remote: str) -> "Connection":
         """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
@@ -8561,21 +8706,21 @@ class Service:
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
+    def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
         """Note the start of an incomplete request.  begun: it is another than before."""
         if not partial:
             self.partial.pop(connection, None)
         elif begun or connection not in self.partial:
             self.partial[connection] = self.reactor.now()
 
-    def watch_unread(self, connection: Connection, taken: int) -> None:
+    def watch_unread(self, connection: "Connection", taken: int) -> None:
         """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: "Connection") -> None:
         """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
         self.partial.pop(connection, None)
@@ -9039,7 +9184,7 @@ class PendingConnection:
     """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
-        self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
+        self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
     ) -> None:
         self._listener = listener
         self._tls = tls
@@ -9338,6 +9483,7 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -9354,7 +9500,8 @@ class PeerStatus:
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        self.problem = str(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0
@@ -9763,7 +9910,7 @@ class StreamReader:
         self._unread_bytes += len(data)
         is_decoded = False
 
-        def decoded(error: Optional[CodecError]) -> None:
+        def decoded(error: "Optional[CodecError]") -> None:
             nonlocal is_decoded
             is_decoded = True
             if call is not self._call:
@@ -10007,7 +10154,7 @@ class Pipeline:
         post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             self._answered(post, error, answer)
 
         post.call = fetch(
@@ -10061,7 +10208,7 @@ class Prober:
         if self._call is not None and not self._call.ended:
             return
 
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             self._probed(asked_at, None if error else _probed_time(answer))
 
         self._call = fetch(
@@ -10141,6 +10288,11 @@ class Peer:
         """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
+
+    @property
+    def problem(self) -> str:
+        """The URL that is dialed and what fails there; "" if the peer can be reached."""
+        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
 
     def other_process(self, advertised: str) -> str:
         """Return the peer URLs of another process that has this peer's streams, or "".
@@ -10312,6 +10464,11 @@ class Transport:
         """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def problem(self, member_id: int) -> str:
+        """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
+        peer = self._peers.get(member_id)
+        return peer.problem if peer is not None else ""
 
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
@@ -10521,7 +10678,7 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: Optional[BaseException], message: Any) -> None:
+        def done(error: "Optional[BaseException]", message: "Any") -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
@@ -10756,7 +10913,7 @@ class Cluster:
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -11483,14 +11640,14 @@ class Permissions(NamedTuple):
                 return True
         return False
 
-    def grant(self, more: Permissions) -> Permissions:
+    def grant(self, more: "Permissions") -> "Permissions":
         """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
-    def revoke(self, less: Permissions) -> Permissions:
+    def revoke(self, less: "Permissions") -> "Permissions":
         """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
@@ -11537,13 +11694,13 @@ class User(NamedTuple):
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
-    def with_root(self) -> User:
+    def with_root(self) -> "User":
         """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
 
-    def change_roles(self, grant: Names, revoke: Names) -> User:
+    def change_roles(self, grant: Names, revoke: Names) -> "User":
         """Return the user with other roles, sorted.  Raises AuthError."""
         roles = set(_granted(
             self.roles, grant, f"Granting duplicate role {{}} for user {self.name}"
@@ -12060,7 +12217,7 @@ class AuthStore:
         if password:
             hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
 
-        def change(old: User) -> User:
+        def change(old: "User") -> "User":
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
@@ -12089,7 +12246,7 @@ class AuthStore:
         """Return the changed role."""
         self._check_role(name)
 
-        def change(old: Role) -> Role:
+        def change(old: "Role") -> "Role":
             permissions = old.permissions
             if grant is not None:
                 permissions = permissions.grant(grant)
@@ -12224,7 +12381,7 @@ class Guard:
         refused: Handler,
     ) -> Handler:
         """Return the handler for an access to `key`; without Authorization, that of a guest."""
-        def may(user: Optional[User]) -> bool:
+        def may(user: "Optional[User]") -> "bool":
             return self._auth.may_access(user, key, write=write, recursive=recursive)
 
         return self._decide(head, may, passed, refused)
@@ -12290,7 +12447,7 @@ class Guard:
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # without one there is a verdict
 
-        def checked(known: bool) -> None:
+        def checked(known: "bool") -> None:
             if known:
                 self._verify(head, may, passed, refused, request)
             elif not request.connection.closed:
@@ -12817,7 +12974,7 @@ class WalWriter:
             self._write_frames(job.data)
         except DiskFull:
             self._queue_deferred()      # the thread repeats it until there is space
-        except Exception as error:
+        except OSError as error:
             self._deferred = None
             self._fail(error)
         else:
@@ -13236,7 +13393,7 @@ class SnapshotKeeper:
 
     def _write_file(self, file: SnapshotFile, started: float) -> None:
         """Write the file, after its record is in the log, on another thread: the log must go on."""
-        def done(error: Optional[BaseException], _: Any) -> None:
+        def done(error: "Optional[BaseException]", _: "Any") -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
                 SERVER_LOG.error("no snapshot could be saved: %s", error)
@@ -13464,6 +13621,7 @@ class Leadership:
         self._election_s = config.election_ms / 1000
         self._seen = 0                  # the leader at the last look
         self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._lost_at = reactor.now()   # when the last leader was lost (monotonic)
         self._removal_term = 0          # the term of the last transfer before a removal
         self._visit = 0                 # of the journal, at the last tick; 0: it was idle
         self._visit_ticks = 0           # that the visit has taken
@@ -13478,6 +13636,7 @@ class Leadership:
         log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
         if not lead:
             log.info("%s lost leader %s at term %d", me, old, raft.term)
+            self._lost_at = self._reactor.now()
         elif not seen:
             log.info("%s elected leader %s at term %d", me, new, raft.term)
         else:
@@ -13486,6 +13645,10 @@ class Leadership:
         if lead:
             self._since = self._reactor.now()
         return True
+
+    def unled_s(self) -> float:
+        """Return the seconds without a leader, 0 if one is known."""
+        return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
         """Leader: True if links to a quorum are up; others: True if the one to the leader is.
@@ -13613,6 +13776,27 @@ class Leadership:
 
 
 Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
+
+
+def report_leader_wait(
+    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
+) -> None:
+    """Log which members a member without a leader waits for, unless an election is under way.
+
+    problem  member id -> where it is dialed and what fails; "" if it can be reached
+    """
+    seconds, members = unled_s(), cluster.members
+    if seconds < LEADER_WAIT_SECONDS / 2:
+        return
+    missing = sorted(
+        f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
+        if problem(id)
+    )
+    SERVER_LOG.warning(
+        "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+        len(members) // 2 + 1, len(members), seconds,
+    )
 
 
 def publish(
@@ -13621,7 +13805,7 @@ def publish(
 ) -> None:
     """Publish this member's name and client URLs, again until it is applied; then call done()."""
 
-    def applied(result: Any) -> None:
+    def applied(result: "Any") -> None:
         if isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
@@ -13630,12 +13814,12 @@ def publish(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
-        done()
         _check_peer_urls(config, cluster.members.get(member_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
+        done()
 
     member = Member(
         member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
@@ -13707,7 +13891,7 @@ class VersionMonitor:
             self._timer = None
 
     def _ask(self, member: Member, url: str) -> None:
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
@@ -13802,7 +13986,7 @@ def purge_periodically(
         for directory, suffix, keep in kept:
             purge_files(directory, suffix, keep, disk=disk)
 
-    def purged(error: Optional[BaseException], _: Any) -> None:
+    def purged(error: "Optional[BaseException]", _: "Any") -> None:
         reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
         if error is not None:
             SERVER_LOG.error("cannot remove old files: %s", error)
@@ -13955,6 +14139,8 @@ class EtcdServer:
         self._timers = [
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
+            reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
+                self.cluster, self.transport.problem, self._leadership.unled_s)),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),
@@ -14035,7 +14221,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            data = encoded or encode_request(request := request.as_unicode())
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 
@@ -14868,7 +15055,7 @@ class UserBody(NamedTuple):
     revoke: Names
 
     @classmethod
-    def parse(cls, body: bytes) -> UserBody:
+    def parse(cls, body: bytes) -> "UserBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         return cls(
@@ -14886,7 +15073,7 @@ class RoleBody(NamedTuple):
     revoke: Optional[Permissions]
 
     @classmethod
-    def parse(cls, body: bytes) -> RoleBody:
+    def parse(cls, body: bytes) -> "RoleBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         name = GoJson.string_member(value, "role")
@@ -15054,7 +15241,7 @@ class AuthApi:
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
         """Make a change; then call reply(its result), or answer with its error."""
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
             else:
@@ -15367,7 +15554,7 @@ class KeysApi:
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        def done(result: Union[Listing, EtcdError]) -> None:
+        def done(result: "Union[Listing, EtcdError]") -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
                 return
@@ -15699,6 +15886,10 @@ _GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_proposals_applied_total", "Raft index that is applied.",
      lambda s: s.raft_index),
     ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("pyetcd_store_keys", "Keys and directories, those of the cluster itself included.",
+     lambda s: len(s.store)),
+    ("pyetcd_store_bytes", "Characters of keys and values: bytes, where they are ASCII.",
+     lambda s: s.store.chars),
     ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
 )
 _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
@@ -15819,8 +16010,7 @@ def add_process_readings(
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
     metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
@@ -15831,7 +16021,7 @@ def _statm_bytes(field: int) -> int:
     """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
     try:
         with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
-            return int(file.read().split()[field]) * resource.getpagesize()
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
 
@@ -15842,7 +16032,7 @@ def _virtual_bytes() -> int:
 
 def _resident_bytes() -> int:
     """Return the memory in use; without /proc, the most that was ever in use."""
-    return _statm_bytes(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _statm_bytes(1) or resident_bytes_max()
 
 
 def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
@@ -15866,7 +16056,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     reactor, journal, log = server.reactor, server.journal, server.node.raft.log
     return {
         "cmdline": [sys.executable, *sys.argv],
-        "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "file_descriptor_limit": open_files_limit(),
         "memstats": {
             "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
@@ -15901,6 +16091,51 @@ def _raft_status(status: Status) -> Dict[str, object]:
             for each, (match, next_, state) in status.progress.items()
         },
     }
+
+
+# ============================================================================
+# api/request_log -- The line of a request at level DEBUG.
+# ============================================================================
+
+
+def log_reply(request: HttpRequest, log: logging.Logger) -> None:
+    """Have a request logged when its reply begins, with status and duration.
+
+    Source: etcd 2.3 etcdhttp/client.go, which logs it when it comes, without either.
+    """
+    request.connection = cast(Connection, _Logged(request, log))
+
+
+class _Logged:
+    """The connection of one request, which looks at the first bytes of the reply."""
+
+    def __init__(self, request: HttpRequest, log: logging.Logger) -> None:
+        connection = request.connection
+        line = request.method, request.target, connection.remote
+        vars(self).update(connection=connection, line=line, log=log, since=connection.reactor.now())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.connection, name, value)
+
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Send a part of the reply."""
+        self._look(data)
+        self.connection.send(data, more)
+
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
+        """Send the end of the reply."""
+        self._look(data)
+        self.connection.finish(data, keep_alive, more)
+
+    def _look(self, data: bytes) -> None:
+        if self.line:
+            seconds = self.connection.reactor.now() - self.since
+            self.log.debug("[%s] %s remote:%s status:%d duration:%.3f ms", *self.line,
+                           int(data[9:12]), round(seconds * 1e3, 3))
+            vars(self)["line"] = ()
 
 
 # ============================================================================
@@ -15941,7 +16176,7 @@ class Download:
     """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
-        self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
+        self, request: HttpRequest, server: EtcdServer, ended: "Callable[[Download], None]"
     ) -> None:
         self._request = request
         self._server = server
@@ -16092,12 +16327,18 @@ class StatusApi:
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}."""
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
+
+        With "Package": "raft" only that of one package.  Without it also that of packages whose
+        level was set before, as in etcd.
+        """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
         try:
-            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+            members = GoJson.loads(request.body, partial=True)
+            name = GoJson.string_member(members, "Level")
+            package = GoJson.string_member(members, "Package")
         except ValueError:
             write_message(request, 400, "Invalid json body")
             return
@@ -16105,8 +16346,17 @@ class StatusApi:
         if level is None:
             write_message(request, 400, f"Invalid log level {name}")
             return
-        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
-        logging.getLogger("pyetcd").setLevel(level[1])
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            write_message(request, 400, f"Invalid log package {package}")
+            return
+        if package:
+            package_logger("etcdhttp").info('log level of %s set to "%s"', package, level[0])
+            package_logger(package).setLevel(level[1])
+        else:
+            package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+            for each in [n for n in logging.root.manager.loggerDict if n.startswith("pyetcd.")]:
+                logging.getLogger(each).setLevel(logging.NOTSET)
+            logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
 
 
@@ -16221,7 +16471,7 @@ class ClientApi:
     def serve(self, request: HttpRequest) -> None:
         """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
-            self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
+            log_reply(request, self._log)
         head = request.head
         decided: Optional[Tuple[int, Handler]] = head.parsed
         version = self._applier.auth_changes
@@ -16380,7 +16630,7 @@ class DiscoveryService:
             return
         token = os.urandom(16).hex()
 
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
                 write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
@@ -16454,6 +16704,152 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
+# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
+# ============================================================================
+
+
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+
+_Key = Tuple[int, str, str]         # level, logger, text
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        repeated = getattr(record, "repeated", 0)
+        often = "once" if repeated == 1 else f"{repeated} times"
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
+        return f"{record.asctime} {prefix}{record.message}{count}"
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, indented: no text in it looks like a line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, package, message, and the fields of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time is local, with microseconds and zone (RFC 3339)."""
+        time = datetime.fromtimestamp(record.created).astimezone()
+        shown = {
+            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
+            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if getattr(record, "repeated", 0):
+            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown)
+
+
+class _Repeats:
+    """A line that was logged, and how often it has come since."""
+
+    __slots__ = ("since", "count", "last")
+
+    def __init__(self, since: float, last: logging.LogRecord) -> None:
+        self.since = since
+        self.count = 0
+        self.last = last
+
+
+class RepeatHandler(logging.Handler):
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
+    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
+    all others.  Lines of raft that differ only in the term are the same line.
+    """
+
+    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
+        super().__init__()
+        self._target = target
+        self._now = now
+        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        now = self._now()
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
+            key, repeats = self._logged.popitem(last=False)
+            if self._tell(repeats):
+                self._logged[key] = _Repeats(now, repeats.last)
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            self._target.handle(record)
+            return
+        text = record.getMessage()
+        if record.name == "pyetcd.raft":
+            text = re.sub(r"term \d+", "term", text)
+        key = record.levelno, record.name, text
+        if key in self._logged:
+            self._logged[key].count += 1
+            self._logged[key].last = record
+            return
+        if len(self._logged) >= LOG_REPEATS_MAX:
+            self._tell(self._logged.popitem(last=False)[1])
+        self._logged[key] = _Repeats(now, record)
+        self._target.handle(record)
+
+    def _tell(self, repeats: _Repeats) -> bool:
+        """Log the last line with its count; False if it has not come again."""
+        if repeats.count:
+            record = copy.copy(repeats.last)
+            record.repeated = repeats.count
+            self._target.handle(record)
+        return repeats.count > 0
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        while self._logged:
+            self._tell(self._logged.popitem(last=False)[1])
+        super().close()
+
+
+# ============================================================================
+# life/wait_report -- What a member waits for before it serves, said in the log.
+# ============================================================================
+
+
+WAIT_REPORT_SECONDS = 10.0
+
+
+class WaitReport:
+    """Logs every ten seconds what the block of a `with` waits for, and for how long.
+
+    what  of it now; "": nothing worth a line.  Thread: one, beside that of the block.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.what = ""
+        self._log = package_logger(package)
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "WaitReport":
+        threading.Thread(target=self._run, name="wait-report", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        since = SYSTEM_CLOCK.now()
+        while not self._ended.wait(WAIT_REPORT_SECONDS):
+            if self.what:
+                self._log.info("waiting for %s, %.0f s", self.what, SYSTEM_CLOCK.now() - since)
+
+
+# ============================================================================
 # life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
@@ -16478,7 +16874,7 @@ class DiscoveryUnreachable(DiscoveryError):
 class DiscoveryFull(DiscoveryError):
     """Enough other members have registered: there is no place for this one."""
 
-    def __init__(self, members: List[Registration]) -> None:
+    def __init__(self, members: "List[Registration]") -> None:
         super().__init__("discovery: cluster is full")
         self.members = members
 
@@ -16595,6 +16991,7 @@ class Discovery:
         self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
+        self._report = WaitReport("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -16603,9 +17000,10 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._read_registry()
-        self._register()
-        return self._initial_cluster(self._wait_until_complete())
+        with self._report:
+            self._read_registry()
+            self._register()
+            return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
         """Wait for the members without registering; return the initial cluster.
@@ -16613,7 +17011,8 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait_until_complete())
+            with self._report:
+                return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -16719,6 +17118,11 @@ class Discovery:
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
+            names = ", ".join(member.value.partition("=")[0] for member in members)
+            self._report.what = (
+                f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
+                f" {len(members)} of {state.size} registered ({names})"
+            )
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
@@ -16772,6 +17176,7 @@ class Discovery:
     def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
+        self._report.what = f"the discovery service: {error}"
         self._log.error("error #0: %s%s", error, advice)
         wait_s = self._backoff.next()
         self._log.info(
@@ -16995,7 +17400,7 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
+    def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
         found = []
         for url in urls:
             addresses, scheme = {url_address(url)}, urlsplit(url).scheme
@@ -17079,9 +17484,14 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
         log.info("initial cluster = %s", initial)
 
 
-def default_initial_cluster(name: str) -> str:
-    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
-    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+def default_initial_cluster(config: ServerConfig) -> str:
+    """Return the default of -initial-cluster: the member alone, on the peer URLs it advertises.
+
+    Source: etcd 3.  Differs from etcd 2.3, which puts the default peer URLs there, and then
+    refuses a member that advertises others.
+    """
+    urls = config.initial_advertise_peer_urls or DEFAULT_PEER_URLS.split(",")
+    return ",".join(f"{config.name}={url}" for url in urls)
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
@@ -17221,7 +17631,7 @@ def _parse_domain(text: str) -> str:
 
 def one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
     """Return the parser that accepts `choices`; refusal: its reason for any other text."""
-    def parse(text: str) -> str:
+    def parse(text: "str") -> "str":
         if text not in choices:
             raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
@@ -17249,10 +17659,6 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
-LOG_PACKAGES = (
-    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
-    "rafthttp", "snap", "tls", "wal",
-)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -17288,7 +17694,7 @@ def _parse_proxy(text: str) -> str:
 
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
-    def parse(text: str) -> bool:
+    def parse(text: "str") -> "bool":
         if parse_bool(text):
             raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
@@ -17328,6 +17734,7 @@ _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default wi
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
     "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+    "format": (one_of("text", "json", "console"), "text"),
 }
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
@@ -17400,6 +17807,7 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
     "logging": flag_rows("""
 debug  bool  enable debug-level logging.
 log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+log-format  format  `text` (or `console`), as etcd 2.3 writes it, or `json`: an object a line.
 """),
     "unsafe": flag_rows("""
 force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
@@ -17407,6 +17815,7 @@ force-new-cluster  bool  make this member the only one of its cluster: after the
     "other": flag_rows("""
 version  bool  show the version and exit.
 config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+cloud-config  text  path to a cloud-config: flags and variables go before its section coreos.etcd2.
 """),
     "of etcd 0.4, still working": flag_rows("""
 addr  address  [DEPRECATED] use -advertise-client-urls.
@@ -17481,7 +17890,7 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "the log goes to stderr; its level is set by -debug and -log-package-levels": {
         "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-level": "info", "enable-log-rotation": False,
         "log-rotation-config-json": "",
     },
     "the log has no such warnings": {
@@ -17512,6 +17921,82 @@ def _all_flags() -> Dict[str, Flag]:
             parse = parse_bool if isinstance(default, bool) else str
             flags[name] = Flag(name, parse, default, "", reason)
     return flags
+
+
+# ============================================================================
+# life/cloud_config -- The section for etcd2 in a cloud-config, which is YAML for several programs.
+# ----------------------------------------------------------------------------
+# Source: coreos-cloudinit, config/etcd2.go: the names are those of the flags, with _ or -.
+# ============================================================================
+
+
+_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_PATH = ("coreos", "etcd2")
+
+
+class _Row(NamedTuple):
+    """A line with something on it."""
+
+    line: int                           # from 1
+    indent: int                         # spaces before the text
+    text: str
+
+
+def etcd2_section(path: str, text: str) -> str:
+    """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
+
+    All other sections are for other programs.  They are skipped by their indentation, so that
+    they may be any YAML.
+
+    path  of the file, for messages
+
+    Raises FlagError with file and line.
+    """
+    rows = [
+        _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
+        for line, row in enumerate(text.splitlines(), 1)
+        if row.strip() and not row.lstrip().startswith("#") and row.rstrip() not in ("---", "...")
+    ]
+    for depth, name in enumerate(_PATH):
+        rows = _below(path, rows, name, ".".join(_PATH[:depth]))
+    lines = [""] * len(text.splitlines())
+    left = min((row.indent for row in rows), default=0)
+    for row in rows:
+        lines[row.line - 1] = " " * (row.indent - left) + row.text
+    return "\n".join(lines)
+
+
+def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row]:
+    """Return the rows of the value of `name`, one of the keys that begin at the left of `rows`."""
+    found: List[List[_Row]] = []
+    level = rows[0].indent if rows else 0
+    for place, row in enumerate(rows):
+        if row.indent > level or (place and row.text.startswith("- ") or row.text == "-"):
+            continue                    # of the key before
+        match = _KEY.fullmatch(row.text)
+        if match is None or row.indent < level:
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
+                            f" {_form_advice(row)}")
+        if match.group(2) != name:
+            continue
+        if found:
+            raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
+        if match.group(3) and not match.group(3).startswith("#"):
+            raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
+                            f" below, one on each line")
+        found.append(list(itertools.takewhile(
+            lambda below: below.indent > level, rows[place + 1:])))
+    if not found:
+        inside = f" below {parent}" if parent else ""
+        raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
+                        f" coreos.etcd2, as coreos-cloudinit does")
+    return found[0]
+
+
+def _form_advice(row: _Row) -> str:
+    if row.text.startswith("\t"):
+        return "it is indented by a tab: use spaces"
+    return "write `key:` or `key: value`, as far to the right as the keys beside it"
 
 
 # ============================================================================
@@ -17555,9 +18040,8 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
-    alone = default_initial_cluster(config.name)
     void = [name for name, is_given in (
-        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster", config.initial_cluster not in ("", default_initial_cluster(config))),
         ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
         ("initial-cluster-state", config.initial_cluster_state == "existing"),
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
@@ -17842,9 +18326,6 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
             f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
             f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
         )
-    if config.initial_cluster == default_initial_cluster(config.name):
-        hints += "; forgot to set --initial-cluster flag?"
-        hints += " if you want to use discovery service, please set --discovery flag."
     if ",".join(advertised) == DEFAULT_PEER_URLS:
         hints += "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
@@ -18114,7 +18595,7 @@ class DataLossCheck:
         self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        def done(error: Optional[Exception], answer: Answer) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
@@ -18175,7 +18656,7 @@ class ServerThread:
     an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
-    def __init__(self, **settings: Unpack[ServerSettings]) -> None:
+    def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
         free = ("http://127.0.0.1:0",)
         config = ServerConfig(
             listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
@@ -18191,6 +18672,7 @@ class ServerThread:
         return server
 
     def _init(self, config: ServerConfig) -> None:
+        check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._budget = BufferBudget(self._reactor)
@@ -18364,7 +18846,7 @@ class Server(ServerThread):
     def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
-            published=self._ready.set, transport_type=self._transport_type,
+            published=self.set_ready, transport_type=self._transport_type,
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
@@ -18415,6 +18897,12 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
+
+    def set_ready(self) -> None:
+        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        if not self._ready.is_set():
+            package_logger("etcd").info("ready to serve client requests")
+        self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
@@ -18529,7 +19017,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
                  go_quote(cluster_file))
         return known
     try:
-        text = config.initial_cluster or default_initial_cluster(config.name)
+        text = config.initial_cluster or default_initial_cluster(config)
         if config.discovery:
             text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
         elif config.discovery_srv:
@@ -18636,7 +19124,7 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: "Forward"
     ) -> HttpCall:
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
@@ -18678,11 +19166,11 @@ class Endpoint:
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def add_waiting(self, forward: Forward) -> None:
+    def add_waiting(self, forward: "Forward") -> None:
         self._waiting[forward] = None
         self._start_timer()
 
-    def remove_waiting(self, forward: Forward) -> None:
+    def remove_waiting(self, forward: "Forward") -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -18911,7 +19399,7 @@ class Forward:
 
     def __init__(
         self, request: HttpRequest, endpoints: Sequence[Endpoint], dialer: ProxyDialer,
-        metrics: ProxyMetrics, ended: Callable[[Forward], None],
+        metrics: ProxyMetrics, ended: "Callable[[Forward], None]",
     ) -> None:
         self._request = request
         self._left = collections.deque(endpoints)
@@ -19291,7 +19779,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore", "check", "dump", "export", "import"):
+        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -19315,6 +19803,20 @@ class Settings:
             self.read_file(path)
         else:
             self.read_environment()
+            if self["cloud-config"]:
+                self.read_cloud_config(self["cloud-config"])
+
+    def read_cloud_config(self, path: str) -> None:
+        """Read coreos.etcd2 of a cloud-config; flags and variables go before its settings."""
+        self.lines.append((logging.INFO, "etcd", f'reading coreos.etcd2 from "{path}"'))
+        given = set(self.values)
+        for line, name, text in read_cloud_config(path):
+            source = f"{path}:{line}"
+            if name in given:
+                self._log(f"{source}: {name} is unused: {self.sources[name]} goes before it")
+            else:           # coreos-cloudinit replaces addresses in the whole file
+                text = expand_addresses(text, self._environ, source)
+                self._set_from_file(name, text, source)
 
     def read_environment(self) -> None:
         """Read the ETCD_* variables; an empty variable counts as not set."""
@@ -19348,15 +19850,17 @@ class Settings:
             f" provided."
         )]
         for line, name, text in read_config_file(path):
-            source = f"{path}:{line}"
-            flag = self._flags.get(name)
-            if flag is None or name in ("config-file", "version"):
-                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._suggestion('', name)}")
-                continue
-            if flag.is_bool:
-                text = _YAML_BOOLS.get(text.lower(), text)
-            self._set(flag, text, source)
+            self._set_from_file(name, text, f"{path}:{line}")
+
+    def _set_from_file(self, name: str, text: str, source: str) -> None:
+        flag = self._flags.get(name)
+        if flag is None or name in ("config-file", "cloud-config", "version"):
+            self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                      f" those that are known{self._suggestion('', name)}")
+            return
+        if flag.is_bool:
+            text = _YAML_BOOLS.get(text.lower(), text)
+        self._set(flag, text, source)
 
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
@@ -19488,18 +19992,41 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
+    text = _read_text(path)
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    return _checked_settings(path, read(path, text))
+
+
+def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
+
+    Its lines are as those of a configuration file.  Raises FlagError with file and line.
+    """
+    section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
+    return _checked_settings(path, (
+        (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
+    ))
+
+
+def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except OSError as error:
         raise FlagError(
             f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
         ) from None
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
-    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _checked_settings(path: str, settings: Iterable[_Found]) -> List[Tuple[int, str, str]]:
+    """Return the settings that are not empty.  Raises FlagError for a setting given twice."""
     found: Dict[str, Tuple[int, str, str]] = {}
-    for line, section, key, value in read(path, text):
+    for line, section, key, value in settings:
         if not value:
             continue
         if section and key not in _SECTION_KEYS:
@@ -19513,17 +20040,14 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     return list(found.values())
 
 
-_Found = Tuple[int, str, str, str]      # line, section or "", key, text
-
-
 def _json_settings(path: str, text: str) -> Iterator[_Found]:
     lines = text.split("\n")
 
-    def line_of(key: str, first: int) -> int:
+    def line_of(key: "str", first: "int") -> "int":
         quoted = json.dumps(key)
         return next((n for n in range(first, len(lines) + 1) if quoted in lines[n - 1]), first)
 
-    def flat(key: str, value: Any, line: int) -> str:
+    def flat(key: "str", value: "Any", line: "int") -> "str":
         if isinstance(value, list):
             return ",".join(flat(key, item, line) for item in value)
         if isinstance(value, (tuple, float)):
@@ -19626,7 +20150,7 @@ def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     /etc/environment.  Without a private one, the interface with the default route has it.
     Raises FlagError, which names `source`, if an address is unknown.
     """
-    def address(match: re.Match[str]) -> str:
+    def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
         variable = f"COREOS_{kind.upper()}_IPV4"
         known = environ.get(variable) or read_environment_file(ENVIRONMENT_FILE).get(variable)
@@ -19939,7 +20463,7 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
 
@@ -20740,7 +21264,9 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
 
 
-def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Iterator[Record]:
+def records_of_database(
+    path: str, skipped: Callable[[bytes, str], None], now_ns: int
+) -> Iterator[Record]:
     """Yield the present keys of a database of etcd 3: a snapshot, or member/snap/db.
 
     skipped is called with keys that v2 cannot hold, and why.  Takes 30 bytes and the key in
@@ -20748,7 +21274,7 @@ def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Ite
     """
     try:
         with BoltReader(path) as reader:
-            newest, expires = _newest_revisions(reader), _lease_ends(reader)
+            newest, expires = _newest_revisions(reader), _lease_ends(reader, now_ns)
             for revision, data in reader.items(b"key"):
                 key, value, lease = _key_value(data)
                 if newest.get(key) != revision:
@@ -20775,9 +21301,9 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
     return newest
 
 
-def _lease_ends(reader: BoltReader) -> Dict[int, int]:
+def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
     """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
-    now_ns, ends = SYSTEM_CLOCK.wall_ns(), {}
+    ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}
         lease, ttl_s = fields.get(1), fields.get(2)
@@ -21179,7 +21705,7 @@ def import_keys(
 
 
 def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
-    def skipped(key: bytes, why: str) -> None:
+    def skipped(key: "bytes", why: "str") -> None:
         refused.append(f"{key.decode('utf-8', 'backslashreplace')}: {why}")
 
     for path in (source, os.path.join(source, "member", "snap", "db"),
@@ -21193,7 +21719,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
         with open(path, "rb") as head:
             is_text = head.read(1) == b"{"
         if not is_text:
-            yield from records_of_database(path, skipped)
+            yield from records_of_database(path, skipped, SYSTEM_CLOCK.wall_ns())
             return
         with open(path, encoding="utf-8") as file:
             yield from records_of_file(file, path)
@@ -21204,8 +21730,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
 # ============================================================================
 # life/testkit -- The test kit: members that a test kills, freezes and cuts off.
 # ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
-# fixtures.
+# Threads: the test's, and those of the members.
 # ============================================================================
 
 
@@ -21306,7 +21831,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self._ready.set)
+        etcd.publish(self.set_ready)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21318,16 +21843,25 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
+def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
+    """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
     While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
+    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
+    Raises OSError.
     """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
+    sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    if port:                            # despite old connections, but not beside a listener
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+    address = sock.getsockname()
+    try:
+        socket.create_server(address[:2], family=sock.family).close()
+    except OSError:
+        sock.close()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{address[1]}"
 
 
 class LocalMember:
@@ -21346,7 +21880,7 @@ class LocalMember:
     """
 
     def __init__(
-        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+        self, name: str = "etcd1", directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.name = name
         self.client_url = ""            # of the first listener; the same after a restart
@@ -21360,7 +21894,7 @@ class LocalMember:
         self._release: Optional[threading.Event] = None     # the held reactor waits for it
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
-    def __enter__(self) -> LocalMember:
+    def __enter__(self) -> "LocalMember":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -21405,7 +21939,7 @@ class LocalMember:
         server = self._running()
         republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
 
-        def is_ready() -> bool:
+        def is_ready() -> "bool":
             nonlocal republish_at
             if self.is_paused or server.call(server.is_ready):
                 return not self.is_paused
@@ -21503,8 +22037,15 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
         if self.client_url:
             return
         directory = self._directory
@@ -21513,9 +22054,7 @@ class LocalMember:
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
         self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
-        )
+            _reserve_url(self._owned, host, port) for port in (client_port, peer_port))
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
         self._cuts = mute, deaf
@@ -21569,14 +22108,14 @@ class LocalCluster:
     """
 
     def __init__(
-        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+        self, size: int = 3, directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
         self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
 
-    def __enter__(self) -> LocalCluster:
+    def __enter__(self) -> "LocalCluster":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -21704,47 +22243,10 @@ def _accepts(member: LocalMember, sender: LocalMember) -> bool:
     """True if `member` does not drop messages from `sender`: see DataLossCheck."""
     message = Message(MsgType.VOTE, sender=sender.member_id)
 
-    def accepts(etcd: EtcdServer) -> bool:
+    def accepts(etcd: "EtcdServer") -> "bool":
         return etcd.transport.drop is None or not etcd.transport.drop(message)
 
     return bool(member.call(accepts))
-
-
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
 
 
 class ClusterFactory:
@@ -21754,20 +22256,268 @@ class ClusterFactory:
         self._tmp_path_factory = tmp_path_factory
         self._clusters = clusters
 
-    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+    def __call__(self, size: int = 3, **settings: "Unpack[MemberSettings]") -> LocalCluster:
         directory = str(self._tmp_path_factory.mktemp("etcd"))
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
+class PytestPlugin:
+    """The fixtures of pyetcd_pytest, for installations that name this class as the plugin."""
+
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Load the file beside this one."""
+        config.pluginmanager.import_plugin("pyetcd_pytest")
 
 
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
+# ============================================================================
+# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
+# ----------------------------------------------------------------------------
+# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
+# process starts them in a fraction of a second, and none is left behind when it ends.
+# ============================================================================
+
+
+DEV_SIZES = (1, 3, 5, 7, 9)
+_DISCOVERY_SIZE = 3                 # members of the cluster that -discovery-url is for
+_LOOK_SECONDS = 0.5                 # between two looks whether all members run
+_ANSWER_SECONDS = 5.0               # for /new of a member in this process
+_KEPT_FILE = "dev.json"                # in a kept data directory: the URLs of its members
+
+Address = Tuple[str, int, int]      # host, client port, peer port; port 0: a free one
+
+
+def _parse_port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
+        raise ValueError("a port is a number from 1 to 65535")
+    return int(text)
+
+
+def _parse_host(text: str) -> str:
+    if not is_ip(text):
+        raise ValueError("an IP address of this machine is wanted, without a port")
+    if text in WILDCARD_HOSTS:
+        raise ValueError("the URLs need one address of this machine, such as"
+                         f" {default_route_address() or '10.0.0.5'}")
+    return text
+
+
+DEV_FLAGS = (
+    Flag("port", _parse_port, 0,
+         "client port of the first member; its peer port is the next one, then come those of the"
+         " second member, and so on (default: free ports)."),
+    Flag("host", _parse_host, "",
+         "address of this machine to listen on (default: 127.0.0.1, which only this machine"
+         " reaches)."),
+    Flag("data-dir", str, "",
+         "directory that keeps data, number of members and ports for the next `pyetcd dev`"
+         " (default: a temporary one, removed at the end)."),
+    Flag("discovery-url", parse_bool, False,
+         "print a fresh discovery URL for three members elsewhere; without -host this listens on"
+         " this machine's address on the default route."),
+    *FLAGS["logging"],
+)
+DEV_USAGE = (
+    "usage: pyetcd dev [N] [flags]", "",
+    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
+    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
+)
+
+
+def dev_size(word: str) -> int:
+    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
+    if not word:
+        return 0
+    sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
+    if not (word.isascii() and word.isdecimal()):
+        raise FlagError(f"'{word}' is not a number of members; use {sizes}")
+    size = int(word[:9])
+    if size in DEV_SIZES:
+        return size
+    if not size:
+        raise FlagError(f"a cluster has at least one member; use {sizes}")
+    if size > DEV_SIZES[-1]:
+        raise FlagError(f"{word} members are too many for one process; use {sizes}")
+    raise FlagError(
+        f"{size} members survive no more failures than {size - 1}: both need a majority; use"
+        f" {sizes}"
+    )
+
+
+class EndSignals:
+    """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
+
+    def __enter__(self) -> "EndSignals":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before: Dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # A late signal must not change the exit code of a process that has cleaned up.
+        is_over = self.wait(0.0)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_over else before)
+        self._reader.close()
+        self._writer.close()
+
+    def _received(self, number: int, frame: object) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
+            self._writer.send(b"x")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a signal has come, for at most timeout_s; tell whether one has."""
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
+
+
+# -- where the members live ------------------------------------------------------
+
+
+def plan_addresses(settings: Settings, size: int) -> List[Address]:
+    """Return the addresses of all members: those of a kept data directory, or new ones.
+
+    size  0: as many as the data directory has, or one
+
+    Raises FlagError for what does not go together.
+    """
+    port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
+    recorded = _read_kept(data_dir) if data_dir else []
+    if recorded:
+        count, (own_host, own_port, _) = len(recorded), recorded[0]
+        if size not in (0, count) or port not in (0, own_port) or host not in ("", own_host):
+            raise FlagError(
+                f"{data_dir} keeps a cluster of {count} on {own_host}, ports from {own_port};"
+                f" leave N, -port and -host out, or name another -data-dir"
+            )
+        return recorded
+    if not host and settings["discovery-url"]:
+        host = default_route_address()
+    last = port + 2 * (size or 1) - 1
+    if last > 65535:
+        raise FlagError(f"-port {port} leaves too few ports for {size} members; use one up to"
+                        f" {65536 - 2 * size}")
+    return [
+        (host or "127.0.0.1", port and port + 2 * place, port and port + 2 * place + 1)
+        for place in range(size or 1)
+    ]
+
+
+def _read_kept(data_dir: str) -> List[Address]:
+    """Return the addresses that a data directory was used with; none for a new one."""
+    path = os.path.join(data_dir, _KEPT_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)["members"]
+        return [(*url_address(client), url_address(peer)[1]) for client, peer in found]
+    except FileNotFoundError:
+        if os.path.isdir(data_dir) and os.listdir(data_dir):
+            raise FlagError(
+                f"{data_dir} is not empty and has no {_KEPT_FILE}: it is no directory of `pyetcd"
+                f" dev`; name a new one"
+            ) from None
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlagError(f"cannot use {path}: {error}; name another -data-dir") from None
+
+
+def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
+    urls = [[member.client_url, member.peer_url] for member in cluster.members]
+    with open(os.path.join(data_dir, _KEPT_FILE), "w", encoding="utf-8") as file:
+        json.dump({"members": urls}, file)
+
+
+_PORT_HINTS = {
+    errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
+                      " ports",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+}
+
+
+def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
+    """Start the members on their addresses, and wait until all serve.  Raises StartError."""
+    for member, (host, client_port, peer_port) in zip(cluster.members, addresses):
+        try:
+            member.reserve(host, client_port, peer_port)
+        except OSError as error:
+            ports = f" port {client_port} or {peer_port}" if client_port else ""
+            hint = _PORT_HINTS.get(error.errno or 0, error.strerror or str(error))
+            raise StartError(f"cannot listen on {host}{ports}: {hint}") from None
+    try:
+        cluster.start()
+    except (TimeoutError, ServerStopped) as error:
+        raise StartError(f"the cluster did not start: {error}") from None
+
+
+# -- what it prints --------------------------------------------------------------
+
+
+def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
+    """Return the lines that say where the members serve and what to try."""
+    first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
+    count = len(cluster.members)
+    kept = "is kept" if data_dir else "is removed then"
+    lines = [f"{count} member{'s' * (count > 1)} in this process. Ctrl-C ends it; the data"
+             f" {kept}.", ""]
+    for member in cluster.members:
+        lines.append(f"  {member.name}  {member.client_url}{'  leader' * (member is leader)}")
+    return [
+        *lines, "", f"page: {first.client_url}/ui", *([f"data: {data_dir}"] * bool(data_dir)), "",
+        "Try next:",
+        f"  curl {first.client_url}/v2/keys/foo -XPUT -d value=bar",
+        f"  curl {last.client_url}/v2/keys/foo",
+        f"  curl '{last.client_url}/v2/keys/?wait=true&recursive=true'    # prints the next change",
+    ]
+
+
+def discovery_lines(client_url: str) -> List[str]:
+    """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
+    try:
+        status, _, body = blocking_get(
+            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
+        )
+    except (OSError, http.client.HTTPException) as error:
+        raise StartError(f"no discovery URL from {client_url}: {error}") from None
+    text = body.decode("utf-8", "replace").strip()
+    if status != 200:
+        raise StartError(f"no discovery URL from {client_url}: {text}")
+    reach = "   (reached from this machine only; see -host)" if is_local(client_url) else ""
+    return [
+        f"discovery URL for {_DISCOVERY_SIZE} members elsewhere:{reach}", f"  {text}",
+        "  give it to each as -discovery; for another number of members:",
+        f"  curl '{client_url}/new?size=5'",
+    ]
+
+
+def run_dev(settings: Settings, size: int) -> int:
+    """Run a cluster until a signal ends it; return the exit code.  Raises FlagError, StartError."""
+    data_dir = settings["data-dir"]
+    addresses = plan_addresses(settings, size)
+    with contextlib.ExitStack() as owned:
+        signals = owned.enter_context(EndSignals())
+        directory = data_dir or owned.enter_context(
+            tempfile.TemporaryDirectory(prefix="pyetcd-dev-"))
+        cluster = LocalCluster(
+            len(addresses), directory, heartbeat_ms=DEFAULT_HEARTBEAT_MS,
+            election_ms=DEFAULT_ELECTION_MS,            # those for tests keep a laptop busy
+        )
+        owned.callback(cluster.close)
+        start_cluster(cluster, addresses)
+        lines = describe_cluster(cluster, data_dir)
+        if data_dir:
+            _write_kept(data_dir, cluster)
+        if settings["discovery-url"]:
+            lines += ["", *discovery_lines(cluster.members[0].client_url)]
+        print("\n".join(lines), flush=True)
+        while not signals.wait(_LOOK_SECONDS):
+            ended = [member.name for member in cluster.members if not member.is_running]
+            if ended:
+                raise StartError(f"{', '.join(ended)} ended by itself, and so does the rest")
+        logging.getLogger("pyetcd").setLevel(logging.CRITICAL)      # each loses the others now
+    return 0
 
 
 # ============================================================================
@@ -22331,6 +23081,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -22359,29 +23111,11 @@ def version_text() -> str:
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
 def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():
@@ -22406,14 +23140,11 @@ def check_data_dir(config: ServerConfig) -> str:
 
 def raise_descriptor_limit() -> None:
     """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
         raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
             f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
         )
 
@@ -22449,7 +23180,7 @@ class SignalStop:
 
     def install(self, stop: Callable[[], None]) -> None:
         """Call stop() on a thread of its own at the first signal; ignore later ones."""
-        def received(number: int, frame: object) -> None:
+        def received(number: "int", frame: "object") -> None:
             if self._received:
                 return
             self._received = number
@@ -22464,6 +23195,7 @@ class SignalStop:
     def end(self) -> None:
         """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
+            logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 
@@ -22509,6 +23241,28 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+def run_dev_words(words: Sequence[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words[0] if is_first else "")
+        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -22518,6 +23272,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import runpy
 import signal
+from pathlib import Path
 from typing import Iterator
 
 import pytest
+
+if os.environ.get("PYETCD_TEST_SYSTEM"):        # before any of our modules, and for children too
+    with contextlib.suppress(ImportError):      # its plugin loads trio, which is built for Linux
+        import hypothesis  # noqa: F401
+    _lacking = Path(__file__).parent / "kit" / os.environ["PYETCD_TEST_SYSTEM"]
+    runpy.run_path(str(_lacking / "sitecustomize.py"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(_lacking), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 pytest.register_assert_rewrite("tests.kit")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
+import os
 import re
 import shutil
 import statistics
@@ -34,7 +35,7 @@ MODULE_LINES_MAX = 750
 COLUMNS_MAX = 100
 BROAD_HANDLERS_MAX = 4
 # All lines below src/.  Raised only with the reason in the body of the commit.
-SOURCE_LINES_MAX = {"pyetcd": 23_150, "pyetcd_client": 9_100}
+SOURCE_LINES_MAX = {"pyetcd": 26_500, "pyetcd_client": 8_900}
 
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -190,7 +191,8 @@ def _clock_reads(tree: ast.Module) -> Iterator[int]:
 # the tools and the command line.
 _MAY_READ_CLOCKS = {
     "net/workers", "net/tls", "net/dns", "life/discovery", "life/testkit", "life/sources",
-    "life/backup", "life/command_line",
+    "life/backup", "life/inspection", "life/exchange", "life/tools", "life/command_line",
+    "life/wait_report",
 }
 
 
@@ -309,6 +311,31 @@ def test_house_an_edit_of_a_built_file_names_the_module_to_change(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"change src/{program}/{module}.py" in said
+
+
+def test_house_built_files_are_programs(rooms: types.ModuleType,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """They begin with the line that names Python, and may be run; the check sees to both."""
+    for program in ("pyetcd", "pyetcd_client"):
+        target = ROOT / f"{program}.py"
+        assert target.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+        assert os.access(target, os.X_OK)
+    (rooms.ROOT / "pyetcd.py").chmod(0o644)
+    status = rooms.main(["--check"])
+    (rooms.ROOT / "pyetcd.py").chmod(0o755)
+    assert status == 1
+    assert capsys.readouterr().err == "pyetcd.py is not executable: run build.py\n"
+
+
+@pytest.mark.parametrize("line", [
+    "def f(x: int, /) -> None:\n    pass", "if (y := 1):\n    pass",
+], ids=["positional-only", "walrus"])
+def test_house_build_refuses_syntax_that_old_pythons_cannot_read(
+    rooms: types.ModuleType, line: str
+) -> None:
+    """They would show it instead of the sentence that names the Python they need."""
+    sentence = _plant(rooms, "pyetcd/base/ids", line)
+    assert sentence.startswith("src/pyetcd/base/ids.py:") and "Python 3.8 and greater" in sentence
 
 
 def test_house_only_the_edge_reads_a_clock() -> None:

@@ -22,8 +22,6 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 from __future__ import annotations
 
-import select
-
 from .base.errors import EtcdError, StartError
 from .base.limits import __version__
 from .life.backup import backup, restore
@@ -37,6 +35,3 @@ __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
     "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
-
-if not hasattr(select, "epoll"):
-    raise ImportError("pyetcd needs epoll: it runs on Linux only")

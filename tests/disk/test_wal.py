@@ -13,7 +13,7 @@ import pytest
 
 import pyetcd
 from pyetcd import Entry, EntryID, HardState, RecordType, Wal
-from tests.kit.basics import TESTDATA
+from tests.kit.basics import TESTDATA, open_files
 from tests.kit.files import (
     _WAL_34,
     _WAL_FIRST,
@@ -555,14 +555,14 @@ def test_wal_without_descriptors_is_like_a_full_disk(tmp_path, code, step):
         wal.write(wal.encode(HardState(1, 0, 0), []), sync=True)
         cut = wal.encode_cut()
         snapshot = pyetcd.Snapshot(b"{}", (1, 2), 5, 2)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_files())
         disk.failing = {step}
         with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
             wal.cut(cut)
         disk.failing = {step}
         with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
             snapshotter.save(snapshot)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(open_files()) == before
         wal.cut(cut)
         snapshotter.save(snapshot)
         assert snapshotter.load() == snapshot

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import List
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTDATA = ROOT / "testdata"
 
@@ -38,6 +40,13 @@ def manual_code(page: str, chapter: str = "", language: str = "python") -> List[
 
 
 _ports = itertools.count(os.getpid() * 4_999)    # far from those of a test run beside this one
+
+
+def open_files() -> List[str]:
+    """The names of this process's descriptors, or skip."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("this system has no /proc")
+    return os.listdir("/proc/self/fd")
 
 
 def free_port() -> int:

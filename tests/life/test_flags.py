@@ -221,7 +221,7 @@ def test_flags_initial_cluster_that_is_none_is_explained(
 
 @pytest.mark.parametrize("name", sorted(
     name for name, flag in pyetcd._all_flags().items()
-    if name not in ("config-file", "version", *pyetcd.IGNORED_BOOLS)))
+    if name not in ("config-file", "cloud-config", "version", *pyetcd.IGNORED_BOOLS)))
 def test_flags_quotes_of_an_env_file_are_told_whatever_the_flag(
     name: str, tmp_path: Path
 ) -> None:
@@ -383,6 +383,15 @@ def test_flags_defaults_are_those_of_etcd() -> None:
 def test_flags_initial_cluster_follows_the_name() -> None:
     assert _flags_config(["-name", "x"]).initial_cluster == (
         "x=http://localhost:2380,x=http://localhost:7001")
+
+
+def test_flags_initial_cluster_follows_the_advertised_peer_urls() -> None:
+    """As in etcd 3; programs that start an `etcd` for their tests leave -initial-cluster out."""
+    urls = "http://10.0.0.5:2380,http://10.0.0.6:2380"
+    config = _flags_config(["-name", "x", "-initial-advertise-peer-urls", urls])
+    assert config.initial_cluster == "x=http://10.0.0.5:2380,x=http://10.0.0.6:2380"
+    proxied = _flags_config(["-proxy", "on", "-initial-advertise-peer-urls", urls])
+    assert proxied.initial_cluster == config.initial_cluster.replace("x=", "default=")
 
 
 def test_flags_fill_every_field_of_the_configuration() -> None:
@@ -980,7 +989,7 @@ def test_flags_page_of_the_manual_names_every_flag_that_works() -> None:
              and "not supported" not in flag.help and "DEPRECATED" not in flag.help}
     assert works - named == set()
     for page in manual_pages():
-        for command in re.findall(r"python3 (?:\.\./)?pyetcd\.py (?!backup|restore)((?:.*\\\n)*.*)",
+        for command in re.findall(r"python3 (?:\.\./)?pyetcd\.py (?![a-z])((?:.*\\\n)*.*)",
                                   manual(page)):
             assert set(re.findall(r"(?<!\S)-([a-z][a-z-]+)", command.partition("#")[0])) <= known
 

@@ -163,7 +163,7 @@ def _embed_open():
     """What a process owns: descriptors by what they are, threads, and locks of log files."""
     gc.collect()
     descriptors = []
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             descriptors.append(re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{name}")))
     threads = [thread.name for thread in threading.enumerate()]

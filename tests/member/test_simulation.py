@@ -21,7 +21,6 @@ from tests.kit.simulator import (
     _sim_scenario,
 )
 
-
 _ONLY = os.environ.get("PYETCD_SIM_SEED")
 _SEEDS = [int(_ONLY)] if _ONLY else list(range(int(os.environ.get("PYETCD_SIM_SEEDS", "100"))))
 _BLOCKS = [block for block in (_SEEDS[number::10] for number in range(10)) if block]

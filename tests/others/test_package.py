@@ -20,7 +20,8 @@ from tests.kit.basics import ROOT
 
 _TOOLS = {"basedpyright": 1, "mypy": 1, "pip": 23, "requests": 2, "setuptools": 77}
 _PARTS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "build.py",
-          "pyetcd.py", "pyetcd_client.py", "test_pyetcd.py", "src", "testdata", "tests", "docs"]
+          "pyetcd.py", "pyetcd_client.py", "pyetcd_pytest.py", "test_pyetcd.py", "src", "testdata",
+          "tests", "docs"]
 
 # What users write.  Checkers must refuse the lines that are marked, for that reason, and no other.
 _SAMPLE = '''
@@ -109,7 +110,7 @@ def _install(home: Path, wheel: Path) -> None:
 
 
 def _mypy(home: Path) -> str:
-    return _python("-m", "mypy", "--strict", "--no-incremental", "--python-executable",
+    return _python("-m", "mypy", "--strict", "--cache-dir", "mypy", "--python-executable",
                    "bin/python", "sample.py", cwd=home, code=1)
 
 

@@ -511,7 +511,7 @@ def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_serve
 
 
 def test_recipe_election_observer_times_out(_recipe_client, _client_dir):
-    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.05)
+    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.5)
     assert next(seen) is None
     with pytest.raises(pyetcd_client.WatchTimeout):
         next(seen)
@@ -526,7 +526,7 @@ def test_recipe_queue_is_first_in_first_out(_recipe_client, _client_dir):
         queue.put(value)
     assert len(queue) == 4
     assert [queue.get(0) for _ in range(5)] == ["a", "b", "", "a", None]
-    assert len(queue) == 0 and queue.get(timeout=0.05) is None
+    assert len(queue) == 0 and queue.get(timeout=0.5) is None
 
 
 @pytest.mark.parametrize("fate", _RECIPE_FATES)
@@ -642,14 +642,14 @@ def test_recipe_double_barrier_rounds_begin_and_end_together(_recipe_client, _cl
 
 def test_recipe_double_barrier_who_waits_in_vain_is_not_counted(_recipe_client, _client_dir):
     barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
-    assert barrier.enter(timeout=0.05) is False
+    assert barrier.enter(timeout=0.5) is False
     assert _recipe_client.ls(_client_dir + "/members") == []
     other = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
     with _client_background(other.enter) as outcome:
         assert barrier.enter() is True
-    assert outcome == [True] and barrier.leave(timeout=0.05) is False
+    assert outcome == [True] and barrier.leave(timeout=0.5) is False
     assert other.leave() and barrier.leave()
-    assert barrier.enter(timeout=0.05) is False     # the next round needs two again
+    assert barrier.enter(timeout=0.5) is False     # the next round needs two again
 
 
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))

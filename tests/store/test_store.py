@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -1604,3 +1605,34 @@ def test_store_frees_the_tree_before_a_recover_in_slices(
         sizes.append(len(nodes))
     assert sizes[-1] == 0 and max(a - b for a, b in zip(sizes, sizes[1:])) <= 50
     assert not store._replaced
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_store_counts_the_characters_of_what_it_holds(seed: int) -> None:
+    """After every change, also of long values, directories in slices, expiry and a snapshot."""
+    rng, store, now = random.Random(seed), Store(), _STORE_NOW
+
+    def counted(store: Store) -> int:
+        return sum(
+            len(path) + len(b"".join(node.json) if isinstance(node, pyetcd.LongNode)
+                            else node.value or "")
+            for path, node in store._nodes.items()) - len("/" + "/0" + "/1")
+
+    for step in range(600):
+        path = "/1/" + "/".join(rng.choices("abc", k=rng.randint(1, 3)))
+        value = "x" * rng.choice((0, 3, 50, pyetcd.LONG_VALUE_CHARS + 9))
+        expires_ns = rng.choice((0, 0, now + 5))
+        with contextlib.suppress(pyetcd.EtcdError):
+            change, options = rng.choice((
+                (store.set, {"value": value, "expires_ns": expires_ns}), (store.set, {"dir": True}),
+                (store.create, {"value": value, "unique": rng.random() < 0.5}),
+                (store.update, {"value": value}), (store.compare_and_swap, {"value": value}),
+                (store.compare_and_delete, {}), (store.delete, {"recursive": True}),
+            ))
+            change(path, now_ns=now, **options)
+        rng.choice((lambda now: [], store.delete_expired, lambda now: store.begin_turn()))(now)
+        now += 1
+        assert store.chars == counted(store), (seed, step)
+    again = Store()
+    again.recover(store.save())
+    assert again.chars == counted(again) > 0

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import gc
 import os
-import resource
 import sys
 from typing import Callable, Dict, Mapping, Tuple
 
 from ..base.limits import NS, SERVER_VERSION
+from ..base.system import open_files_limit, resident_bytes_max
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.statistics import Family, Labels, Metrics
@@ -34,6 +34,10 @@ _GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_proposals_applied_total", "Raft index that is applied.",
      lambda s: s.raft_index),
     ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("pyetcd_store_keys", "Keys and directories, those of the cluster itself included.",
+     lambda s: len(s.store)),
+    ("pyetcd_store_bytes", "Characters of keys and values: bytes, where they are ASCII.",
+     lambda s: s.store.chars),
     ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
 )
 _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
@@ -154,8 +158,7 @@ def add_process_readings(
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
     metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
@@ -166,7 +169,7 @@ def _statm_bytes(field: int) -> int:
     """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
     try:
         with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
-            return int(file.read().split()[field]) * resource.getpagesize()
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
 
@@ -177,7 +180,7 @@ def _virtual_bytes() -> int:
 
 def _resident_bytes() -> int:
     """Return the memory in use; without /proc, the most that was ever in use."""
-    return _statm_bytes(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _statm_bytes(1) or resident_bytes_max()
 
 
 def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
@@ -201,7 +204,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     reactor, journal, log = server.reactor, server.journal, server.node.raft.log
     return {
         "cmdline": [sys.executable, *sys.argv],
-        "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "file_descriptor_limit": open_files_limit(),
         "memstats": {
             "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),

@@ -19,6 +19,7 @@ from .auth import AuthApi, refuse_credentials
 from .forms import not_found, refuse_method
 from .keys import KeysApi
 from .members import MembersApi, redirect
+from .request_log import log_reply
 from .snapshot import SnapshotApi
 from .status import StatusApi, version_json
 
@@ -120,7 +121,7 @@ class ClientApi:
     def serve(self, request: HttpRequest) -> None:
         """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
-            self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
+            log_reply(request, self._log)
         head = request.head
         decided: Optional[Tuple[int, Handler]] = head.parsed
         version = self._applier.auth_changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import urllib.parse
 
-from ..base.ids import package_logger
+from ..base.ids import LOG_PACKAGES, package_logger
 from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
@@ -112,12 +112,18 @@ class StatusApi:
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}."""
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
+
+        With "Package": "raft" only that of one package.  Without it also that of packages whose
+        level was set before, as in etcd.
+        """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
         try:
-            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+            members = GoJson.loads(request.body, partial=True)
+            name = GoJson.string_member(members, "Level")
+            package = GoJson.string_member(members, "Package")
         except ValueError:
             write_message(request, 400, "Invalid json body")
             return
@@ -125,8 +131,17 @@ class StatusApi:
         if level is None:
             write_message(request, 400, f"Invalid log level {name}")
             return
-        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
-        logging.getLogger("pyetcd").setLevel(level[1])
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            write_message(request, 400, f"Invalid log package {package}")
+            return
+        if package:
+            package_logger("etcdhttp").info('log level of %s set to "%s"', package, level[0])
+            package_logger(package).setLevel(level[1])
+        else:
+            package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+            for each in [n for n in logging.root.manager.loggerDict if n.startswith("pyetcd.")]:
+                logging.getLogger(each).setLevel(logging.NOTSET)
+            logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
-import sys
 from typing import List, NamedTuple
+
+from .system import open_files_limit, sync_file
 
 _DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
 
@@ -74,15 +74,15 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open file
 
 def descriptors_max(kept: int, part: int) -> int:
     """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
+    limit = open_files_limit()
+    return limit - min(kept, limit // part)
 
 
 def fsync_dir(path: str) -> None:
     """Make names created, renamed or removed in directory `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 

@@ -504,7 +504,7 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
         if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
-            text: LongText = yield from long_text_steps(value)
+            text: LongText = (yield from long_text_steps(value))
             values[name] = text
         else:
             values[name] = as_unicode(_text(value))

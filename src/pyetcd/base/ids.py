@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Dict
 
 from .limits import LOG_LINE_CHARS_MAX
 
@@ -23,8 +24,43 @@ def one_line(text: str) -> str:
 
 def _make_one_line(record: logging.LogRecord) -> bool:
     """Filter a record: names, keys, headers and texts of peers may hold any character."""
+    record.fields = _fields(record)
     record.msg, record.args = one_line(record.getMessage()), None
     return True
+
+
+LOG_PACKAGES = (
+    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
+    "rafthttp", "snap", "tls", "wal",
+)
+_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
+_FIELDS = {                             # what is named so in front of a value is this field
+    "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
+    "member": "member", "peer": "peer", "remote": "remote", "status": "status", "term": "term",
+    "connection with": "peer",
+}
+
+
+def _fields(record: logging.LogRecord) -> Dict[str, object]:
+    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+
+    Names come from our own texts, never from what is put into them.
+    """
+    fields: Dict[str, object] = {}
+    if record.args and isinstance(record.args, tuple):
+        for place, value in zip(_PLACE.finditer(str(record.msg)), record.args):
+            name = _FIELDS.get(place[1] or "", "")
+            if record.name == "pyetcd.raft.node" and not place.start():
+                name = "member"
+            if name:
+                fields[name] = f"{value:x}" if place[2] == "x" else value
+    elif record.name == "pyetcd.raft":  # whose texts hold nothing but ids and numbers
+        for found in _RAFT_FIELD.finditer(str(record.msg)):
+            name, is_number = found[1] or "member", found[1] in ("term", "index")
+            fields["peer" if name in ("to", "from") else name] = (
+                int(found[2]) if is_number else found[2])
+    return fields
 
 
 def package_logger(package: str) -> logging.Logger:

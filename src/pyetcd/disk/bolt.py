@@ -5,6 +5,7 @@ Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
@@ -75,12 +76,11 @@ class BoltReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: BinaryIO = open(path, "rb")
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._meta = self._newest_meta()
             self._buckets = self._top_buckets()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
         return self

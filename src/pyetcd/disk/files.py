@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 from typing import Callable, Dict, Iterator, List, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
 from ..base.errors import DiskFull
+from ..base.system import lock_file, sync_data, sync_file
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
@@ -67,7 +67,7 @@ class OsDisk:
         _fdatasync(handle)
 
     def fsync(self, handle: int) -> None:
-        os.fsync(handle)
+        sync_file(handle)
 
     def close(self, handle: int) -> None:
         os.close(handle)
@@ -75,7 +75,7 @@ class OsDisk:
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
-        os.fsync(handle)
+        sync_file(handle)
 
     def rename(self, old: str, new: str) -> None:
         os.replace(old, new)
@@ -95,14 +95,10 @@ class OsDisk:
         real = os.path.realpath(path)
         if real in _locked_paths.values():
             return False
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        _locked_paths[path] = real
-        return True
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
@@ -134,5 +130,5 @@ def disk_full_as_error(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()

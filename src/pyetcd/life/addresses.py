@@ -139,9 +139,14 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
         log.info("initial cluster = %s", initial)
 
 
-def default_initial_cluster(name: str) -> str:
-    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
-    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+def default_initial_cluster(config: ServerConfig) -> str:
+    """Return the default of -initial-cluster: the member alone, on the peer URLs it advertises.
+
+    Source: etcd 3.  Differs from etcd 2.3, which puts the default peer URLs there, and then
+    refuses a member that advertises others.
+    """
+    urls = config.initial_advertise_peer_urls or DEFAULT_PEER_URLS.split(",")
+    return ",".join(f"{config.name}={url}" for url in urls)
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:

@@ -55,7 +55,6 @@ from .addresses import (
     _initial_members,
     _log_config,
     _new_cluster,
-    default_initial_cluster,
     default_route_address,
     fetch_cluster,
     is_elsewhere,
@@ -201,9 +200,6 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
             f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
             f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
         )
-    if config.initial_cluster == default_initial_cluster(config.name):
-        hints += "; forgot to set --initial-cluster flag?"
-        hints += " if you want to use discovery service, please set --discovery flag."
     if ",".join(advertised) == DEFAULT_PEER_URLS:
         hints += "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(

@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 
 from ..base.basics import TlsFiles
 from ..base.errors import StartError
+from ..base.ids import LOG_PACKAGES
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, ELECTION_MS_MAX
 from ..base.text import go_quote
 from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from .addresses import default_initial_cluster, default_route_address
-from .flags import FLAGS, IGNORED_BOOLS, LOG_PACKAGES, FlagError
+from .flags import FLAGS, IGNORED_BOOLS, FlagError
 from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
 
 # -- settings that contradict each other -----------------------------------------
@@ -281,6 +282,6 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import platform
-import resource
 import signal
 import socket
 import sys
 import threading
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Callable, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import one_line, package_logger
+from ..base.ids import package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
+from ..base.system import check_system, open_files_limit, raise_files_limit
 from ..member.configuration import ServerConfig
+from ..net.workers import SYSTEM_CLOCK
 from .checks import check_tls, make_config
+from .dev import DEV_FLAGS, DEV_USAGE, dev_size, run_dev
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
+from .logs import JsonFormatter, LogFormatter, RepeatHandler
 from .proxy import ProxyServer
 from .settings import Settings
 from .tools import TOOLS, flag_lines, run_tool
@@ -32,6 +34,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -60,29 +64,11 @@ def version_text() -> str:
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
 def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():
@@ -107,14 +93,11 @@ def check_data_dir(config: ServerConfig) -> str:
 
 def raise_descriptor_limit() -> None:
     """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
         raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
             f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
         )
 
@@ -165,6 +148,7 @@ class SignalStop:
     def end(self) -> None:
         """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
+            logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 
@@ -210,6 +194,28 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+def run_dev_words(words: Sequence[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words[0] if is_first else "")
+        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -219,6 +225,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

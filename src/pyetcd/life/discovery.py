@@ -29,6 +29,7 @@ from ..member.cluster import format_id, parse_initial_cluster
 from ..net.dns import _reason, lookup_srv
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of
+from .wait_report import WaitReport
 
 DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreachable, tried again
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
@@ -165,6 +166,7 @@ class Discovery:
         self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
+        self._report = WaitReport("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -173,9 +175,10 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._read_registry()
-        self._register()
-        return self._initial_cluster(self._wait_until_complete())
+        with self._report:
+            self._read_registry()
+            self._register()
+            return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
         """Wait for the members without registering; return the initial cluster.
@@ -183,7 +186,8 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait_until_complete())
+            with self._report:
+                return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -289,6 +293,11 @@ class Discovery:
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
+            names = ", ".join(member.value.partition("=")[0] for member in members)
+            self._report.what = (
+                f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
+                f" {len(members)} of {state.size} registered ({names})"
+            )
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
@@ -342,6 +351,7 @@ class Discovery:
     def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
+        self._report.what = f"the discovery service: {error}"
         self._log.error("error #0: %s%s", error, advice)
         wait_s = self._backoff.next()
         self._log.info(

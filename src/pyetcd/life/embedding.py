@@ -18,6 +18,7 @@ from ..base.basics import TlsFiles
 from ..base.errors import ServerStopped, StartError
 from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
+from ..base.system import check_system
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
@@ -78,6 +79,7 @@ class ServerThread:
         return server
 
     def _init(self, config: ServerConfig) -> None:
+        check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._budget = BufferBudget(self._reactor)
@@ -251,7 +253,7 @@ class Server(ServerThread):
     def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
-            published=self._ready.set, transport_type=self._transport_type,
+            published=self.set_ready, transport_type=self._transport_type,
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
@@ -302,6 +304,12 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
+
+    def set_ready(self) -> None:
+        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        if not self._ready.is_set():
+            package_logger("etcd").info("ready to serve client requests")
+        self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""

@@ -306,7 +306,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
         with open(path, "rb") as head:
             is_text = head.read(1) == b"{"
         if not is_text:
-            yield from records_of_database(path, skipped)
+            yield from records_of_database(path, skipped, SYSTEM_CLOCK.wall_ns())
             return
         with open(path, encoding="utf-8") as file:
             yield from records_of_file(file, path)

@@ -112,10 +112,6 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
-LOG_PACKAGES = (
-    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
-    "rafthttp", "snap", "tls", "wal",
-)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -191,6 +187,7 @@ _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default wi
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
     "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+    "format": (one_of("text", "json", "console"), "text"),
 }
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
@@ -263,6 +260,7 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
     "logging": flag_rows("""
 debug  bool  enable debug-level logging.
 log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+log-format  format  `text` (or `console`), as etcd 2.3 writes it, or `json`: an object a line.
 """),
     "unsafe": flag_rows("""
 force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
@@ -270,6 +268,7 @@ force-new-cluster  bool  make this member the only one of its cluster: after the
     "other": flag_rows("""
 version  bool  show the version and exit.
 config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+cloud-config  text  path to a cloud-config: flags and variables go before its section coreos.etcd2.
 """),
     "of etcd 0.4, still working": flag_rows("""
 addr  address  [DEPRECATED] use -advertise-client-urls.
@@ -344,7 +343,7 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "the log goes to stderr; its level is set by -debug and -log-package-levels": {
         "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-level": "info", "enable-log-rotation": False,
         "log-rotation-config-json": "",
     },
     "the log has no such warnings": {

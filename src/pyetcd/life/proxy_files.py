@@ -47,7 +47,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
                  go_quote(cluster_file))
         return known
     try:
-        text = config.initial_cluster or default_initial_cluster(config.name)
+        text = config.initial_cluster or default_initial_cluster(config)
         if config.discovery:
             text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
         elif config.discovery_srv:

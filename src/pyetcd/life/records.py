@@ -29,7 +29,6 @@ from ..base.errors import CodecError
 from ..base.limits import NS
 from ..base.text import format_time, json_string, load_json, parse_time
 from ..disk.bolt import BoltError, BoltReader, v3_buckets, write_bolt
-from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
 from .sources import BackupError
 
@@ -110,7 +109,9 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
 
 
-def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Iterator[Record]:
+def records_of_database(
+    path: str, skipped: Callable[[bytes, str], None], now_ns: int
+) -> Iterator[Record]:
     """Yield the present keys of a database of etcd 3: a snapshot, or member/snap/db.
 
     skipped is called with keys that v2 cannot hold, and why.  Takes 30 bytes and the key in
@@ -118,7 +119,7 @@ def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Ite
     """
     try:
         with BoltReader(path) as reader:
-            newest, expires = _newest_revisions(reader), _lease_ends(reader)
+            newest, expires = _newest_revisions(reader), _lease_ends(reader, now_ns)
             for revision, data in reader.items(b"key"):
                 key, value, lease = _key_value(data)
                 if newest.get(key) != revision:
@@ -145,9 +146,9 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
     return newest
 
 
-def _lease_ends(reader: BoltReader) -> Dict[int, int]:
+def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
     """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
-    now_ns, ends = SYSTEM_CLOCK.wall_ns(), {}
+    ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}
         lease, ttl_s = fields.get(1), fields.get(2)

@@ -72,9 +72,8 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
-    alone = default_initial_cluster(config.name)
     void = [name for name, is_given in (
-        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster", config.initial_cluster not in ("", default_initial_cluster(config))),
         ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
         ("initial-cluster-state", config.initial_cluster_state == "existing"),
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),

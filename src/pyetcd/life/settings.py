@@ -7,12 +7,13 @@ import difflib
 import json
 import logging
 import re
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
 from ..base.text import is_ip, load_json, split_address
 from ..base.urls import check_advertised_url, parse_urls, usable_urls
 from .addresses import default_route_address
+from .cloud_config import etcd2_section
 from .flags import (
     IGNORED_BOOLS,
     Flag,
@@ -129,7 +130,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore", "check", "dump", "export", "import"):
+        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -153,6 +154,20 @@ class Settings:
             self.read_file(path)
         else:
             self.read_environment()
+            if self["cloud-config"]:
+                self.read_cloud_config(self["cloud-config"])
+
+    def read_cloud_config(self, path: str) -> None:
+        """Read coreos.etcd2 of a cloud-config; flags and variables go before its settings."""
+        self.lines.append((logging.INFO, "etcd", f'reading coreos.etcd2 from "{path}"'))
+        given = set(self.values)
+        for line, name, text in read_cloud_config(path):
+            source = f"{path}:{line}"
+            if name in given:
+                self._log(f"{source}: {name} is unused: {self.sources[name]} goes before it")
+            else:           # coreos-cloudinit replaces addresses in the whole file
+                text = expand_addresses(text, self._environ, source)
+                self._set_from_file(name, text, source)
 
     def read_environment(self) -> None:
         """Read the ETCD_* variables; an empty variable counts as not set."""
@@ -186,15 +201,17 @@ class Settings:
             f" provided."
         )]
         for line, name, text in read_config_file(path):
-            source = f"{path}:{line}"
-            flag = self._flags.get(name)
-            if flag is None or name in ("config-file", "version"):
-                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._suggestion('', name)}")
-                continue
-            if flag.is_bool:
-                text = _YAML_BOOLS.get(text.lower(), text)
-            self._set(flag, text, source)
+            self._set_from_file(name, text, f"{path}:{line}")
+
+    def _set_from_file(self, name: str, text: str, source: str) -> None:
+        flag = self._flags.get(name)
+        if flag is None or name in ("config-file", "cloud-config", "version"):
+            self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                      f" those that are known{self._suggestion('', name)}")
+            return
+        if flag.is_bool:
+            text = _YAML_BOOLS.get(text.lower(), text)
+        self._set(flag, text, source)
 
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
@@ -326,18 +343,41 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
+    text = _read_text(path)
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    return _checked_settings(path, read(path, text))
+
+
+def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
+
+    Its lines are as those of a configuration file.  Raises FlagError with file and line.
+    """
+    section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
+    return _checked_settings(path, (
+        (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
+    ))
+
+
+def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except OSError as error:
         raise FlagError(
             f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
         ) from None
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
-    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _checked_settings(path: str, settings: Iterable[_Found]) -> List[Tuple[int, str, str]]:
+    """Return the settings that are not empty.  Raises FlagError for a setting given twice."""
     found: Dict[str, Tuple[int, str, str]] = {}
-    for line, section, key, value in read(path, text):
+    for line, section, key, value in settings:
         if not value:
             continue
         if section and key not in _SECTION_KEYS:
@@ -349,9 +389,6 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
                             f" {found[name][0]}")
         found[name] = line, name, value
     return list(found.values())
-
-
-_Found = Tuple[int, str, str, str]      # line, section or "", key, text
 
 
 def _json_settings(path: str, text: str) -> Iterator[_Found]:

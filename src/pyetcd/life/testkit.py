@@ -1,19 +1,15 @@
 """The test kit: members that a test kills, freezes and cuts off.
 
-Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
-fixtures.
+Threads: the test's, and those of the members.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
-import sys
 import threading
 import time
-import types
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -21,7 +17,6 @@ from typing import (
     FrozenSet,
     Generator,
     Iterable,
-    Iterator,
     Mapping,
     Optional,
     Set,
@@ -139,7 +134,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self._ready.set)
+        etcd.publish(self.set_ready)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -151,16 +146,25 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
+def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
+    """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
     While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
+    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
+    Raises OSError.
     """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
+    sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    if port:                            # despite old connections, but not beside a listener
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+    address = sock.getsockname()
+    try:
+        socket.create_server(address[:2], family=sock.family).close()
+    except OSError:
+        sock.close()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{address[1]}"
 
 
 class LocalMember:
@@ -336,8 +340,15 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
         if self.client_url:
             return
         directory = self._directory
@@ -346,9 +357,7 @@ class LocalMember:
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
         self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
-        )
+            _reserve_url(self._owned, host, port) for port in (client_port, peer_port))
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
         self._cuts = mute, deaf
@@ -543,43 +552,6 @@ def _accepts(member: LocalMember, sender: LocalMember) -> bool:
     return bool(member.call(accepts))
 
 
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
-
-
 class ClusterFactory:
     """The fixture `etcd_cluster_factory`: each call starts a LocalCluster until the test ends."""
 
@@ -592,12 +564,10 @@ class ClusterFactory:
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
+class PytestPlugin:
+    """The fixtures of pyetcd_pytest, for installations that name this class as the plugin."""
 
-
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Load the file beside this one."""
+        config.pluginmanager.import_plugin("pyetcd_pytest")

@@ -132,7 +132,7 @@ class WalWriter:
             self._write_frames(job.data)
         except DiskFull:
             self._queue_deferred()      # the thread repeats it until there is space
-        except Exception as error:
+        except OSError as error:
             self._deferred = None
             self._fail(error)
         else:

@@ -42,6 +42,7 @@ class Leadership:
         self._election_s = config.election_ms / 1000
         self._seen = 0                  # the leader at the last look
         self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._lost_at = reactor.now()   # when the last leader was lost (monotonic)
         self._removal_term = 0          # the term of the last transfer before a removal
         self._visit = 0                 # of the journal, at the last tick; 0: it was idle
         self._visit_ticks = 0           # that the visit has taken
@@ -56,6 +57,7 @@ class Leadership:
         log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
         if not lead:
             log.info("%s lost leader %s at term %d", me, old, raft.term)
+            self._lost_at = self._reactor.now()
         elif not seen:
             log.info("%s elected leader %s at term %d", me, new, raft.term)
         else:
@@ -64,6 +66,10 @@ class Leadership:
         if lead:
             self._since = self._reactor.now()
         return True
+
+    def unled_s(self) -> float:
+        """Return the seconds without a leader, 0 if one is known."""
+        return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
         """Leader: True if links to a quorum are up; others: True if the one to the leader is.

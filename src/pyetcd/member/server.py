@@ -84,7 +84,14 @@ from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
 from .leadership import Leadership
 from .snapshots import SnapshotKeeper
 from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats, Traffic
-from .upkeep import ExpirySync, VersionMonitor, publish, purge_periodically
+from .upkeep import (
+    LEADER_WAIT_SECONDS,
+    ExpirySync,
+    VersionMonitor,
+    publish,
+    purge_periodically,
+    report_leader_wait,
+)
 from .waiting import Done, LateProposals, Proposals, QuorumReads
 
 
@@ -189,6 +196,8 @@ class EtcdServer:
         self._timers = [
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
+            reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
+                self.cluster, self.transport.problem, self._leadership.unled_s)),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),
@@ -269,7 +278,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            data = encoded or encode_request(request := request.as_unicode())
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 

@@ -28,6 +28,27 @@ from .configuration import ServerConfig
 from .waiting import Done
 
 Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
+
+
+def report_leader_wait(
+    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
+) -> None:
+    """Log which members a member without a leader waits for, unless an election is under way.
+
+    problem  member id -> where it is dialed and what fails; "" if it can be reached
+    """
+    seconds, members = unled_s(), cluster.members
+    if seconds < LEADER_WAIT_SECONDS / 2:
+        return
+    missing = sorted(
+        f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
+        if problem(id)
+    )
+    SERVER_LOG.warning(
+        "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+        len(members) // 2 + 1, len(members), seconds,
+    )
 
 
 def publish(
@@ -45,12 +66,12 @@ def publish(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
-        done()
         _check_peer_urls(config, cluster.members.get(member_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
+        done()
 
     member = Member(
         member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,

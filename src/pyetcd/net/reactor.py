@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import heapq
 import os
-import select
 import selectors
 import socket
 import threading
@@ -13,6 +12,7 @@ from email.utils import formatdate
 from typing import Any, Callable, Deque, Dict, List, Optional, OrderedDict, Protocol, Set, Tuple
 
 from ..base.limits import NS
+from ..base.system import make_poll
 from .workers import NAME_WORK, SYSTEM_CLOCK, TIMERS_SWEPT_MIN, Clock, Timer, Workers, WorkKind
 
 QUICK_SECONDS = 0.000_200           # a short wait, falling asleep and waking included
@@ -29,12 +29,12 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-_EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
+_IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
+_EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
 _READY = tuple(
-    (selectors.EVENT_READ if mask & ~select.EPOLLOUT else 0)
-    | (selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0)
-    for mask in range(2 * select.EPOLLHUP)
+    (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
+    for mask in range(2 * _INVALID)
 )
 
 
@@ -57,7 +57,7 @@ class Reactor:
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
-        self._epoll = select.epoll()    # selectors would cost some 3 us more per event
+        self._epoll = make_poll()       # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
@@ -69,7 +69,7 @@ class Reactor:
         self._flushes: List[Callable[[], None]] = []
         # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
-        self._urgent = select.epoll()           # all others: looked at while some are late
+        self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []

@@ -78,6 +78,7 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -94,7 +95,8 @@ class PeerStatus:
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        self.problem = str(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0

@@ -160,6 +160,11 @@ class Transport:
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
 
+    def problem(self, member_id: int) -> str:
+        """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
+        peer = self._peers.get(member_id)
+        return peer.problem if peer is not None else ""
+
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
         self._stopped = True

@@ -81,6 +81,11 @@ class LongNode(Node):
         return b"".join(value) == b"".join(self.json)       # perhaps in other pieces
 
 
+def node_chars(node: Node) -> int:
+    """Return the characters of a file's value, of a long one as it is kept; 0 for a directory."""
+    return sum(map(len, node.json)) if type(node) is LongNode else len(node.value or "")
+
+
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:

@@ -6,7 +6,7 @@ import math
 from typing import Dict, List, Optional, Tuple
 
 from ..base.limits import REMOVED_NODES_MAX
-from .events import Directory, Node
+from .events import Directory, Node, node_chars
 from .walks import TreeWalk
 from .watchers import TtlHeap
 
@@ -22,6 +22,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
@@ -61,17 +62,27 @@ class NodeTree:
             if not nodes:
                 del self._replaced[0]
 
-    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _free(self, path: str) -> None:
         """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
         self._budget -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:

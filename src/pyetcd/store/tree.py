@@ -45,6 +45,7 @@ from .events import (
     _node_json,
     _node_texts,
     file_node,
+    node_chars,
     stored_value,
     value_excerpt,
 )
@@ -146,6 +147,7 @@ class StoreState(NamedTuple):
     events: List[Event]                 # the history, oldest first
     back: int                           # of the history's ring
     capacity: int
+    chars: int                          # as NodeTree has them
 
     @classmethod
     def read(
@@ -165,15 +167,16 @@ class StoreState(NamedTuple):
             ring = slots[front:] + slots[:front]        # oldest first, then the unused
             if nodes["/0"].children is None or nodes["/1"].children is None:
                 raise ValueError("/0 and /1 must be directories")
-            ttl = TtlHeap()
+            ttl, chars = TtlHeap(), -len("/" + "/0" + "/1")
             for path, node in nodes.items():
+                chars += len(path) + node_chars(node)
                 if node.expires_ns:
                     ttl.set(path, node.expires_ns)
             return cls(
                 nodes, ttl, _number(state, "CurrentIndex"),
                 {name: _number(counters, name) for name in counters},
                 [event for event in ring if event is not None],
-                _number(queue, "Back"), _number(queue, "Capacity"),
+                _number(queue, "Back"), _number(queue, "Capacity"), chars,
             )
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"not a snapshot of a store: {error!r}") from None
@@ -511,7 +514,7 @@ class Store(NodeTree):
 
         Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace_tree(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -537,10 +540,12 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if self._walks or expires_ns or (old is not None and old.expires_ns):
+        if (old is None or self._walks or expires_ns or old.expires_ns
+                or node.__class__ is not Node or old.__class__ is not Node):
             self._put_node(path, old, node)
-        else:
+        else:                           # what most writes do
             self._nodes[path] = node
+            self.chars += len(node.value or "") - len(old.value or "")
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
@@ -553,13 +558,6 @@ class Store(NodeTree):
         node = file_node(text, old.created_index, index, expires_ns)
         self._put_node(path, old, node)
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
-
-    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        for walk in self._walks:
-            walk.keep(path, old)
-        self._nodes[path] = node
-        if node.expires_ns or (old is not None and old.expires_ns):
-            self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
         """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""

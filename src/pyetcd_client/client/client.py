@@ -199,8 +199,6 @@ class _Cluster(_Caller):
         body = json.dumps(params).encode()
         return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
 
-    # -- below: no public names
-
     def _execute(
         self, path: str, method: str, query: Mapping[str, _Field], body: bytes | None,
         content_type: str, timeout: float | None,

@@ -116,8 +116,6 @@ class _Users(_Caller):
         """Undo `role_grant`.  Raises KeyNotFound."""
         return self._role_change(name, "revoke", path, kind)
 
-    # -- below: no public names
-
     def _auth_call(
         self, method: str, path: str, fields: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:

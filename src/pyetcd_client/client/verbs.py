@@ -244,8 +244,6 @@ class _Keys(_Caller):
         """Remove an empty directory or, as in etcd, a file.  Raises DirNotEmpty."""
         return self.delete(key, dir=True, timeout=timeout)
 
-    # -- below: no public names
-
     def _put(
         self, key: str, form: Mapping[str, _Field], timeout: float | None = None,
     ) -> EtcdResult:

@@ -201,8 +201,6 @@ class _WatchState:
         if self._relist:
             self.step = _Step.RELIST
 
-    # -- below: no public names
-
     def _is_older(self, index: int, term: int) -> bool:
         """Return whether a store is older than its newest state, or than the given index."""
         if not index and not term:                  # not in the reply
@@ -305,8 +303,6 @@ class Watch(_Closeable):
         self._life.cancel()
 
     cancel = close
-
-    # -- below: no public names
 
     def _advance(self, scope: Scope) -> None:
         """Perform one step of the state.  Raises WatchTimeout, and errors that are final."""

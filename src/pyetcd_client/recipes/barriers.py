@@ -167,8 +167,6 @@ class DoubleBarrier(_Recipe):
     def __exit__(self, *_: object) -> None:
         self.leave()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         super()._after_fork()
         self._entry, self._round = None, 0          # the parent is the participant
@@ -255,8 +253,6 @@ class Counter(_Recipe):
             finally:
                 self._end_turn(scope)
         raise AssertionError("unreachable")         # the scope is not quiet
-
-    # -- below: no public names
 
     def _take_turn(self, scope: _CallScope) -> bool:
         with self._changed:

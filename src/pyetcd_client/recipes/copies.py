@@ -142,8 +142,6 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         super()._after_fork()
         self._control = threading.Lock()            # one `start` at a time
@@ -253,8 +251,6 @@ class _Follower(_Closeable, Generic[_T, _Called]):
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    # -- below: no public names
-
     def _read_state(self) -> tuple[_T, _Wait]:
         raise NotImplementedError
 
@@ -289,8 +285,6 @@ class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
     Thread: any.  `close` ends it; exceptions of the function are logged.
     """
 
-    # -- below: no public names
-
     def _read_state(self) -> tuple[list[str], _Wait]:
         nodes, index = _children(self.client, self.path)
         return sorted(_name(node.key) for node in nodes), _Wait(self.path, index, _is_change)
@@ -305,8 +299,6 @@ class DataWatch(_Follower[
 
     Limit and thread: as for ChildrenWatch.
     """
-
-    # -- below: no public names
 
     def _read_state(self) -> tuple[Node | None, _Wait]:
         try:

@@ -161,8 +161,6 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         self._lock = threading.Lock()               # guards _over and _expires_at; a leaf
         self._renewing = threading.Lock()           # one renewal at a time; guards _index
@@ -317,8 +315,6 @@ class Lease(Heartbeat):
             raise ValueError("etcd cannot compare with an empty value")
         self._given_value = value
         super().__init__(client, key, ttl, on_lost=on_lost)
-
-    # -- below: no public names
 
     def _after_fork(self) -> None:
         super()._after_fork()

@@ -145,8 +145,6 @@ class Contender(_Recipe):
         if entry is self._held:                     # else it was lost, and perhaps acquired again
             self.release()
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         super()._after_fork()
         self._changed = threading.Condition()
@@ -396,8 +394,6 @@ class RLock(Lock):
                 return self.is_held
             self._holder = None
         return super().release(token)
-
-    # -- below: no public names
 
     def _after_fork(self) -> None:
         super()._after_fork()

@@ -196,8 +196,6 @@ class Queue(_Recipe):
         free, claimed, _ = self._list()
         return len(free) + claimed
 
-    # -- below: no public names
-
     def _after_fork(self) -> None:
         super()._after_fork()
         # Items of the last listing.  Append and pop are atomic; an item may be gone.

@@ -61,8 +61,6 @@ class Registration(Lease):
     Thread: any.
     """
 
-    # -- below: no public names
-
     def _regain(self, scope: Scope) -> bool:
         self._report_loss()
         while scope.wait(min(1.0, self.ttl / 3)):

@@ -376,8 +376,6 @@ class _Caller(_Closeable):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.endpoints.urls or self._srv or ())!r})"
 
-    # -- below: no public names
-
     def _is_replaced(self, name: str = "api_execute") -> bool:
         """Return whether the program has overridden or replaced this method."""
         return False
