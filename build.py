@@ -138,7 +138,18 @@ def read_module(program: str, path: Path) -> Module:
         if isinstance(inner, ast.ImportFrom) and inner.level and inner not in at_top:
             raise error_at(path, inner.lineno, "an import from src/ stands at the top")
     lines = [line for number, line in enumerate(text.splitlines(), 1) if number not in dropped]
-    return module._replace(body="\n".join(lines).strip("\n"))
+    return module._replace(body=put_files("\n".join(lines).strip("\n"), path))
+
+
+def put_files(body: str, path: Path) -> str:
+    """Return a module's text with the files that it names in it: `NAME = ""   # folder/file`."""
+    def put(match: re.Match[str]) -> str:
+        text = (path.parent / match[2]).read_text(encoding="utf-8")
+        if "'''" in text or text.endswith("\\"):
+            raise error_at(path.parent / match[2], 1, "a file with ''' cannot be put in")
+        return f"{match[1]} = r'''{text}'''"
+
+    return re.sub(r'^([A-Z_]+) = ""\s+# (\w+/[\w.]+)$', put, body, flags=re.M)
 
 
 def read_import(program: str, module: Module, node: ast.stmt, *, for_types: bool) -> None:

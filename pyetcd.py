@@ -16,17 +16,17 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls
+  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls, versions
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
-  disk:   bolt, files, records, snapshots, wal
+  disk:   bolt, files, records, snapshots, v3_data, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   compatibility, frames, streams, links, transport
   member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
             waiting, leadership, upkeep, server
-  api:    forms, gojson, auth, listings, keys, members, metrics, request_log, snapshot, status,
-            routes, discovery
+  api:    forms, gojson, auth, listings, keys, members, metrics, overview, page_text,
+            request_log, ring, snapshot, status, ui, routes, discovery
   life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
             data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
             inspection, records, exchange, testkit, dev, verdicts, tools, command_line
@@ -701,6 +701,8 @@ EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; a
 REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
+RECENT_LINES_MAX = 500              # of the log, kept for /ui; above: the oldest is forgotten
+RECENT_LINE_CHARS_MAX = 1_000       # of such a line; above: cut off
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -715,7 +717,26 @@ REPAIR_HINT = (
 # ============================================================================
 
 
-logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
+class RecentLines(logging.Handler):
+    """Keeps the last lines of the log as (unix seconds, level, package, text), oldest first.
+
+    Members that share a process share its log.  Thread: any may log; any may copy `lines`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        package, text = record.name.partition(".")[2], record.getMessage()
+        self.lines.append(
+            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+
+
+RECENT_LINES = RecentLines()
+# A handler from the start: without one the log would go to stderr, unasked.
+logging.getLogger("pyetcd").addHandler(RECENT_LINES)
 
 
 # Characters that end a line, move the cursor or reverse the text, and surrogates.
@@ -2101,6 +2122,84 @@ def is_local(url: str) -> bool:
 
 
 # ============================================================================
+# base/versions -- Versions of etcd: the identity that a member announces, and the peers that fit it.
+# ============================================================================
+
+
+UNKNOWN_VERSION = "2.0.0"           # of a peer without the header
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def version_key(version: str) -> Tuple[int, int]:
+    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
+    major, minor, _ = version.split(".", 2)
+    return int(major), int(minor)
+
+
+class Identity(NamedTuple):
+    """The version of etcd that a member acts as (-compat-version).
+
+    Etcd members refuse peers by the first two; a leader makes the lowest `etcdserver` of all
+    members the cluster version.
+    """
+
+    server: str             # X-Server-Version: no cluster above its major.minor is joined
+    min_cluster: str        # X-Min-Cluster-Version: oldest peer and oldest cluster version
+    reported: str           # `etcdserver` in GET /version
+
+    def bears(self, cluster_version: str) -> bool:
+        """True if a member of this identity can live in a cluster of that version."""
+        return version_key(cluster_version) <= version_key(self.server)
+
+    def refusal(self, headers: Mapping[str, str]) -> str:
+        """Return why the two versions in a peer's headers do not fit this identity; "": they do.
+
+        Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+        """
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
+        server = major_minor(version)
+        least = major_minor(headers.get("x-min-cluster-version", UNKNOWN_VERSION))
+        remote = f"remote[{headers.get('x-server-from', '')}]={version}"
+        if server is None or least is None:
+            return f"not a version: {remote}"
+        if server < version_key(self.min_cluster):
+            return f"remote version is too low: {remote}, local={self.server}"
+        if least > version_key(self.server):
+            hint = "; start this member with -compat-version 3.4" if least == (3, 0) else ""
+            return f"local version is too low: {remote}, local={self.server}{hint}"
+        return ""
+
+
+AUTO_IDENTITY = "auto"
+IDENTITIES = {
+    "2.3": Identity(SERVER_VERSION, MIN_CLUSTER_VERSION, SERVER_VERSION),
+    # Accepted by 2.3 as well, which looks only at the minimum of a newer peer.
+    "3.4": Identity("3.4.23", MIN_CLUSTER_VERSION, "3.4.23"),
+    # The same to peers, but the cluster version stays at 2.3, so members of 2.3 may come back.
+    "bridge": Identity("3.4.23", MIN_CLUSTER_VERSION, SERVER_VERSION),
+}
+DEFAULT_IDENTITY = IDENTITIES["2.3"]
+FIRST_V3_VERSION = (3, 0)
+
+
+def choose_identity(name: str, *cluster_versions: Optional[str]) -> Identity:
+    """Return the identity of -compat-version `name` for a cluster of these versions.
+
+    `auto` is 2.3 unless the cluster bears 3.0 or more: its members refuse 2.3 then.
+    """
+    if name != AUTO_IDENTITY:
+        return IDENTITIES[name]
+    keys = [major_minor(version or "") or (0, 0) for version in cluster_versions]
+    return IDENTITIES["3.4"] if max(keys, default=(0, 0)) >= FIRST_V3_VERSION else DEFAULT_IDENTITY
+
+
+# ============================================================================
 # raft/progress -- Progress and quorum: a leader's view of its followers, and the messages of one member.
 # ----------------------------------------------------------------------------
 # Knows neither the log's content nor time nor sockets.
@@ -2562,7 +2661,7 @@ class Replication:
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
         # Called for a follower whose entries are compacted; None: not ready, asked again later.
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.snapshot_source: Callable[[int], Optional[Snapshot]] = lambda peer: None
         self.commit_unsent = False                  # some follower may not know our commit index
         self._config = config
         self._log = log
@@ -2659,7 +2758,7 @@ class Replication:
         """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
-        snapshot, log = self.snapshot_source(), self._log
+        snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
         if not log.match_term(EntryID(snapshot.term, snapshot.index)):
@@ -4507,6 +4606,42 @@ class NodeTree:
             if not nodes:
                 del self._replaced[0]
 
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._reachable(path)
+        return 0 if node is None else len(node.children or ())
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._reachable(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._reachable(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
+
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         """Have `node` at `path`, in the place of `old` if there was one."""
         for walk in self._walks:
@@ -5230,9 +5365,10 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
+        """Read `file` if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = open(path, "rb")
+        self._file: BinaryIO = file or open(path, "rb")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
@@ -5927,12 +6063,17 @@ class SnapshotFile(NamedTuple):
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
+def _ignore_index(raft_index: int) -> None:
+    pass
+
+
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
+        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
@@ -5949,6 +6090,7 @@ class Snapshotter:
         Differs from etcd: an incomplete file has another name, so load() on another thread never
         reads half of it.
         """
+        self.before_write(file.id.index)
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
         with disk_full_as_error(path):
@@ -5973,7 +6115,7 @@ class Snapshotter:
         for name in reversed(self.disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
-                if not name.endswith((".broken", ".tmp", ".snap.db")):
+                if not name.endswith((".broken", ".tmp", ".snap.db")) and name != "db":
                     log.warning("skipped unexpected non snapshot file %s", name)
                 continue
             term, index = (int(part, 16) for part in match.groups())
@@ -6167,6 +6309,117 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
             os.replace(path, target)
             fsync_dir(paths.member)
             fsync_dir(paths.root)
+
+
+# ============================================================================
+# disk/v3_data -- Data of etcd's v3 API, of which this member keeps none: databases without it, and a mark.
+# ============================================================================
+
+
+_MARK = "v3-data"                   # file in the member directory
+
+
+class V3Mark:
+    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
+
+    A file remembers it, since the entries that wrote the data are compacted in time.
+
+    member_dir  with the file, and with snap/db; "": remember it in memory only
+    """
+
+    def __init__(self, member_dir: str = "") -> None:
+        self.path = member_dir and os.path.join(member_dir, _MARK)
+        self.database = member_dir and os.path.join(member_dir, "snap", "db")
+        self.is_set = bool(member_dir) and os.path.exists(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if member_dir and holds_v3_data(open(self.database, "rb")):
+                self.set(self.database)
+
+    def set(self, where: str) -> None:
+        """Remember v3 data; `where` it was found goes to the log."""
+        if self.is_set:
+            return
+        self.is_set = True
+        log = package_logger("etcdserver")
+        log.warning(
+            "%s holds data of etcd's v3 API, which this member does not keep: members of etcd 3"
+            " can get it from one another only", where,
+        )
+        if self.path:
+            try:
+                _write_file(self.path, b"")
+            except OSError as error:
+                log.error("cannot write %s: %s", self.path, error)
+
+    def write_database(self, raft_index: int) -> None:
+        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
+
+        Thread: any.
+        """
+        if self.database and not self.is_set:
+            try:
+                _write_file(self.database, empty_database(raft_index))
+            except OSError as error:
+                package_logger("snap").error("cannot write %s: %s", self.database, error)
+
+    def remove_database(self) -> None:
+        """Remove the database, so that etcd 2.3 starts here, unless it holds data."""
+        if self.database and not self.is_set:
+            with contextlib.suppress(OSError):
+                os.unlink(self.database)
+
+
+def _write_file(path: str, data: bytes) -> None:
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_dir(os.path.dirname(path))
+
+
+def empty_database(raft_index: int) -> bytes:
+    """Return the database without keys that etcd 3 needs beside a snapshot up to raft_index."""
+    file = io.BytesIO()
+    write_bolt(file, v3_buckets(raft_index))
+    return file.getvalue()
+
+
+def holds_v3_data(database: IO[bytes]) -> bool:
+    """Return whether a database of etcd 3 holds keys or users.
+
+    database  a file at the start of the database; it is closed
+
+    A damaged one counts as one that does; none at all holds nothing.
+    """
+    with database:
+        start = database.tell()
+        if not database.read(1):
+            return False
+        database.seek(start)
+        try:
+            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
+            return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
+        except (BoltError, OSError):
+            return True
+
+
+_DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
+
+
+class _Tail(io.RawIOBase):
+    """A file from the present position of another one on."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._start = file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(self._start + offset) - self._start
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
 
 
 # ============================================================================
@@ -9435,19 +9688,7 @@ MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
 _PIPELINE = "pipeline"
 
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
 _OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -9458,24 +9699,6 @@ def _parse_id(text: str) -> Optional[int]:
     return value if value <= UINT64_MAX else None
 
 
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Return why the two versions in a peer's headers do not fit ours; "": they do.
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
-
-
 class PeerStatus:
     """The result of the last attempt to reach a peer, and the version that it announced last."""
 
@@ -9483,6 +9706,7 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
@@ -9505,6 +9729,7 @@ class PeerStatus:
         if self.active:
             self.active = False
             self.active_since = 0.0
+            self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
 
 
@@ -9549,6 +9774,34 @@ class Sent(NamedTuple):
     ok: bool                            # False: lost, or dropped
 
 
+class MessageInspector:
+    """The check of messages that peers send, and of databases of 3.x; this one lets all pass."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
+        return None
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        """Return whether the database behind a snapshot of 3.x holds data.  Thread: any."""
+        return False
+
+    def note_v3_data(self) -> None:
+        """Remember that the cluster holds data of the v3 API."""
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Return whether an empty database beside a snapshot would harm that member."""
+        return False
+
+    def empty_database(self, raft_index: int) -> bytes:
+        """Return the database for a member of 3.x beside a snapshot up to raft_index."""
+        return b""
+
+
 class LinkContext(NamedTuple):
     """The identity and the callbacks that all links of this member share."""
 
@@ -9566,6 +9819,8 @@ class LinkContext(NamedTuple):
     round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
     tls: Optional[TlsContext]                       # None: the defaults, for https peers
     decoding: SlicedWork
+    inspector: MessageInspector = MessageInspector()
+    identity: Identity = DEFAULT_IDENTITY
 
 
 ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
@@ -9889,7 +10144,7 @@ class StreamReader:
 
     def _on_head(self, status: int, headers: Dict[str, str]) -> None:
         self._answer.take_head(status, headers)
-        version = headers.get("x-server-version", _UNKNOWN_VERSION)
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
@@ -10084,12 +10339,19 @@ class StreamWriter:
 
 
 class PeerPost:
-    """One message on its way by POST /raft."""
+    """One message on its way by POST.
 
-    def __init__(self, message: Message, body: Sequence[bytes]) -> None:
+    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
+    """
+
+    def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
-        self.body = body                # in pieces
-        self.size = sum(map(len, body))
+        self.body = encode_message_parts(message)       # in pieces
+        self.target, self.content_type = "/raft", "application/protobuf"
+        if database is not None:
+            self.target, self.content_type = "/raft/snapshot", "application/octet-stream"
+            self.body = [_U64.pack(sum(map(len, self.body))), *self.body, database]
+        self.size = sum(map(len, self.body))
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
@@ -10109,7 +10371,6 @@ class Pipeline:
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
         self._congested = False
-        self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
@@ -10118,8 +10379,18 @@ class Pipeline:
             self._drop(message)
             return
         self._congested = False
-        self._waiting.append(PeerPost(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, self._database_for(message)))
         self._send_waiting()
+
+    def _database_for(self, message: Message) -> Optional[bytes]:
+        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
+
+        2.3 takes a snapshot in both forms.
+        """
+        version = self._status.version or self._context.identity.server
+        if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
+            return None
+        return self._context.inspector.empty_database(message.snapshot.index)
 
     def stop(self) -> None:
         """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
@@ -10158,8 +10429,9 @@ class Pipeline:
             self._answered(post, error, answer)
 
         post.call = fetch(
-            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
-            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
+            context.reactor, post.url, post.target, done, method="POST", body=post.body,
+            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
         )
@@ -10329,18 +10601,14 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless the receiver is etcd 3.x.
-
-        That needs a bolt database with it, and exits when it gets none.
-        """
-        version = self.status.version
-        if (major_minor(version) or (0, 0)) < (3, 0):
+        """Send a snapshot, unless the receiver would lose data by the empty database in it."""
+        if not self._context.inspector.needs_v3_data(self._id):
             self._pipeline.offer(message)
             return
         self._context.log_error(
-            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
-            " this member does not have; start it with a copy of another 3.x member's data"
-            " directory, or replace it by a 2.3 member"
+            f"cannot send a snapshot to {self._id:x}: the cluster holds data of etcd's v3 API,"
+            " which this member does not keep; a member of etcd 3 must lead to send it: restart"
+            " this member, and others of pyetcd, until one does"
         )
         self._context.unreachable(self._id)
         self._context.snapshot_done(self._id, False)
@@ -10352,19 +10620,6 @@ class Peer:
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
-
-
-class MessageInspector:
-    """The check of messages that peers send; this one lets all of them pass."""
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Return, in steps, why `message` must not be delivered; "": it may."""
-        yield from ()
-        return ""
-
-    def read_state(self, data: bytes) -> Any:
-        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
-        return None
 
 
 class Transport:
@@ -10391,11 +10646,13 @@ class Transport:
         received: Callable[[int, Message, int], None] = _ignore,
         round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
+        identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
+        self._identity = identity
         self._is_removed = is_removed
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
@@ -10420,7 +10677,7 @@ class Transport:
             1.0 + election_s / 5, self._log.error, self._receive,
             lambda to: self._report_soon(unreachable, to),
             lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding,
+            round_trip, tls, self._decoding, self._inspector, identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -10464,6 +10721,11 @@ class Transport:
         """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def inactive_since(self, member_id: int) -> float:
+        """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
+        peer = self._peers.get(member_id)
+        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
@@ -10511,10 +10773,10 @@ class Transport:
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
             "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": MIN_CLUSTER_VERSION,
+            "X-Min-Cluster-Version": self._identity.min_cluster,
             "X-Peerurls": ",".join(peer_urls),
             "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": SERVER_VERSION,
+            "X-Server-Version": self._identity.server,
         }
 
     # -- receiving ---------------------------------------------------------
@@ -10567,7 +10829,7 @@ class Transport:
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
-                or _compatibility_error(head.headers)):
+                or self._identity.refusal(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
@@ -10662,7 +10924,7 @@ class Transport:
 
     def _headers_for(self, request: HttpRequest) -> str:
         is_stream = request.path.startswith("/raft/stream/")
-        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        version = f"X-Server-Version: {self._identity.server}\r\n" if is_stream else ""
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
@@ -10678,12 +10940,16 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: "Optional[BaseException]", message: "Any") -> None:
+        def done(error: "Optional[BaseException]", found: "Any") -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
                 self._refuse(request, 400, str(error), why)
-            elif self._is_removed(message.sender):
+                return
+            message, has_v3_data = found
+            if has_v3_data:
+                self._inspector.note_v3_data()
+            if self._is_removed(message.sender):
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
@@ -10691,7 +10957,7 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
@@ -10708,7 +10974,7 @@ class Transport:
     def _is_compatible(self, request: HttpRequest) -> bool:
         """Check versions, cluster and id, in this order; refuse at the first fault."""
         headers = request.headers
-        fault = _compatibility_error(headers)
+        fault = self._identity.refusal(headers)
         theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
         id = _parse_id(headers.get("x-server-from", "")) or 0
         other = self._other_process(id, advertised)
@@ -10753,11 +11019,13 @@ _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
-    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
-) -> Message:
-    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
+    body: Union[bytes, IO[bytes]], inspector: MessageInspector, is_framed: bool
+) -> Tuple[Message, bool]:
+    """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
-    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
+    is_framed  the form of 3.x: a length, the message, and a database, which is not kept
+
+    Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -10773,15 +11041,16 @@ def _posted_snapshot(
             message = decode_message(data)
         except CodecError as error:
             raise CodecError(f"failed to decode raft message ({error})") from None
+        has_v3_data = is_framed and inspector.has_v3_data(file)
     if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
     snapshot = message.snapshot
     if snapshot is not None:
         try:
-            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+            message.snapshot = snapshot._replace(state=inspector.read_state(snapshot.data))
         except ValueError as error:
             raise CodecError(f"not a snapshot that this member can take: {error}") from None
-    return message
+    return message, has_v3_data
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
@@ -10813,6 +11082,7 @@ class Member(NamedTuple):
     name: str = ""                      # "" until it has published itself
     client_urls: Tuple[str, ...] = ()
     features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
+    is_learner: bool = False            # of etcd 3.4: gets the log, and has no vote yet
 
     @property
     def started(self) -> bool:
@@ -10842,7 +11112,8 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        return json_text({"peerURLs": self.peer_urls})
+        learner = {"isLearner": True} if self.is_learner else {}
+        return json_text({"peerURLs": self.peer_urls, **learner})
 
 
 def format_id(id: int) -> str:
@@ -10910,6 +11181,9 @@ class Cluster:
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.v3_mark = V3Mark()                     # of data that this member does not keep
+        self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
     @classmethod
@@ -10969,7 +11243,7 @@ class Cluster:
         except CodecError as error:
             SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
-        return attributes._replace(peer_urls=raft.peer_urls)
+        return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
         """True if every member has published that it has `feature`."""
@@ -11008,13 +11282,19 @@ class Cluster:
             raise MemberRemoved()
         known = self.is_known(id)
         adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        context = change.context or b"{}"
+        member = parse_member(context, id)
+        if adds and load_json(context).get("isPromote"):
+            learner = self._read_member(format_id(id))
+            if not learner.is_learner:
+                raise MemberNotFound()  # 3.4 has another error for one that votes already
+            return learner._replace(is_learner=False)
         if adds and known:
             raise MemberExists()
         if not adds and not known:
             raise MemberNotFound()
         if change.type == ConfChangeType.REMOVE_NODE:
             return None
-        member = parse_member(change.context or b"{}", id)
         for other in self._ids("/0/members"):
             if int(other, 16) != id:
                 if set(self._read_member(other).peer_urls) & set(member.peer_urls):
@@ -11039,11 +11319,11 @@ class Cluster:
         self.removed.add(id)
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
-    def update_raft_attributes(
-        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
-    ) -> None:
-        """Apply: a member has new peer URLs.  One store index."""
-        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+    def update_raft_attributes(self, changed: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member has new peer URLs, or a vote.  One store index."""
+        id = changed.id
+        member = self.members[id]._replace(
+            peer_urls=changed.peer_urls, is_learner=changed.is_learner)
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
@@ -11052,7 +11332,8 @@ class Cluster:
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
         known = self.members.get(published.id) or published
-        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
+        self.members[published.id] = published._replace(
+            peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
         """Apply: the cluster version (the store is written by the Applier).
@@ -11064,19 +11345,26 @@ class Cluster:
         if self.version is None:
             SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
+            self.was_lowered = version_key(version) < version_key(self.version)
             SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
 
-    @staticmethod
-    def _check_version(version: str) -> None:
-        if version_key(version) > version_key(SERVER_VERSION):
+    def _check_version(self, version: str) -> None:
+        if not self.identity.bears(version):
             raise InvariantError(
-                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
-                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
-                " is at least as new as the cluster"
+                f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
+                f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
+                f" that is at least as new as the cluster{self._identity_hint(version)}"
             )
+
+    @staticmethod
+    def _identity_hint(version: str) -> str:
+        """Return the value of -compat-version that bears a cluster version, for the operator."""
+        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
+        name = next(bearing, "")
+        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -11132,12 +11420,6 @@ class Cluster:
         )
 
 
-def version_key(version: str) -> Tuple[int, int]:
-    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
-    major, minor, _ = version.split(".", 2)
-    return int(major), int(minor)
-
-
 def parse_member(context: bytes, id: int) -> Member:
     """Return the member in a conf change's context; parts that are missing are empty.
 
@@ -11153,6 +11435,7 @@ def parse_member(context: bytes, id: int) -> Member:
         return Member(
             id, tuple(sorted(texts[1:first_client])), texts[0],
             tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
+            fields.get("isLearner") is True,
         )
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
@@ -11169,6 +11452,8 @@ def parse_member(context: bytes, id: int) -> Member:
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
 
+_V3_FIELDS_WITHOUT_DATA = {1, 10, 100}  # of InternalRaftRequest: id, alarm, header
+
 Applied = Union[Event, EtcdError, None]
 
 
@@ -11182,6 +11467,7 @@ class Applier:
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
     ) -> None:
         self.clock = clock
+        self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
@@ -11224,9 +11510,16 @@ class Applier:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
+                return None
             if request is None:
+                self._skip_v3(entry)
                 return None
         return self.apply_request(request)
+
+    def _skip_v3(self, entry: Entry) -> None:
+        self.v3_entries += 1
+        if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
+            self._cluster.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -11330,10 +11623,8 @@ class Applier:
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
-        elif change.type == ConfChangeType.UPDATE_NODE:
-            self._cluster.update_raft_attributes(
-                change.node_id, member.peer_urls, now_ns=now_ns
-            )
+        elif self._cluster.is_known(change.node_id):    # new peer URLs, or a learner's vote
+            self._cluster.update_raft_attributes(member, now_ns=now_ns)
         else:
             self._cluster.add(member, now_ns=now_ns)
 
@@ -11373,7 +11664,7 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry) -> None:
+def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
@@ -11392,7 +11683,7 @@ def check_entry(entry: Entry) -> None:
         if request is not None and not request.path.startswith("/1/"):
             if is_long and request.path.startswith("/0/"):
                 raise CodecError(f"{len(entry.data)} bytes below /0")
-            _check_own_path(request)
+            _check_own_path(request, identity)
         if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
             if len(request.path) * request.path.count("/") > PATH_COST_MAX:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
@@ -11417,7 +11708,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_own_path(request: Request) -> None:
+def _check_own_path(request: Request, identity: Identity) -> None:
     """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
@@ -11426,7 +11717,7 @@ def _check_own_path(request: Request) -> None:
         return
     if request.method != "PUT" or path != "/0/version":
         raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
-    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+    if _VERSION_VALUE.fullmatch(value) and not identity.bears(value):
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
@@ -11459,7 +11750,7 @@ class MemberInspector(MessageInspector):
             return fault
         for entry in message.entries:
             try:
-                check_entry(entry)
+                check_entry(entry, self._cluster.identity)
                 if message.type == MsgType.PROP:
                     check_proposal(entry)
             except CodecError as error:
@@ -11473,9 +11764,23 @@ class MemberInspector(MessageInspector):
     def read_state(self, data: bytes) -> StoreState:
         """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
         state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+        if state.version and not self._cluster.identity.bears(state.version):
             raise ValueError(f"cluster version {state.version} is newer than this program")
         return state
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        return holds_v3_data(database)
+
+    def note_v3_data(self) -> None:
+        self._cluster.v3_mark.set("a snapshot of the leader")
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
+        member = self._cluster.members.get(member_id)
+        return self._cluster.v3_mark.is_set and not (member and member.features)
+
+    def empty_database(self, raft_index: int) -> bytes:
+        return empty_database(raft_index)
 
 
 # ============================================================================
@@ -11507,9 +11812,11 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
+    compat_version: str = "auto"        # or `2.3`, `3.4`, `bridge`: see base/versions.py
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    ui: str = "true"                    # the page: `true`, `false`, or `readonly`
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
     proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
@@ -11550,9 +11857,11 @@ if TYPE_CHECKING:
         discovery_fallback: str
         discovery_proxy: str
         discovery_srv: str
+        compat_version: str
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
+        ui: str
         client_tls: TlsFiles
         peer_tls: TlsFiles
         proxy: str
@@ -12675,6 +12984,10 @@ class Counter(Reading):
     def inc(self, *values: str) -> None:
         self._values[values] = self._values.get(values, 0) + 1
 
+    def value(self, *values: str) -> int:
+        """Return the number with these label values."""
+        return self._values.get(values, 0)
+
 
 def exponential_bounds(start: float, count: int) -> List[float]:
     """Return the bounds start * 2**n of a histogram, n < count."""
@@ -12709,6 +13022,16 @@ class Histogram:
             before = below
         self._counts[-1] += len(values) - before
         self._sum += sum(values)
+
+    @property
+    def totals(self) -> Tuple[List[int], float]:
+        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
+        return self._counts[:], self._sum
+
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper bounds of all buckets but the last."""
+        return self._bounds
 
     @property
     def count(self) -> int:
@@ -13295,6 +13618,7 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.nodes = nodes                          # in it
+        self.least_index = 0                        # an older file does not fit every follower
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -13315,14 +13639,18 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if the newest file is older than `count` entries, and the disk was not just full.
+        """True if a new file is needed, and the disk was not just full.
+
+        The newest one is older than `count` entries, or than least_index.
 
         A walk takes 4 us per node.  That of a large store waits for as many entries as it has
         nodes, as it would cost more than the entries do; they take less memory than the nodes.
         The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+        if not self.index < self.least_index <= raft_index and (
+            behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES
+        ):
             return False
         return self._reactor.now() >= self._not_before
 
@@ -13345,8 +13673,9 @@ class SnapshotKeeper:
 
     @property
     def is_requested(self) -> bool:
-        """True if a receiver waits for a snapshot, and none is in the making."""
-        return bool(self._waiting) and not self.busy
+        """True if a follower or a client waits for a snapshot, and none is in the making."""
+        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
+        return (bool(self._waiting) or is_old) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
@@ -13422,12 +13751,22 @@ class SnapshotKeeper:
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
-    def newest(self) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+    def newest(self, member_id: int, *, is_v3: bool) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: not ready.
+
+        is_v3  the follower may be of etcd 3.x, which ignores a snapshot from before its addition:
+               then a new one is due
+        """
         if self._cache is None and self.index and not self._loading:
             self._loading = True
             self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
-        return self._cache
+        snapshot = self._cache
+        if snapshot is None or self.index < self.least_index:
+            return None
+        if is_v3 and member_id not in snapshot.voters:
+            self.least_index = snapshot.index + 1
+            return None
+        return snapshot
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
@@ -13851,6 +14190,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
 class VersionMonitor:
     """Raises the cluster version to the lowest version of any member.  For a leader.
 
+    Differs from etcd: a leader of identity `bridge` lowers it if no member reports a higher one.
     Source: etcd 2.3 etcdserver/cluster_util.go.
     """
 
@@ -13864,7 +14204,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -13872,9 +14212,10 @@ class VersionMonitor:
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+        current, own = self._cluster.version, self._cluster.identity.reported
+        if current and version_key(current) == version_key(own):
             return
-        self._versions = {self._member_id: SERVER_VERSION}
+        self._versions = {self._member_id: own}
         for member in list(self._cluster.members.values()):
             urls = usable_urls(member.peer_urls)
             if member.id != self._member_id and urls:
@@ -13899,19 +14240,19 @@ class VersionMonitor:
 
         self._calls.append(fetch(
             self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
+            tls=self.tls,
         ))
 
     def _decide(self) -> None:
         """Propose the minimum when every member has answered; a first guess when one cannot."""
         current = self._cluster.version
         if self._versions.keys() >= self._cluster.members.keys():
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._propose_version(wanted, current)
+            known = version_key(current) if current else (0, 0)
+            keys = sorted(map(version_key, self._versions.values()))
+            if keys[0] > known or keys[-1] < known:
+                self._propose_version("%d.%d.0" % keys[0], current)
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(MIN_CLUSTER_VERSION, current)
+            self._propose_version(self._cluster.identity.min_cluster, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
         short = wanted.rpartition(".")[0]
@@ -13923,9 +14264,6 @@ class VersionMonitor:
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
 
 
 def _server_version(body: bytes) -> str:
@@ -14088,7 +14426,7 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
@@ -14121,7 +14459,8 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = functools.partial(
+            self.snapshots.newest, is_v3=self.cluster.identity.bears("3.0.0"))
         return node
 
     # -- life --------------------------------------------------------------
@@ -14436,12 +14775,8 @@ class EtcdServer:
             else:
                 self.transport.remove_peer(change.node_id)
                 self.leader_stats.remove(change.node_id)
-        elif member is None or change.node_id == self.member_id:
-            return
-        elif change.type == ConfChangeType.ADD_NODE:
+        elif member is not None and change.node_id != self.member_id:
             self.transport.add_peer(member.id, member.peer_urls)
-        else:
-            self.transport.update_peer(member.id, member.peer_urls)
 
     def _connect_others(self) -> None:
         for member in self.cluster.members.values():
@@ -14463,6 +14798,8 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
+        if self.cluster.was_lowered:
+            self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
@@ -15489,12 +15826,14 @@ class KeysApi:
         self._proposals = Histogram(exponential_bounds(0.001, 14))
         metrics.add("etcd_server_proposal_durations_seconds", "Time to commit and apply.",
                     self._proposals)
+        # Finer than the metrics, which have the buckets of etcd: for the page's charts.
+        self.write_durations = Histogram([0.000_1 * 1.25 ** step for step in range(52)])    # 8.7 s
         self._watches = metrics.counter(
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
         self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
-        metrics.before_text = self._count_puts
+        metrics.before_text = self.count_puts
 
     def route(self, head: HttpHead) -> Handler:
         if head.method not in self.METHODS:
@@ -15643,13 +15982,22 @@ class KeysApi:
         if method == "PUT":
             self._puts_s.append(elapsed_s)
             if len(self._puts_s) >= 1_000:
-                self._count_puts()
+                self.count_puts()
             return
         self._proposals.observe(elapsed_s)
+        if method != "QGET":
+            self.write_durations.observe(elapsed_s)
         self._durations.child(method).observe(elapsed_s)
 
-    def _count_puts(self) -> None:
+    @property
+    def reads(self) -> int:
+        """How many reads of keys this member was asked for."""
+        return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
+
+    def count_puts(self) -> None:
+        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
+        self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
         self._put_durations.observe_many(puts_s)
 
@@ -15902,6 +16250,8 @@ _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_heartbeat_send_failures_total",
      "Heartbeats to followers that left a period late or more.",
      lambda s: s.counts.late_heartbeats),
+    ("pyetcd_v3_entries_skipped_total", "Entries of etcd's v3 API, which are not applied.",
+     lambda s: s.applier.v3_entries),
     ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
 )
 # Name, help, label, its value: samples that are always 1.
@@ -15909,7 +16259,7 @@ _FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
     ("etcd_server_id", "Id of this member, in hex.", "server_id",
      lambda s: format_id(s.member_id)),
     ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
-     lambda s: SERVER_VERSION),
+     lambda s: s.cluster.identity.reported),
     ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
      lambda s: s.cluster.version or "not_decided"),
 )
@@ -16094,6 +16444,1420 @@ def _raft_status(status: Status) -> Dict[str, object]:
 
 
 # ============================================================================
+# api/overview -- The members as this one sees them, and what is wrong, in words.
+# ============================================================================
+
+
+ASK_SECONDS = 0.9                   # between two questions to a member, however many pages look
+SILENT_SECONDS = 3.0                # without an answer; from then on it is said
+LAG_ENTRIES_MAX = 1_000             # behind the commit index; above: it is said
+
+# What a member says about itself: name -> type.  Answers of others are cut down to these.
+_REPORT_FIELDS = {
+    "role": str, "term": int, "index": int, "commit": int, "healthy": bool, "version": str,
+    "pyetcd": str, "since": int, "problem": str,
+}
+
+
+def self_report(server: EtcdServer) -> Dict[str, object]:
+    """Return what this member says about itself, to the page and to other members."""
+    raft = server.node.raft
+    return {
+        "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
+        "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
+        "healthy": server.is_healthy, "version": server.cluster.identity.reported,
+        "pyetcd": __version__, "since": server.stats.started_ns // NS, "problem": server.no_space,
+    }
+
+
+def reply_report(server: EtcdServer, request: HttpRequest) -> None:
+    """Answer GET /status on the peer port."""
+    request.reply(200, utf8(json_text(self_report(server))))
+
+
+def read_report(body: bytes) -> Dict[str, Any]:
+    """Return what another member says about itself, as far as it can be used; {} if not."""
+    try:
+        report = load_json(body)
+    except ValueError:
+        return {}
+    if not isinstance(report, dict):
+        return {}
+    return {name: report[name] for name, kind in _REPORT_FIELDS.items()
+            if type(report.get(name)) is kind}
+
+
+class Overview:
+    """Asks the other members how they are while somebody looks.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._now = server.reactor.now
+        self._asked_at: Optional[float] = None      # monotonic, as are the next two
+        self._answered_at: Dict[int, float] = {}
+        self._leaderless_at: Optional[float] = None
+        self._reports: Dict[int, Dict[str, Any]] = {}
+        self._calls: Dict[int, HttpCall] = {}       # under way
+
+    def look(self) -> None:
+        """Ask again, if the last answers are old.  To be called by each request of a page."""
+        server, now = self._server, self._now()
+        if server.lead:
+            self._leaderless_at = None
+        elif self._leaderless_at is None:
+            self._leaderless_at = now
+        if self._asked_at is not None and now - self._asked_at < ASK_SECONDS:
+            return
+        if self._asked_at is None or now - self._asked_at > SILENT_SECONDS:
+            self._answered_at, self._reports = {}, {}       # nobody looked: they are of the past
+        self._asked_at = now
+        for member in server.cluster.members.values():
+            urls = usable_urls(member.peer_urls)
+            if member.id != server.member_id and member.id not in self._calls and urls:
+                self._ask(member.id, urls[0])
+
+    def stop(self) -> None:
+        """Break off the questions under way."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls = {}
+
+    def _ask(self, member_id: int, url: str) -> None:
+        answer = Answer()
+        self._calls[member_id] = HttpCall(
+            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
+            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
+            on_head=answer.take_head, on_data=answer.take_data,
+            on_done=functools.partial(self._answered, member_id, answer),
+        )
+
+    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+        """An etcd answers 404: it is there, and says no more."""
+        del self._calls[member_id]
+        if error is None:
+            self._answered_at[member_id] = self._now()
+            report = read_report(answer.body) if answer.status == 200 else {}
+            if "index" in report:           # compared at once: it is older with every moment
+                commit = max(self._server.node.raft.log.commit, report.get("commit", 0))
+                report["lag"] = commit - report["index"]
+            self._reports[member_id] = report
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """Return what is known of each member, by name."""
+        members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
+        return [self._row(member) for member in members]
+
+    def _row(self, member: Member) -> Dict[str, Any]:
+        server = self._server
+        is_self = member.id == server.member_id
+        report = self_report(server) if is_self else self._reports.get(member.id, {})
+        return {
+            "id": format_id(member.id), "name": member.name, "peerURLs": member.peer_urls,
+            "clientURLs": member.client_urls, "self": is_self,
+            "leader": member.id == server.lead, "silent": round(self._silent_s(member.id)),
+            **report,
+        }
+
+    def _silent_s(self, member_id: int) -> float:
+        """For how long a member has not answered; 0.0 if it does, or may."""
+        server, answered_at = self._server, self._answered_at.get(member_id)
+        if answered_at is not None:
+            silent_s = self._now() - answered_at
+            return silent_s if silent_s >= SILENT_SECONDS else 0.0
+        since = server.transport.inactive_since(member_id)
+        return max(server.reactor.wall_ns() / NS - since, 1.0) if since else 0.0
+
+    def problems(self, rows: List[Dict[str, Any]]) -> List[str]:
+        """Say what is wrong, the worst first; [] if nothing is."""
+        server, said = self._server, []
+        if server.no_space:
+            said.append(f"The log cannot be written: {server.no_space}. Writes are refused.")
+        if self._leaderless_at is not None:
+            waited = show_seconds(self._now() - self._leaderless_at)
+            said.append(f"There has been no leader for {waited}: writes wait for the next one.")
+        reached = sum(not row["silent"] and bool(row["name"]) for row in rows)
+        needed = len(rows) // 2 + 1
+        if reached < needed:
+            said.append(f"Only {reached} of {len(rows)} members can be reached from here, and"
+                        f" {needed} are needed: writes fail.")
+        for row in rows:
+            said += _member_problems(row)
+        return said
+
+
+def _member_problems(row: Mapping[str, Any]) -> List[str]:
+    name = row["name"] or ", ".join(row["peerURLs"])
+    if not row["name"]:
+        return [f"The member at {name} was added, and has not started yet."]
+    if row["silent"]:
+        return [f"{name} has not answered for {show_seconds(row['silent'])}."]
+    said = []
+    if row.get("problem") and not row["self"]:
+        said.append(f"{name}: {row['problem']}.")
+    if row.get("lag", 0) > LAG_ENTRIES_MAX:
+        said.append(f"{name} is {row['lag']:,} entries behind.")
+    return said
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration in the unit that fits it: `12 s`, `3 min`, `2 h`, `5 d`."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+# ============================================================================
+# api/page_text -- The page as text: what the files in api/page/ hold, put here by build.py.
+# ============================================================================
+
+
+PAGE_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>pyetcd</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cg fill='%235b52e0'%3E%3Ccircle cx='16' cy='8' r='6'/%3E%3Ccircle cx='7' cy='24' r='6'/%3E%3Ccircle cx='25' cy='24' r='6'/%3E%3C/g%3E%3C/svg%3E">
+<style>@STYLE@</style>
+</head>
+<body spellcheck="false">
+<header>
+  <a class="brand" href="#/overview" aria-label="pyetcd, overview">
+    <svg viewBox="0 0 32 32" aria-hidden="true"><path d="M16 7 6.5 24h19z"/><circle cx="16" cy="7" r="4.6"/><circle cx="6.5" cy="24" r="4.6"/><circle cx="25.5" cy="24" r="4.6"/></svg>
+    <b>pyetcd</b>
+  </a>
+  <span id="member" class="chip"></span>
+  <span id="health" class="pill" role="status"></span>
+  <span id="readonly" class="chip" hidden>read-only</span>
+  <span class="grow"></span>
+  <button id="login" class="quiet" hidden>Log in</button>
+  <button id="theme" class="quiet icon" aria-label="Colours: as the system has them"></button>
+  <button id="help" class="quiet icon" aria-label="Keyboard">?</button>
+</header>
+<nav id="tabs" aria-label="Views"></nav>
+<main id="main">
+  <section id="offline" class="problems" role="alert" hidden></section>
+
+  <section id="overview" class="view">
+    <div id="problems" class="problems" role="alert" hidden></div>
+    <div id="charts" class="charts"></div>
+    <h2>Members <small id="cluster"></small></h2>
+    <div id="members" class="members"></div>
+  </section>
+
+  <section id="keys" class="view" hidden>
+    <div class="side card">
+      <div class="bar">
+        <input id="query" type="search" placeholder="Search  /" aria-label="Search for" autocomplete="off">
+        <select id="where" aria-label="Search in"><option value="">keys + values</option><option value="key">keys</option><option value="value">values</option></select>
+      </div>
+      <div class="bar">
+        <button id="create" class="write">+ New</button>
+        <button id="reload" class="quiet" title="Load again (r)">Reload</button>
+        <label class="check" title="Keys that begin with _"><input id="hidden" type="checkbox"> hidden</label>
+        <span class="grow"></span>
+        <small id="count" aria-live="polite"></small>
+      </div>
+      <div id="tree" class="tree" role="tree" tabindex="0" aria-label="Keys"><div id="space"><div id="rows"></div></div></div>
+    </div>
+    <div id="detail" class="card detail"></div>
+  </section>
+
+  <section id="watch" class="view" hidden>
+    <div class="bar card">
+      <label class="field">Directory or key <input id="watched" value="/"></label>
+      <button id="start" class="primary">Watch</button>
+      <button id="pause" disabled>Pause</button>
+      <label class="field grow">Show only <input id="filter" type="search" placeholder="part of a key, value or action"></label>
+    </div>
+    <p id="watching" class="note" role="status">Every change appears here as soon as it is made.</p>
+    <ol id="events" class="events card"></ol>
+  </section>
+
+  <section id="discovery" class="view" hidden>
+    <div class="bar card">
+      <span class="grow">Members of a new cluster find each other with a token. It is used up when all of them have registered.</span>
+      <label class="field write">Members <input id="size" type="number" min="1" max="99" value="3"></label>
+      <button id="token" class="primary write">New token</button>
+    </div>
+    <div id="tokens" class="tokens"></div>
+  </section>
+
+  <section id="access" class="view" hidden></section>
+
+  <section id="log" class="view" hidden>
+    <div class="bar card">
+      <label class="field grow">Show only <input id="logfilter" type="search" placeholder="part of a line, or its level"></label>
+    </div>
+    <div id="lines" class="lines card" tabindex="0" aria-label="Log lines"></div>
+  </section>
+</main>
+<div id="toasts" class="toasts" role="status" aria-live="polite"></div>
+<dialog id="dialog"></dialog>
+<noscript>This page needs JavaScript.</noscript>
+<script>@SCRIPT@</script>
+</body>
+</html>
+'''
+PAGE_CSS = r''':root {
+  color-scheme: light dark;
+  --bg: light-dark(#f4f5fa, #0e1017);
+  --card: light-dark(#ffffff, #171a24);
+  --raised: light-dark(#f7f8fc, #1e222e);
+  --line: light-dark(#e4e6ef, #2a2f3d);
+  --text: light-dark(#1b1f2e, #e8eaf2);
+  --soft: light-dark(#62697d, #99a1b5);
+  --accent: light-dark(#5046e5, #9b93ff);
+  --fill: light-dark(#5046e5, #6a60f0);
+  --tint: light-dark(#efeefe, #25244a);
+  --second: light-dark(#d97706, #fbbf24);
+  --good: light-dark(#0a7d4f, #4ade9b);
+  --good-bg: light-dark(#e3f7ed, #12322a);
+  --warn: light-dark(#9a5b00, #fbbf24);
+  --warn-bg: light-dark(#fff4dc, #3a2d0f);
+  --bad: light-dark(#c0263c, #ff8095);
+  --bad-bg: light-dark(#fdecee, #3d1a22);
+  --shadow: 0 1px 2px light-dark(#1b1f2e10, #0004), 0 6px 20px -8px light-dark(#1b1f2e1c, #0006);
+  --mono: ui-monospace, Menlo, Consolas, monospace;
+  --row: 30px;
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; }
+body {
+  margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; background: var(--bg); color: var(--text); display: flex; flex-direction: column;
+  font: 14.5px/1.5 system-ui, sans-serif;
+}
+h2 { font-size: 15px; margin: 26px 0 12px; }
+h3 { font-size: 14px; margin: 0; }
+small, .note { color: var(--soft); font-size: 12.5px; font-weight: 400; }
+code, pre, textarea { font-family: var(--mono); font-size: 12.8px; }
+a { color: var(--accent); }
+.grow { flex: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+
+header { display: flex; align-items: center; gap: 10px; padding: 12px 24px 8px; }
+.brand { display: flex; gap: 9px; align-items: center; color: inherit; text-decoration: none; font-size: 18px; letter-spacing: -.02em; }
+.brand svg { width: 27px; height: 27px; fill: var(--fill); }
+.brand path { fill: none; stroke: var(--accent); stroke-width: 2.4; opacity: .6; }
+.chip, .pill, .badge { border-radius: 99px; padding: 2px 11px; font-size: 12.5px; white-space: nowrap; }
+.chip { background: var(--raised); border: 1px solid var(--line); color: var(--soft); }
+.pill { background: var(--raised); color: var(--soft); overflow: hidden; text-overflow: ellipsis; font-weight: 550; }
+.pill.good, .badge.good { background: var(--good-bg); color: var(--good); }
+.pill.bad, .badge.bad { background: var(--bad-bg); color: var(--bad); }
+.badge.warn { background: var(--warn-bg); color: var(--warn); }
+.badge { background: var(--raised); color: var(--soft); padding: 1px 9px; font-size: 12px; font-weight: 550; }
+.badge.lead { background: var(--tint); color: var(--accent); }
+.pill.good::before, .pill.bad::before { content: "●"; font-size: 9px; margin-right: 6px; vertical-align: 1.5px; }
+
+nav { display: flex; gap: 2px; padding: 0 20px; border-bottom: 1px solid var(--line); overflow-x: auto; scrollbar-width: none; flex: none; }
+nav a { color: var(--soft); text-decoration: none; padding: 8px 13px 9px; border-bottom: 2px solid transparent; font-weight: 550; white-space: nowrap; outline-offset: -3px; }
+nav a:hover { color: var(--text); }
+nav a[aria-current] { color: var(--accent); border-color: var(--accent); }
+main { flex: 1; min-height: 0; overflow: auto; padding: 20px 24px 32px; }
+.view { max-width: 1320px; margin: 0 auto; }
+
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 9px; background: var(--card); padding: 5px 11px; min-width: 0; }
+textarea { font-family: var(--mono); font-size: 12.8px; line-height: 1.55; background: var(--raised); tab-size: 2; }
+input[type=checkbox] { accent-color: var(--fill); margin: 0 4px 0 0; }
+input[type=number] { width: 74px; }
+input::placeholder { color: var(--soft); opacity: .8; }
+button { cursor: pointer; font-weight: 550; white-space: nowrap; }
+button:hover:not(:disabled) { border-color: var(--accent); }
+button:disabled { opacity: .45; cursor: default; }
+button.primary { background: var(--fill); border-color: transparent; color: #fff; }
+button.primary:hover:not(:disabled) { filter: brightness(1.1); }
+button.danger { color: var(--bad); }
+button.quiet { background: none; border-color: transparent; color: var(--soft); }
+button.icon { padding: 4px 9px; font-size: 15px; line-height: 1.4; }
+.readonly .write { display: none; }
+.check, .field { color: var(--soft); font-size: 13px; display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
+.field input:not([type=number]) { flex: 1; color: var(--text); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; box-shadow: var(--shadow); }
+.bar { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: center; }
+.bar.card { padding: 11px 14px; }
+.problems { background: var(--bad-bg); color: var(--bad); border-radius: 14px; padding: 11px 16px; margin: 0 auto 16px; max-width: 1320px; font-weight: 550; }
+.problems p { margin: 2px 0; }
+.problems a { color: inherit; }
+.empty { color: var(--soft); padding: 34px 20px; text-align: center; }
+
+.charts, .members { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+.chart { padding: 14px 0 0; overflow: hidden; }
+.chart > div { padding: 0 17px; display: flex; align-items: baseline; gap: 8px; white-space: nowrap; }
+.chart b { font-size: 24px; font-weight: 620; letter-spacing: -.025em; line-height: 1.4; }
+.chart .peak { margin-left: auto; }
+.chart svg { display: block; width: 100%; height: 76px; margin-top: 4px; touch-action: pan-y; }
+.chart path { fill: none; stroke: var(--accent); stroke-width: 1.7; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.chart .area { stroke: none; fill: var(--accent); opacity: .13; }
+.chart .second { stroke: var(--second); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .cross { stroke: var(--soft); stroke-dasharray: 3 3; stroke-width: 1; }
+.key::before { content: ""; display: inline-block; width: 9px; height: 3px; border-radius: 2px; background: var(--accent); margin-right: 5px; vertical-align: 3px; }
+.key.second::before { background: var(--second); }
+
+.member { padding: 15px 17px; }
+.member h3::before { content: "●"; color: var(--good); font-size: 11px; margin-right: 8px; vertical-align: 1px; }
+.member.bad h3::before { color: var(--bad); }
+.member.new h3::before { color: var(--soft); }
+.member.bad { border-color: var(--bad); }
+.member .bar { margin-bottom: 9px; }
+.member .why { color: var(--bad); font-weight: 550; margin: 0 0 8px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 0; font-size: 13.3px; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+
+#keys { display: grid; grid-template-columns: minmax(270px, 38%) 1fr; gap: 16px; height: 100%; max-width: 1500px; }
+.side { display: flex; flex-direction: column; min-height: 0; overflow: hidden; }
+.side .bar { padding: 11px 12px 0; flex-wrap: nowrap; }
+.side .bar + .bar { padding: 8px 12px; border-bottom: 1px solid var(--line); }
+#query { flex: 1; }
+.tree { flex: 1; overflow: auto; min-height: 120px; outline-offset: -3px; border-radius: 0 0 13px 13px; }
+#space { position: relative; }
+#rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
+.row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
+.row:hover { background: var(--raised); }
+.row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+.row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
+.row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
+.row .dir { font-weight: 600; }
+.row .dim { color: var(--soft); font-size: 12.5px; overflow: hidden; text-overflow: ellipsis; flex: 1; font-family: var(--mono); }
+.row .ttl { font-size: 12px; color: var(--warn); flex: none; }
+
+.detail { padding: 17px 20px; overflow: auto; min-height: 0; display: flex; flex-direction: column; gap: 12px; }
+.path { font: 600 14px/1.5 var(--mono); }
+.path a { text-decoration: none; }
+.detail textarea { flex: 1 0 auto; min-height: 190px; width: 100%; resize: vertical; padding: 12px 14px; }
+.hex { background: var(--raised); border-radius: 9px; padding: 12px 14px; overflow: auto; margin: 0; flex: 1 0 auto; max-height: 60vh; }
+.back { display: none; align-self: flex-start; }
+.facts { display: flex; flex-wrap: wrap; gap: 6px 16px; color: var(--soft); font-size: 13px; align-items: center; }
+.facts b { color: var(--text); font-weight: 550; }
+.changed { background: var(--warn-bg); color: var(--warn); border-radius: 9px; padding: 7px 12px; display: flex; gap: 10px; align-items: center; flex-wrap: wrap; }
+.events { list-style: none; margin: 0; padding: 0; overflow: hidden; }
+.events:empty { display: none; }
+#history:empty { display: block; color: var(--soft); }
+#history:empty::before { content: "No change of it in the last 1,000."; }
+.events li { display: flex; gap: 11px; padding: 6px 14px; align-items: baseline; border-bottom: 1px solid var(--line); }
+.events li:last-child { border: 0; }
+.events time, .events .at { color: var(--soft); font-size: 12.5px; white-space: nowrap; }
+.events code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; flex: 1; color: var(--soft); }
+.events button { padding: 0 8px; }
+.events .what { text-decoration: none; font-weight: 550; }
+
+.tokens { display: grid; gap: 16px; margin-top: 16px; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+.tokens .card { padding: 15px 17px; display: flex; flex-direction: column; gap: 9px; min-width: 0; }
+.slots { display: flex; gap: 8px; flex-wrap: wrap; }
+.slot { border: 1px solid var(--line); border-radius: 9px; padding: 4px 11px; background: var(--raised); }
+.slot.missing { border-style: dashed; background: none; color: var(--soft); }
+pre { background: var(--raised); border-radius: 9px; padding: 10px 13px; margin: 0; overflow: auto; max-height: 46vh; }
+.code { position: relative; }
+.code button { position: absolute; right: 6px; top: 6px; padding: 2px 9px; font-size: 12.5px; }
+
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+.scroll { overflow-x: auto; margin-bottom: 8px; }
+th { text-align: left; color: var(--soft); font-weight: 550; }
+th, td { padding: 8px 16px; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border: 0; }
+.lines { margin-top: 16px; padding: 10px 0; font: 12.5px/1.65 var(--mono); height: calc(100vh - 250px); min-height: 240px; overflow: auto; }
+.lines p { margin: 0; padding: 0 16px; display: grid; grid-template-columns: 86px 92px 1fr; gap: 10px; }
+.lines .bad { background: var(--bad-bg); color: var(--bad); }
+.lines .warn { background: var(--warn-bg); }
+.lines span { color: var(--soft); }
+
+.toasts { position: fixed; right: 20px; bottom: 20px; display: grid; gap: 9px; max-width: min(430px, calc(100vw - 40px)); z-index: 5; }
+.toast { background: light-dark(#1f2333, #2b3042); color: #f2f3f8; border-radius: 11px; padding: 9px 15px; display: flex; gap: 12px; align-items: center; box-shadow: var(--shadow); }
+.toast.bad { background: #a3203a; }
+.toast button { background: #fff2; color: inherit; border: 0; padding: 3px 11px; }
+dialog { border: 1px solid var(--line); border-radius: 16px; background: var(--card); color: inherit; padding: 20px 22px; width: min(760px, calc(100vw - 24px)); max-height: 92vh; box-shadow: 0 24px 70px #0006; }
+dialog::backdrop { background: #0b0d1499; }
+dialog[open] { display: flex; flex-direction: column; gap: 12px; }
+dialog h2 { margin: 0; font-size: 17px; }
+dialog p { margin: 0; }
+dialog .field { display: grid; gap: 3px; }
+dialog textarea { min-height: 110px; }
+dialog .bar { justify-content: flex-end; margin-top: 4px; }
+.diff { padding: 0; white-space: pre-wrap; }
+.diff div { padding: 0 13px 0 28px; text-indent: -16px; }
+.diff .add { background: var(--good-bg); color: var(--good); }
+.diff .del { background: var(--bad-bg); color: var(--bad); }
+kbd { font-family: var(--mono); }
+
+@media (max-width: 760px) {
+  :root { --row: 40px; }
+  header { padding: 10px 14px 6px; gap: 7px; }
+  .brand b { display: none; }
+  nav { padding: 0 8px; }
+  main { padding: 14px 12px 26px; }
+  #keys { display: block; }
+  .side { height: 100%; }
+  .detail { height: 100%; display: none; }
+  .open .side { display: none; }
+  .open .detail { display: flex; }
+  .back { display: inline-block; }
+  .events li { flex-wrap: wrap; gap: 2px 10px; }
+  .events code { flex-basis: 100%; }
+  .lines p { grid-template-columns: 1fr; gap: 0; padding: 5px 14px; }
+  .field { flex: 1 1 100%; }
+}
+'''
+PAGE_JS = r'''"use strict";
+// What the server says goes into text nodes only: the page's policy forbids every other way.
+
+// ---- tools
+
+const $ = id => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
+const base = location.pathname.replace(/ui\/?$/, "");
+const server = location.origin + base.slice(0, -1);
+
+/** Give a node these children: nodes, text, or lists of them. */
+function fill(node, ...children) {
+  node.replaceChildren(...children.flat(9).filter(child => child != null && child !== false));
+  return node;
+}
+/** Make an element, `tag.class.class`; functions among its properties are listeners. */
+function h(tag, properties, ...children) {
+  const [name, ...classes] = tag.split("."), node = document.createElement(name);
+  node.classList.add(...classes);
+  if (properties == null || properties.constructor !== Object) {
+    children.unshift(properties);
+    properties = {};
+  }
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  return fill(node, children);
+}
+function svg(tag, properties) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in properties) node.setAttribute(name, properties[name]);
+  return node;
+}
+const gap = () => h("span.grow");
+const button = (label, kind, act) => h("button", {class: kind, click: guarded(act)}, label);
+const show = (id, is) => { $(id).hidden = !is; };
+const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractionDigits: digits});
+const rate = value => number(value, value < 10 ? 1 : 0);
+const ms = value => value ? number(value, value < 1 ? 2 : value < 100 ? 1 : 0) + " ms" : "–";
+const size = bytes => bytes < 2048 ? bytes + " B"
+  : bytes < 2 << 20 ? number(bytes / 1024, 1) + " KB" : number(bytes / (1 << 20), 1) + " MB";
+function span(seconds) {
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60]])
+    if (seconds >= 2 * length) return Math.floor(seconds / length) + " " + unit;
+  return Math.max(0, Math.round(seconds)) + " s";
+}
+let skew = 0, state = null, account = null, declined = false;      // account: who is logged in
+const clock = () => Date.now() / 1000 + skew;
+const time = date => date.toLocaleTimeString("en-GB");
+const encoded = key => key.split("/").map(encodeURIComponent).join("/");
+const parentOf = key => key.slice(0, key.lastIndexOf("/")) || "/";
+const nameOf = key => key.slice(key.lastIndexOf("/") + 1);
+const cleaned = text => "/" + text.trim().split("/").filter(Boolean).join("/");
+const link = key => "#/keys" + encoded(key);
+const visit = key => { location.hash = link(key); };
+
+// ---- requests
+
+class Refused extends Error {
+  constructor(status, {message, cause, errorCode}) {
+    super((message || `HTTP ${status}`) + (cause ? ` (${cause})` : ""));
+    this.code = errorCode;
+  }
+}
+/** Ask the server.  Throws Refused, or TypeError if there was no answer. */
+async function ask(method, path, {form, signal} = {}) {
+  const headers = {};
+  if (method !== "GET") headers["X-Pyetcd-Page"] = "1";        // no form of another page has it
+  if (account) headers.Authorization = "Basic " + account.secret;
+  const reply = await fetch(base + path, {method, headers, signal,
+    body: form && new URLSearchParams(form), cache: "no-store", credentials: "omit"});
+  if (reply.ok) return reply;
+  const text = await reply.text();
+  let said = {message: text.trim()};
+  try { said = JSON.parse(text); } catch { /* it is plain */ }
+  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
+  throw new Refused(reply.status, said);
+}
+const json = async (...request) => (await ask(...request)).json();
+const keyPath = (key, query) => "v2/keys" + encoded(key) + (query ? "?" + query : "");
+const readNode = async (key, signal) => (await json("GET", keyPath(key), {signal})).node;
+
+/** Yield the lines of a reply, parsed, as they come. */
+async function* lines(path, signal) {
+  const reader = (await ask("GET", path, {signal})).body.getReader(), decoder = new TextDecoder();
+  for (let rest = ""; ;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const parts = (rest + decoder.decode(value, {stream: true})).split("\n");
+    rest = parts.pop();
+    for (const part of parts) if (part.trim()) yield JSON.parse(part);
+  }
+}
+/** Yield the events of a key, or all below it, from an index on; connect again if need be. */
+async function* changes(key, {since, recursive = false, signal, told = () => {}}) {
+  let skip = 10;                // events that may leave the history before the next request comes
+  for (let pause = 250; !signal.aborted; pause = Math.min(2 * pause, 4000)) {
+    try {
+      const query = `wait=true&stream=true&recursive=${recursive}&waitIndex=${since}`;
+      for await (const event of lines(keyPath(key, query), signal)) {
+        pause = 250;
+        told("");
+        since = event.node.modifiedIndex + 1;
+        yield event;
+      }
+      told("The connection has ended; trying again.");
+    } catch (error) {
+      if (signal.aborted) return;
+      const first = /\[(\d+)\//.exec(error.message);      // of a history that is too short
+      told(first ? "Some changes were missed." : error.message);
+      if (first) {
+        since = Number(first[1]) + (skip *= 2);
+        continue;
+      }
+      if (error instanceof Refused) return;
+    }
+    await new Promise(done => setTimeout(done, pause));
+  }
+}
+
+// ---- toasts and dialogs
+
+function toast(text, {bad, label, act, seconds = 7} = {}) {
+  const node = h("div", {class: "toast" + (bad ? " bad" : "")}, h("span.grow", text),
+    label && h("button", {click() { node.remove(); act(); }}, label),
+    h("button", {"aria-label": "Close", click: () => node.remove()}, "×"));
+  $("toasts").append(node);
+  setTimeout(() => node.remove(), seconds * 1000);
+}
+const guarded = act => async (...given) => {
+  try { await act(...given); } catch (error) {
+    if (error.name !== "AbortError") toast(error instanceof Refused ? error.message
+      : `No answer from the server: ${error.message}`, {bad: true});
+  }
+};
+/** Show a dialog; return the button that closed it, or "". */
+function choose(title, content, ...buttons) {
+  const dialog = $("dialog");
+  fill(dialog, h("h2", {id: "title"}, title), content, h("div.bar",
+    [["", buttons.length ? "Cancel" : "Close"], ...buttons].map(([name, label, kind]) =>
+      h("button", {class: kind, "data-name": name, click: () => dialog.close(name)}, label))));
+  dialog.returnValue = "";
+  dialog.onkeydown = ({key, target}) => {
+    if (key === "Enter" && target.tagName === "INPUT") dialog.close(buttons[buttons.length - 1][0]);
+  };
+  dialog.showModal();
+  return new Promise(done => dialog.addEventListener(
+    "close", () => done(dialog.returnValue), {once: true}));
+}
+const field = (label, input) => h("label.field", label, input);
+
+async function logIn(why) {
+  if (account && !why) account = null;
+  else {
+    const user = h("input", {autofocus: true, autocomplete: "off", value: "root", id: "user"});
+    const password = h("input", {type: "password", autocomplete: "off", id: "password"});
+    if (await choose("Log in", [why && h("p", why), field("User", user),
+      field("Password", password), h("p.note", "Kept in the memory of this page only.")],
+    ["ok", "Log in", "primary"]) !== "ok") { declined = true; return; }
+    const bytes = new TextEncoder().encode(`${user.value}:${password.value}`);
+    account = {user: user.value, secret: btoa(String.fromCharCode(...bytes))};
+  }
+  $("login").textContent = account ? `${account.user} · log out` : "Log in";
+  reload();                     // another user may see something else
+  current = "";
+  route();
+}
+
+// ---- the state of the member, once a second
+
+let samples = [], answered = Date.now();
+
+async function poll() {
+  if (!document.hidden) try {
+    const last = samples.length ? samples[samples.length - 1][0] : 0;
+    state = await json("GET", "ui/status?since=" + last, {signal: AbortSignal.timeout(5000)});
+    skew = state.now - Date.now() / 1000;
+    samples = samples.concat(state.samples).slice(-300);
+    answered = Date.now();
+    showState();
+  } catch {
+    const seconds = (Date.now() - answered) / 1000;
+    if (seconds > 2) {
+      show("offline", true);
+      fill($("offline"), `This member has not answered for ${span(seconds)}. The page keeps trying.`,
+        (state ? state.members : []).filter(member => !member.self && member.clientURLs.length)
+          .map(member => [" ", h("a", {href: member.clientURLs[0] + "/ui"}, member.name)]));
+      pill("bad", "no answer");
+    }
+  }
+  setTimeout(poll, 1000);
+}
+function pill(kind, text) {
+  $("health").className = "pill " + kind;
+  $("health").textContent = text;
+}
+function showState() {
+  const {members, problems} = state, self = members.find(member => member.self) || {};
+  const up = members.filter(member => !member.silent && member.name).length;
+  show("offline", false);
+  $("member").textContent = self.name || self.id || "";
+  document.title = `${self.name || "?"} · pyetcd`;
+  if (problems.length) pill("bad", problems.length > 1 ? `${problems.length} problems` : "1 problem");
+  else pill("good", members.length > 1 ? `${up} of ${members.length} members` : "healthy");
+  $("health").title = problems.join("\n");
+  show("readonly", state.ui === "readonly");
+  document.body.classList.toggle("readonly", state.ui === "readonly");
+  show("login", state.auth);
+  show("problems", problems.length);
+  fill($("problems"), problems.map(text => h("p", text)));
+  if (current !== "overview") return;
+  $("cluster").textContent = `cluster ${state.cluster}`;
+  fill($("members"), members.map(memberCard));
+  charts.forEach(chart => chart.draw());
+}
+function memberCard(member) {
+  const {name, silent, leader, clientURLs} = member;
+  const bad = silent || member.healthy === false;
+  const why = silent ? `has not answered for ${span(silent)}` : bad && (member.problem ||
+    "knows no leader, or reaches no quorum");
+  const facts = member.term == null ? [] : [
+    ["Term · index", `${number(member.term)} · ${number(member.index)}`],
+    ["Behind", member.lag > 0 ? number(member.lag) + (member.lag > 1 ? " entries" : " entry") : "nothing"],
+    ["Version", `etcd ${member.version} · pyetcd ${member.pyetcd}`],
+    ["Up for", span(clock() - member.since)]];
+  facts.unshift(["Id", h("code", member.id)]);
+  facts.push(["Clients", clientURLs.join(", ")], ["Peers", member.peerURLs.join(", ")]);
+  return h("article", {class: `card member ${!name ? "new" : bad ? "bad" : ""}`},
+    h("div.bar", h("h3", name || "not started"),
+      h("span", {class: "badge " + (silent ? "bad" : leader ? "lead" : "")},
+        silent ? "silent" : leader ? "leader" : member.role || "member"), gap(),
+      member.self ? h("small", "this member") : clientURLs.length > 0 &&
+        h("a", {href: clientURLs[0] + "/ui"}, "its page")),
+    why && h("p.why", why),
+    h("dl", facts.map(([title, value]) => [h("dt", title), h("dd", value)])));
+}
+
+// ---- charts
+
+const WIDTH = 300, HEIGHT = 76;
+
+class Chart {
+  /** columns: of a sample -> name; write: shows a value. */
+  constructor(title, columns, write, note) {
+    Object.assign(this, {title, columns: Object.entries(columns), write, hover: null});
+    const paths = this.columns.map((_, at) => svg("path", {class: at ? "second" : ""}));
+    Object.assign(this, {paths, area: svg("path", {class: "area"}), cross: svg("path", {class: "cross"})});
+    this.picture = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img"});
+    this.picture.append(svg("path", {class: "grid", d: `M0 8H${WIDTH}M0 42H${WIDTH}M0 75.5H${WIDTH}`}),
+      this.area, ...paths, this.cross);
+    this.values = paths.map(() => h("b", "–"));
+    this.peak = h("small.peak");
+    const move = ({type, offsetX}) => {
+      this.hover = type === "pointermove" ? offsetX / this.picture.clientWidth : null;
+      this.draw();
+    };
+    for (const type of ["pointermove", "pointerleave"]) this.picture.addEventListener(type, move);
+    $("charts").append(h("article.card.chart",
+      h("div", h("h3", title), h("small", note), this.peak),
+      h("div", this.values.map((value, at) => [value, h("small",
+        {class: paths.length > 1 && "key " + (at && "second")}, this.columns[at][1])])), this.picture));
+  }
+  draw() {
+    if (!samples.length) return;
+    const all = samples.flatMap(sample => this.columns.map(([column]) => sample[column])).sort((a, b) => a - b);
+    const last = samples[samples.length - 1], peak = all[all.length - 1], most = all[Math.floor(all.length * .97)];
+    const top = Math.max(1e-3, most ? Math.min(peak, 2 * most) : peak);       // a rare peak is cut
+    const x = sample => WIDTH * (1 - (last[0] - sample[0]) / 299);
+    this.columns.forEach(([column], at) => {
+      const line = samples.map(sample => `${x(sample).toFixed(1)} ` +
+        (HEIGHT - 1 - sample[column] / top * (HEIGHT - 10)).toFixed(1)).join("L");
+      this.paths[at].setAttribute("d", "M" + line);
+      if (!at) this.area.setAttribute("d", `M${x(samples[0])} ${HEIGHT}L${line}V${HEIGHT}Z`);
+    });
+    let sample = last;
+    if (this.hover != null) sample = samples.reduce((best, other) =>
+      Math.abs(x(other) / WIDTH - this.hover) < Math.abs(x(best) / WIDTH - this.hover) ? other : best);
+    this.cross.setAttribute("d", this.hover == null ? "" : `M${x(sample)} 0V${HEIGHT}`);
+    this.values.forEach((value, at) => { value.textContent = this.write(sample[this.columns[at][0]]); });
+    this.peak.textContent = this.hover == null ? `peak ${this.write(peak)}`
+      : time(new Date(sample[0] * 1000));
+    this.picture.setAttribute("aria-label", `${this.title}: ${this.values[0].textContent}`);
+  }
+}
+const charts = [
+  new Chart("Writes", {1: ""}, rate, "per second, of the cluster"),
+  new Chart("Reads", {2: ""}, rate, "per second, of this member"),
+  new Chart("Time to write", {3: "median", 4: "99 %"}, ms),
+  new Chart("Sync of the disk", {5: ""}, ms, "mean"),
+  new Chart("Watchers", {6: ""}, number, "waiting"),
+  new Chart("Keys", {7: ""}, number, "and directories"),
+];
+
+// ---- the tree: the document has the rows that can be seen
+
+const tree = {
+  root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
+
+  /** Load the children of a directory; rows appear while they come. */
+  async load(node) {
+    if (node.loading) node.loading.abort();
+    const {signal} = node.loading = new AbortController(), kids = [];
+    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const prefix = node.key === "/" ? "/" : node.key + "/";
+    try {
+      for await (const line of lines(
+        `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
+        if (!Array.isArray(line)) continue;
+        for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
+        if (!node.kids || node.kids.length < kids.length) node.kids = kids;
+        this.drawSoon(true);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      guarded(() => { throw error; })();
+    }
+    node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
+    node.loading = null;
+    this.drawSoon(true);
+  },
+  node([, dir, preview, bytes, expires, index], key, level, known) {
+    const {kids, open} = known && known.get(key) || {};
+    return {key, dir, preview, bytes, expires, index, level, kids, open};
+  },
+  async search(text) {
+    if (this.searching) this.searching.abort();
+    this.found = text ? [] : null;
+    this.drawSoon(true);
+    if (!text) return;
+    const {signal} = this.searching = new AbortController();
+    const query = new URLSearchParams({q: text, in: $("where").value});
+    if ($("hidden").checked) query.set("hidden", "");
+    for await (const line of lines("ui/keys/?" + query, signal)) {
+      if (Array.isArray(line)) this.found.push(...line.map(row => this.node(row, row[0], 1)));
+      this.more = line.more;
+      this.drawSoon(true);
+    }
+    this.searching = null;
+    this.drawSoon();
+  },
+  flatten() {
+    if (this.found) return this.found;
+    const flat = [], stack = [[this.root.kids || [], 0]];
+    while (stack.length) {
+      const top = stack[stack.length - 1], node = top[0][top[1]++];
+      if (!node) stack.pop();
+      else {
+        flat.push(node);
+        if (node.open && node.kids) stack.push([node.kids, 0]);
+      }
+    }
+    return flat;
+  },
+  drawSoon(changed) {
+    this.changed = this.changed || changed;
+    if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
+  },
+  draw() {
+    this.frame = null;
+    if (this.changed) {
+      const before = this.flat[this.at];
+      this.flat = this.flatten();
+      if (before && this.flat[this.at] !== before)
+        this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      this.changed = false;
+    }
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
+    const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
+    const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
+    $("space").style.height = `${this.flat.length * this.high}px`;
+    $("rows").style.transform = `translateY(${first * this.high}px)`;
+    fill($("rows"), some.map((node, at) => this.row(node, first + at)),
+      !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
+    box.setAttribute("aria-activedescendant", `row${this.at}`);
+    $("count").textContent = number(this.flat.length) + (this.found ? " found" : " rows") +
+      (busy || (this.found && this.more ? ", and more" : ""));
+  },
+  row(node, at) {
+    const {key, dir, expires} = node;
+    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+      "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
+      "aria-selected": String(at === this.at)},
+    h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
+    h("span", {class: dir ? "name dir" : "name"}, (this.found ? key : nameOf(key)) + (dir ? "/" : "")),
+    h("span.dim", dir ? number(node.bytes) : BINARY.test(node.preview) ? "binary"
+      : node.preview || size(node.bytes)),
+    expires > 0 && h("span.ttl", {title: "until it expires"}, "⏱ " + span(expires - clock())));
+    line.style.paddingLeft = `${4 + (this.found ? 0 : node.level - 1) * 17}px`;
+    return line;
+  },
+  open(at) {
+    const node = this.flat[at];
+    if (!node) return;
+    this.at = at;
+    if (node.dir && !this.found) this.toggle(node);
+    this.stay = node.dir && node.key;
+    visit(node.key);
+    this.drawSoon();
+  },
+  toggle(node) {
+    node.open = !node.open;
+    if (node.open && !node.kids && !node.loading) this.load(node);
+    this.drawSoon(true);
+  },
+  move(at) {
+    this.at = Math.max(0, Math.min(this.flat.length - 1, at));
+    const box = $("tree"), top = this.at * this.high;
+    box.scrollTop = Math.min(top, Math.max(box.scrollTop, top + this.high - box.clientHeight));
+    this.drawSoon();
+  },
+  key(event) {
+    const node = this.flat[this.at], page = Math.floor($("tree").clientHeight / this.high) - 1;
+    const {key} = event, step = {ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page,
+      Home: -1e9, End: 1e9}[key];
+    if (!node) return;
+    if (step) this.move(this.at + step);
+    else if (key === "Enter" || key === " ") this.open(this.at);
+    else if (key === "ArrowRight" && node.dir && !node.open) this.toggle(node);
+    else if (key === "ArrowRight") this.move(this.at + 1);
+    else if (key === "ArrowLeft" && node.open) this.toggle(node);
+    else if (key === "ArrowLeft") this.move(this.flat.findIndex(other => other.key === parentOf(node.key)));
+    else return;
+    event.preventDefault();
+  },
+  async reveal(key) {
+    for (let node = this.root; node; ) {
+      if (!node.kids) await this.load(node);
+      const next = node.kids.find(kid => key === kid.key || key.startsWith(kid.key + "/"));
+      if (next && next.key === key) {
+        this.flat = this.flatten();
+        this.move(this.flat.indexOf(next));
+      } else if (next) next.open = true;
+      node = next && next.key !== key ? next : null;
+    }
+    this.drawSoon(true);
+  },
+  /** Load the directory again in which this page has changed something. */
+  touch(key) {
+    let node = this.root, next = node;
+    while (next) {
+      node = next;
+      next = (node.kids || []).find(kid => kid.kids && key.startsWith(kid.key + "/"));
+    }
+    return this.load(node);
+  },
+};
+
+// ---- one key
+
+let opened = null;              // {key, node, stop: of its events}
+const BINARY = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffd]/;
+const SHOWN_MAX = 1 << 18, UNDO_MAX = 4 << 20;
+
+function hex(text) {
+  const bytes = [...new TextEncoder().encode(text.slice(0, 8192))], out = [];
+  for (let at = 0; at < bytes.length; at += 16) {
+    const some = bytes.slice(at, at + 16);
+    out.push(at.toString(16).padStart(6, "0") + "  " +
+      some.map(byte => byte.toString(16).padStart(2, "0")).join(" ").padEnd(49) +
+      String.fromCharCode(...some).replace(/[^ -~]/g, "·"));
+  }
+  return out.join("\n");
+}
+/** Tell without reading a directory: it may be large. */
+async function isDirectory(key, signal) {
+  const row = tree.flat.find(other => other.key === key);
+  if (key === "/" || row) return key === "/" || row.dir;
+  const stop = new AbortController();
+  try {
+    await ask("GET", "ui/keys" + encoded(key), {signal: stop.signal});
+    return true;
+  } catch (error) {
+    if (error.code === 104) return false;
+    throw error;
+  } finally { stop.abort(); }
+}
+const openKey = guarded(async key => {
+  if (opened) opened.stop.abort();
+  const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
+  const parts = key.split("/").slice(1);
+  $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
+  mine.head = [h("button.back.quiet", {click() { visit("/"); }}, "‹ Keys"),
+    h("div.path", h("a", {href: link("/")}, "/"), parts.map((part, at) => [at ? "/" : "",
+      at < parts.length - 1 ? h("a", {href: link("/" + parts.slice(0, at + 1).join("/"))}, part) : part]))];
+  try {
+    mine.dir = await isDirectory(key, signal);
+    mine.node = mine.dir ? {key, dir: true} : await readNode(key, signal);
+  } catch (error) {
+    if (error.code !== 100) throw error;
+    if (opened === mine) fill($("detail"), mine.head, h("p.empty", "There is no such key."),
+      h("div.bar", button("Create it", "write", () => create(key))));
+    return;
+  }
+  if (opened !== mine) return;
+  if (!tree.found && !tree.flat.some(node => node.key === key)) tree.reveal(key);
+  (mine.dir ? showDirectory : showFile)(mine);
+});
+const common = (mine, value) => [gap(), button("Copy as …", "", () => copyAs(mine.key, value())),
+  button("Watch", "", () => { location.hash = "#/watch" + encoded(mine.key); }),
+  mine.key !== "/" && button("Delete", "danger write", () => remove(mine.key, mine.node))];
+
+function showDirectory(mine) {
+  fill($("detail"), mine.head, h("div.bar", button("New key here", "write", () =>
+    create(mine.key === "/" ? "/" : mine.key + "/")), common(mine, () => null)),
+  h("p.empty", "A directory. Choose a key to see its value."));
+}
+function showFile(mine) {
+  const {node} = mine, {value} = node;
+  mine.expires = node.expiration ? Date.parse(node.expiration) / 1000 : 0;
+  const binary = BINARY.test(value), large = value.length > SHOWN_MAX;
+  const area = h("textarea", {id: "value", "aria-label": "Value",
+    readonly: large || state.ui === "readonly"});
+  area.value = value.slice(0, SHOWN_MAX);
+  const kind = h("span", {id: "kind"});
+  const ttl = h("input", {type: "number", min: 1, id: "ttl", placeholder: mine.expires ? "as it is" : "never"});
+  const format = button("Format", "write", () => {
+    area.value = JSON.stringify(JSON.parse(area.value), null, 2);
+    judge();
+  });
+  const save = button("Save", "primary write", () => saveValue(mine, area.value, ttl.value));
+  function judge() {
+    let text = large ? "only the beginning is shown" : "text", rank = "";
+    if (!large) try {
+      JSON.parse(area.value);
+      [text, rank] = ["valid JSON", "good"];
+    } catch (error) {
+      if (/^\s*[[{]/.test(area.value)) [text, rank] = [`not JSON: ${error.message}`, "warn"];
+    }
+    kind.textContent = text;
+    kind.className = "badge " + rank;
+    format.disabled = rank !== "good";
+    save.disabled = large || area.value === value && !ttl.value;
+  }
+  save.id = "save";
+  area.addEventListener("input", judge);
+  ttl.addEventListener("input", judge);
+  area.addEventListener("keydown", event => {
+    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    event.preventDefault();
+    save.click();
+  });
+  const changed = h("div.changed", {id: "changed", hidden: true});
+  const history = h("ol.events", {id: "history"});
+  const fact = (title, shown) => h("span", title, " ", h("b", shown));
+  const ends = h("b", {"data-expires": mine.expires});
+  fill($("detail"), mine.head, h("div.facts", kind, size(new TextEncoder().encode(value).length),
+    fact("changed at", number(node.modifiedIndex)), fact("created at", number(node.createdIndex)),
+    mine.expires > 0 && h("span", "expires in ", ends)), changed,
+  binary ? [h("p.note", "These are its bytes" + (value.includes("\ufffd")
+    ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
+  h("pre.hex", hex(value))] : area,
+  h("div.bar", !binary && [save, format,
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
+  h("h3", "History"), history);
+  judge();
+  tick();
+  follow(mine, area, history, changed);
+}
+/** The history of a key as far as it goes, and then what happens to it. */
+async function follow(mine, area, history, changed) {
+  for await (const {action, node} of changes(mine.key, {
+    since: Math.max(1, state.history), signal: mine.stop.signal})) {
+    const value = node.value, index = number(node.modifiedIndex);
+    history.prepend(h("li", h("span.at", index), badge(action),
+      h("code", shorten(value)), value != null && button("Use", "quiet write", () => {
+        area.value = value;
+        area.dispatchEvent(new Event("input"));
+      })));
+    if (history.children.length > 200) history.lastChild.remove();
+    if (node.modifiedIndex <= mine.node.modifiedIndex) continue;
+    changed.hidden = false;
+    fill(changed, h("span.grow", value == null ? `The key has gone: ${action} at ${index}.`
+      : `The key was changed elsewhere, at ${index}.`), button("Load", "", () => openKey(mine.key)));
+  }
+}
+const badge = action => h("span", {class: "badge " + ({delete: "bad", expire: "warn",
+  compareAndDelete: "bad", create: "good"}[action] || "")}, action);
+const shorten = (value = "") => BINARY.test(value) ? hex(value.slice(0, 16)).slice(8, 56) : value.slice(0, 300);
+
+async function saveValue(mine, value, ttl, index = mine.node.modifiedIndex) {
+  const {key, expires} = mine, form = {value, prevIndex: index};
+  if (ttl || expires) form.ttl = ttl || Math.max(1, Math.ceil(expires - clock()));
+  try {
+    await ask("PUT", keyPath(key), {form});
+  } catch (error) {
+    if (error.code === 101 || error.code === 100) return lost(mine, value, ttl);
+    if (error instanceof Refused) throw error;
+    return toast("No answer: it is not known whether the change was made. Load the key again.", {bad: true});
+  }
+  toast(`Saved ${key}`);
+  tree.touch(key);
+  if (opened === mine) await openKey(key);
+}
+/** Another client was faster: show both values, and let the reader decide. */
+async function lost(mine, value, ttl) {
+  const {key} = mine, theirs = await readNode(key).catch(error => {
+    if (error.code !== 100) throw error;
+  });
+  if (!theirs) return create(key, value, "The key was deleted meanwhile: nothing was saved");
+  const answer = await choose("The key was changed meanwhile", [h("p", `Nothing was saved. Red is what
+    it holds now (index ${number(theirs.modifiedIndex)}), green is yours.`), diff(theirs.value, value)],
+  ["theirs", "Take theirs"], ["mine", "Save mine over it", "primary"]);
+  if (answer === "theirs") return openKey(key);
+  if (answer === "mine") return saveValue(mine, value, ttl, theirs.modifiedIndex);
+}
+/** The lines that differ, with some around them. */
+function diff(before, after) {
+  let a = before.split("\n"), b = after.split("\n"), head = 0;
+  const shown = [], add = (kind, mark) => line => shown.push(
+    h("div", {class: kind}, mark + line.slice(0, 4000)));
+  const same = add("", "  "), del = add("del", "- "), ins = add("add", "+ ");
+  while (head < a.length && head < b.length && a[head] === b[head]) head++;
+  a.slice(Math.max(0, head - 3), head).forEach(same);
+  a = a.slice(head);
+  b = b.slice(head);
+  const tail = [];
+  while (a.length && b.length && a[a.length - 1] === b[b.length - 1]) tail.unshift(a.pop(), b.pop());
+  if (a.length * b.length > 4e6) b.length = a.length = 300;
+  const width = b.length + 1, long = new Uint16Array((a.length + 1) * width);     // common lines
+  for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--)
+    long[i * width + j] = a[i] === b[j] ? long[(i + 1) * width + j + 1] + 1
+      : Math.max(long[(i + 1) * width + j], long[i * width + j + 1]);
+  for (let i = 0, j = 0; i < a.length || j < b.length;) {
+    if (i < a.length && j < b.length && a[i] === b[j]) { same(a[i++]); j++; }
+    else if (j === b.length || i < a.length && long[(i + 1) * width + j] >= long[i * width + j + 1]) del(a[i++]);
+    else ins(b[j++]);
+  }
+  tail.filter((_, at) => at % 2 && at < 6).forEach(same);
+  return h("pre.diff", {id: "diff"}, shown);
+}
+async function create(key, text, why = "New key") {
+  const path = h("input", {autofocus: true, value: key, id: "newkey"});
+  const value = h("textarea", {id: "newvalue"}, text);
+  const ttl = h("input", {type: "number", min: 1, placeholder: "never"});
+  const dir = h("input", {type: "checkbox"});
+  if (await choose(why, [field("Key", path), field("Value", value), h("div.facts",
+    h("label.check", "TTL", ttl, "s"),
+    h("label.check", dir, "a directory, without a value"))], ["ok", "Create", "primary"]) !== "ok") return;
+  const made = cleaned(path.value), form = {prevExist: false};
+  if (dir.checked) form.dir = true; else form.value = value.value;
+  if (ttl.value) form.ttl = ttl.value;
+  try {
+    await ask("PUT", keyPath(made), {form});
+  } catch (error) {
+    if (error.code !== 105) throw error;
+    return toast(`${made} exists already.`, {bad: true, label: "Open", act: () => visit(made)});
+  }
+  toast(`Created ${made}`);
+  await tree.touch(made);
+  if (opened && opened.key === made) openKey(made); else visit(made);
+}
+/** What a directory holds; null if that is too much to keep. */
+async function contents(key) {
+  const stop = new AbortController();
+  const reply = await ask("GET", keyPath(key, "recursive=true"), {signal: stop.signal});
+  if (reply.headers.get("Content-Length") < UNDO_MAX) return (await reply.json()).node;
+  stop.abort();
+  return null;
+}
+const files = node => node.dir ? (node.nodes || []).flatMap(files) : [node];
+
+async function remove(key, node) {
+  const kept = node.dir ? await contents(key) : node;
+  if (await choose(node.dir ? "Delete this directory?" : "Delete this key?", [h("p.path", key),
+    h("p", !kept ? "It holds more than the page can keep: this cannot be undone."
+      : (node.dir ? `With the ${number(files(kept).length)} keys in it. Hidden keys are lost; all others` : "It") +
+      " can be made again for a minute, while this page is open.")], ["ok", "Delete", "danger"]) !== "ok") return;
+  try {
+    await ask("DELETE", keyPath(key, node.dir ? "recursive=true" : "prevIndex=" + node.modifiedIndex));
+  } catch (error) {
+    if (error.code !== 101) throw error;
+    toast(`${key} was changed meanwhile: nothing was deleted.`, {bad: true});
+    return openKey(key);
+  }
+  toast(`Deleted ${key}`, {seconds: 60, ...kept && {label: "Undo", act: guarded(() => undo(key, kept))}});
+  tree.touch(key);
+  visit(parentOf(key));
+}
+async function undo(key, kept) {
+  async function bring({key, dir, value, expiration, nodes = []}) {
+    const form = {prevExist: false, ...dir ? {dir} : {value}};
+    if (expiration) form.ttl = Math.ceil(Date.parse(expiration) / 1000 - clock());
+    if (form.ttl <= 0) return;
+    await ask("PUT", keyPath(key), {form}).catch(error => {
+      if (error.code !== 105) throw error;      // it is there again
+    });
+    for (const node of nodes) await bring(node);
+  }
+  await bring(kept);
+  toast(`${key} is back.`);
+  await tree.touch(key);
+  visit(key);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {      // it needs https, or localhost
+    const area = h("textarea");
+    area.value = text;
+    ($("dialog").open ? $("dialog") : document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  toast("Copied.");
+}
+const code = text => h("div.code", h("pre", text), button("Copy", "", () => copy(text)));
+const shell = text => "'" + text.replace(/'/g, "'\\''") + "'";
+
+function copyAs(key, value) {
+  const quoted = JSON.stringify(key), curl = "curl " + (account ? `-u ${shell(account.user)} ` : "") +
+    shell(`${server}/v2/keys${encoded(key)}`);
+  const login = account ? `, username=${JSON.stringify(account.user)}, password=input()` : "";
+  const python = `from pyetcd_client import Client\n\nclient = Client(${JSON.stringify(server)}${login})\n` +
+    (value == null ? `for node in client.get(${quoted}).children:\n    print(node.key, node.value)`
+      : `print(client.get(${quoted}).value)\nclient.set(${quoted}, ${JSON.stringify(value)})`);
+  choose("Copy as …", [h("h3", "curl"), code(curl),
+    value != null && code(`${curl} -XPUT --data-urlencode ${shell("value=" + value)}`),
+    h("h3", "Python"), code(python)]);
+}
+
+// ---- watch
+
+const watch = {events: []};
+
+async function startWatch() {
+  const key = cleaned($("watched").value), running = watch.stop;
+  if (running) running.abort();
+  watch.stop = running && watch.key === key ? null : new AbortController();
+  Object.assign(watch, {key, paused: null, trouble: "", seen: 0});
+  showWatch();
+  if (!watch.stop) return;
+  const {signal} = watch.stop, told = text => { watch.trouble = text; showWatch(); };
+  for await (const event of changes(key, {since: state.index + 1, recursive: true, signal, told})) {
+    event.at = new Date();
+    watch.seen++;
+    (watch.paused || watch.events).push(event);
+    if (watch.events.length > 1000) watch.events.shift();
+    if (!watch.paused) addEvent(event);
+    else if (watch.paused.length > 1000) watch.paused.shift();
+    showWatch();
+  }
+}
+function showWatch() {
+  $("start").textContent = watch.stop ? "Stop" : "Watch";
+  $("pause").disabled = !watch.stop;
+  $("pause").textContent = watch.paused ? `Go on (${watch.paused.length})` : "Pause";
+  $("watching").textContent = watch.trouble || (watch.stop
+    ? `Watching ${watch.key} and all below it: ${number(watch.seen)} changes so far.`
+    : "Every change appears here as soon as it is made.");
+}
+function addEvent({action, node, at}) {
+  const wanted = $("filter").value.toLowerCase(), list = $("events");
+  if (!`${action} ${node.key} ${node.value}`.toLowerCase().includes(wanted)) return;
+  list.prepend(h("li", h("time", time(at)), badge(action),
+    h("a.what", {href: link(node.key)}, node.key), h("code", shorten(node.value)),
+    h("span.at", number(node.modifiedIndex))));
+  if (list.children.length > 300) list.lastChild.remove();
+}
+function drawEvents() {
+  fill($("events"));
+  watch.events.forEach(addEvent);
+}
+
+// ---- discovery, users, log
+
+const REGISTRY = "/_etcd/registry";
+let discovery = null;
+
+/** When a token was made, which a UUID of version 7 tells; else 0. */
+function madeAt(token) {
+  const at = parseInt(token.slice(0, 12), 16) / 1000;
+  return token[12] === "7" && "89ab".includes(token[16]) && at < clock() + 3600 ? at : 0;
+}
+const loadTokens = guarded(async () => {
+  const tokens = [];
+  try {
+    for await (const line of lines("ui/keys" + REGISTRY))
+      if (Array.isArray(line)) tokens.push(...line.filter(row => row[1]));
+  } catch (error) { if (error.code !== 100) throw error; }
+  tokens.sort((a, b) => b[5] - a[5]);
+  fill($("tokens"), await Promise.all(tokens.slice(0, 24).map(row => tokenCard(row[0]))),
+    tokens.length !== Math.min(Math.max(tokens.length, 1), 24) && h("p.empty",
+      tokens.length ? "Older ones are not shown." : "No tokens yet."));
+});
+async function tokenCard(token) {
+  const key = `${REGISTRY}/${token}`, [config, all] = await Promise.all([
+    readNode(key + "/_config/size").catch(() => ({})), readNode(key).catch(() => ({}))]);
+  const total = Number(config.value) || 0, at = madeAt(token), url = `${server}/${token}`;
+  const members = (all.nodes || []).filter(node => node.value).sort((a, b) => a.createdIndex - b.createdIndex);
+  const missing = Math.max(0, total - members.length);
+  const command = `python3 pyetcd.py -name machine${members.length + 1} \\
+  -listen-peer-urls http://0.0.0.0:2380 -initial-advertise-peer-urls 'http://$private_ipv4:2380' \\
+  -listen-client-urls http://0.0.0.0:2379 -advertise-client-urls 'http://$private_ipv4:2379' \\
+  -discovery ${url}`;
+  return h("article.card", h("div.bar",
+    h("h3", total ? `${members.length} of ${total} registered` : "no size"),
+    h("span", {class: "badge " + (missing ? "warn" : "good")}, missing ? `${missing} missing` : "complete"),
+    gap(), h("small", at ? `${span(clock() - at)} old` : "age unknown")),
+  h("div.slots", members.map(node => h("span.slot", {title: nameOf(node.key)}, node.value)),
+    Array.from({length: Math.min(missing, 20)}, () => h("span.slot.missing", "waiting …"))),
+  code(url), missing > 0 && h("details", h("summary", "The next member"), code(command)));
+}
+async function watchTokens(signal) {
+  loadTokens();
+  for await (const _ of changes(REGISTRY, {since: state.index + 1, recursive: true, signal})) {
+    clearTimeout(watchTokens.timer);
+    watchTokens.timer = setTimeout(loadTokens, 200);
+  }
+}
+const showAccess = guarded(async () => {
+  const view = $("access"), names = list => (list || []).join(", ") || "–";
+  fill(view, h("div.card.empty", state.auth ? "Only root may see users and roles."
+    : "Users and roles are off. To turn them on: pyetcdctl user add root && pyetcdctl auth enable"));
+  if (!state.auth) return;
+  const {users} = await json("GET", "v2/auth/users"), {roles} = await json("GET", "v2/auth/roles");
+  const table = (heads, rows) => h("div.card.scroll", h("table", [heads, ...rows].map((cells, at) =>
+    h("tr", cells.map(cell => h(at ? "td" : "th", {}, cell))))));
+  fill(view, h("h2", "Users"), table(["User", "Roles"], (users || []).map(({user, roles}) =>
+    [h("b", user), names((roles || []).map(({role}) => role))])),
+  h("h2", "Roles"), table(["Role", "May read", "May write"], (roles || []).map(({role, permissions: {kv}}) =>
+    [h("b", role), h("code", names(kv.read)), h("code", names(kv.write))])));
+});
+let logged = [];
+const loadLog = guarded(async () => {
+  logged = (await json("GET", "ui/log")).lines;
+  drawLog();
+  if (current === "log") timer = setTimeout(loadLog, 2000);
+});
+function drawLog() {
+  const wanted = $("logfilter").value.toLowerCase(), box = $("lines");
+  const kinds = {WARNING: "warn", ERROR: "bad", CRITICAL: "bad"};
+  const atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+  fill(box, logged.filter(([, ...words]) => words.join(" ").toLowerCase().includes(wanted))
+    .map(([at, kind, from, text]) => h("p", {class: kinds[kind]},
+      h("span", time(new Date(at * 1000))), h("span", from), text)));
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+// ---- views, keyboard, colours
+
+const VIEWS = ["overview", "keys", "watch", "discovery", "access", "log"];
+let current = "", timer = 0, saved = {};
+try { saved = localStorage; } catch { /* the browser keeps nothing */ }
+
+function go(view) {
+  if (view === current) return;
+  current = view;
+  declined = false;
+  for (const tab of $("tabs").children) {
+    show(tab.dataset.view, tab.dataset.view === view);
+    tab.ariaCurrent = tab.dataset.view === view ? "page" : null;
+  }
+  clearTimeout(timer);
+  if (discovery) discovery.abort();
+  if (!state) return;
+  if (view === "overview") showState();
+  if (view === "keys" && !tree.root.kids) tree.load(tree.root);
+  if (view === "keys") tree.drawSoon();
+  if (view === "discovery") watchTokens((discovery = new AbortController()).signal);
+  if (view === "access") showAccess();
+  if (view === "log") loadLog();
+}
+function route() {
+  const [, view, rest] = /^#\/(\w+)(.*)/.exec(location.hash) || [0, "overview", ""];
+  let key = "/";
+  try { key = cleaned(decodeURIComponent(rest)); } catch { /* no key */ }
+  go(VIEWS.includes(view) ? view : "overview");
+  if (!state) return;
+  if (view === "keys" && (!opened || opened.key !== key)) openKey(key);
+  if (view === "watch" && rest && !(watch.stop && watch.key === key)) {
+    $("watched").value = key;
+    startWatch();
+  }
+}
+function theme(step) {
+  const names = ["as the system has them", "light", "dark"], at = ((saved.theme || 0) % 3 + step) % 3;
+  saved.theme = at;
+  document.documentElement.style.colorScheme = ["light dark", "light", "dark"][at];
+  $("theme").textContent = "◐☀☾"[at];
+  $("theme").title = "Colours: " + names[at];
+}
+function tick() {
+  for (const node of document.querySelectorAll("[data-expires]"))
+    node.textContent = span(node.dataset.expires - clock());
+  if (current === "keys") tree.drawSoon();
+}
+const help = () => choose("Keyboard", h("dl", ["1 – 6", "the views", "/", "search", "n", "new key", "r",
+  "load again", "↑ ↓ ← →", "move in the tree", "Enter", "open", "Ctrl S", "save", "t", "colours"]
+  .map((text, at) => at % 2 ? h("dd", text) : h("dt", h("kbd", text)))));
+function reload() {
+  if (tree.root.kids) tree.load(tree.root);
+  if (opened) openKey(opened.key);
+}
+const createHere = guarded(() => {
+  const {key, dir} = tree.flat[tree.at] || tree.root;
+  return create(cleaned(dir ? key : parentOf(key)).replace(/([^/])$/, "$1/"));
+});
+function keyboard(event) {
+  const {key, target, ctrlKey, metaKey, altKey} = event;
+  if ($("dialog").open || ctrlKey || metaKey || altKey || /INPUT|TEXTAREA|SELECT/.test(target.tagName)) return;
+  if (VIEWS[key - 1]) location.hash = "#/" + VIEWS[key - 1];
+  else if (key === "/") { go("keys"); $("query").focus(); }
+  else if (key === "n" && state && state.ui === "true") createHere();
+  else if (key === "r" && current === "keys") reload();
+  else if (key === "t") theme(1);
+  else if (key === "?") help();
+  else return;
+  event.preventDefault();
+}
+let typing = 0;
+function search() {
+  clearTimeout(typing);
+  typing = setTimeout(guarded(() => tree.search($("query").value.trim())), 250);
+}
+for (const view of VIEWS) $("tabs").append(
+  h("a", {href: "#/" + view, "data-view": view}, view[0].toUpperCase() + view.slice(1)));
+on("theme", "click", () => theme(1));
+on("help", "click", help);
+on("login", "click", () => logIn());
+on("query", "input", search);
+on("where", "change", search);
+on("hidden", "change", () => { tree.load(tree.root); search(); });
+on("reload", "click", reload);
+on("create", "click", createHere);
+on("tree", "scroll", () => tree.drawSoon());
+on("tree", "keydown", event => tree.key(event));
+// By place: the row may be drawn again before it is released.
+on("tree", "click", ({clientY}) => tree.open(
+  Math.floor((clientY - $("space").getBoundingClientRect().top) / tree.high)));
+on("start", "click", startWatch);
+on("watched", "keydown", ({key}) => { if (key === "Enter") startWatch(); });
+on("pause", "click", () => {
+  const missed = watch.paused;
+  watch.paused = missed ? null : [];
+  watch.events = watch.events.concat(missed || []).slice(-1000);
+  (missed || []).forEach(addEvent);
+  showWatch();
+});
+on("filter", "input", drawEvents);
+on("token", "click", guarded(async () => {
+  const url = await (await ask("POST", "new", {form: {size: $("size").value}})).text();
+  toast("A new token: " + url, {label: "Copy", act: () => copy(url), seconds: 20});
+  loadTokens();
+}));
+on("logfilter", "input", drawLog);
+addEventListener("hashchange", route);
+addEventListener("keydown", keyboard);
+addEventListener("resize", () => tree.drawSoon());
+theme(0);
+route();
+poll().then(() => { current = ""; route(); });
+setInterval(tick, 1000);
+'''
+
+
+# ============================================================================
 # api/request_log -- The line of a request at level DEBUG.
 # ============================================================================
 
@@ -16136,6 +17900,113 @@ class _Logged:
             self.log.debug("[%s] %s remote:%s status:%d duration:%.3f ms", *self.line,
                            int(data[9:12]), round(seconds * 1e3, 3))
             vars(self)["line"] = ()
+
+
+# ============================================================================
+# api/ring -- The last five minutes of a member, a sample a second: what the page draws.
+# ----------------------------------------------------------------------------
+# Nothing is counted for it: a sample is the difference of counters that are there anyway.
+# ============================================================================
+
+
+SAMPLES_MAX = 300                   # kept, one a second; above: the oldest is forgotten
+SAMPLE_SECONDS = 1.0
+_WRITES = ("sets", "create", "update", "delete", "compare_and_swap", "compare_and_delete")
+
+
+class SecondSample(NamedTuple):
+    """What happened in one second; latencies are 0 if nothing was measured."""
+
+    unix_s: int
+    writes_s: float                 # applied, per second: those of the whole cluster
+    reads_s: float                  # of keys, that this member was asked for, per second
+    p50_ms: float                   # of the writes that this member has answered
+    p99_ms: float
+    fsync_ms: float                 # mean time of a write and sync of the log
+    watchers: int
+    keys: int                       # of users, directories included
+
+
+class _Totals(NamedTuple):
+    """The counters at one moment."""
+
+    at: float
+    writes: int
+    reads: int
+    durations: Sequence[int]        # by bucket
+    syncs: int
+    sync_s: float
+
+
+class Ring:
+    """Takes a sample a second, as long as the member runs.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, keys: KeysApi) -> None:
+        self.samples: Deque[SecondSample] = collections.deque(maxlen=SAMPLES_MAX)
+        self._server = server
+        self._keys = keys
+        self._before = self._totals()
+        self._timer = server.reactor.every(SAMPLE_SECONDS, self._sample)
+
+    def _totals(self) -> _Totals:
+        server, keys = self._server, self._keys
+        keys.count_puts()
+        stats = server.store.stats
+        counts, sync_s = server.journal.writer.sync_durations.totals
+        return _Totals(
+            server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
+            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+        )
+
+    def _sample(self) -> None:
+        server = self._server
+        if server.stopping:
+            self._timer.cancel()
+            return
+        before, now = self._before, self._totals()
+        self._before = now
+        seconds = max(now.at - before.at, 1e-3)
+        counts = [new - old for new, old in zip(now.durations, before.durations)]
+        syncs = now.syncs - before.syncs
+        # A snapshot of the leader brings its counters along: no rate can be told from those.
+        self.samples.append(SecondSample(
+            server.reactor.wall_ns() // NS, max(now.writes - before.writes, 0) / seconds,
+            (now.reads - before.reads) / seconds,
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.5),
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.99),
+            1_000 * (now.sync_s - before.sync_s) / syncs if syncs else 0.0,
+            server.store.stats.watchers, count_keys(server.store),
+        ))
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
+    """Return the value below which `share` of the counted values lie; 0.0 if there are none.
+
+    bounds  upper bounds of the buckets; the last count is of what is above them
+
+    The values of a bucket are taken to lie evenly between its bounds.
+    """
+    wanted = share * sum(counts)
+    if not wanted:
+        return 0.0
+    steps = zip([0.0, *bounds], bounds, itertools.accumulate(counts), counts)
+    for lower, upper, below, here in steps:
+        if below >= wanted:
+            return upper - (below - wanted) / here * (upper - lower)
+    return bounds[-1]
+
+
+def count_keys(store: Store) -> int:
+    """Return how many keys and directories users have: all nodes but those of the cluster."""
+    members = [f"/0/members/{name}" for name, _ in store.children("/0/members")]
+    others = sum(map(store.count_children, (*_NOT_OF_USERS, *members)))
+    return max(len(store) - 1 - others, 0)
+
+
+# Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
+_NOT_OF_USERS = (
+    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
+)
 
 
 # ============================================================================
@@ -16231,8 +18102,9 @@ class Download:
 
 
 def version_json(server: EtcdServer) -> bytes:
-    cluster = server.cluster.version or "not_decided"
-    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+    cluster = server.cluster
+    version = cluster.version or "not_decided"
+    return f'{{"etcdserver":"{cluster.identity.reported}","etcdcluster":"{version}"}}'.encode()
 
 
 class StatusApi:
@@ -16370,6 +18242,324 @@ _LEVELS = {
 
 
 # ============================================================================
+# api/ui -- The page, /ui, and the few paths below it that the page needs beside the other APIs.
+# ----------------------------------------------------------------------------
+# /ui                 the page
+# /ui/status          members, what is wrong, and the samples of the last five minutes
+# /ui/keys/<path>     the children of a directory, or with ?q= what is found below it
+# /ui/log             the last lines of the log, for root
+# ============================================================================
+
+
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
+                                    # script of another origin without being asked about
+UI_MODES = ("true", "false", "readonly")
+LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
+HITS_MAX = 500                      # of one search; likewise
+PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
+BROWSES_MAX = 8                     # listings and searches at a time; above: 503
+BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
+UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+def _source_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _without_indent(text: str) -> str:
+    """Return a file of the page as it is sent: 2 KB less."""
+    return re.sub("(?m)^ +", "", text)
+
+
+def make_page() -> Tuple[bytes, str]:
+    """Return the page and its header lines: it may run its own script and ask this member only.
+
+    Trusted types make the browser refuse every way from text to HTML, script included.
+    """
+    style, script = _without_indent(PAGE_CSS), _without_indent(PAGE_JS)
+    page = _without_indent(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
+    policy = (
+        f"default-src 'none'; script-src {_source_hash(script)}; style-src"
+        f" {_source_hash(style)}; connect-src 'self'; img-src data:; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script';"
+        " trusted-types 'none'"
+    )
+    return page.encode(), (
+        f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\n"
+        "X-Frame-Options: DENY\r\nReferrer-Policy: same-origin\r\nCache-Control: no-cache\r\n"
+    )
+
+
+class UiApi:
+    """/ui and what is below it.  mode: one of UI_MODES.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, auth: Auth, guard: Guard, keys: KeysApi) -> None:
+        self._server = server
+        self._auth = auth
+        self._guard = guard
+        self._mode = server.config.ui
+        self._page, self._headers = make_page()
+        self._overview = Overview(server)
+        self._ring = Ring(server, keys) if self._mode != "false" else None
+        self._browses: Set[Browse] = set()
+
+    def stop(self) -> None:
+        """Ask the other members no more."""
+        self._overview.stop()
+
+    def route(self, head: HttpHead) -> Optional[Handler]:
+        """Return what answers a request with this head; None if it is no matter of the page."""
+        path = head.path
+        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
+            return None
+        if self._mode == "false":
+            return None
+        if path == "/":
+            is_browser = "text/html" in head.headers.get("accept", "")
+            return _send_to_page if is_browser and head.method in ("GET", "HEAD") else None
+        is_listing = path.startswith("/ui/keys/") or path == "/ui/keys"
+        if head.method != "GET" and (is_listing or head.method != "HEAD"):
+            return functools.partial(refuse_method, "GET" if is_listing else "GET,HEAD")
+        if is_listing:
+            return self._route_keys(head)
+        if path == "/ui/log":
+            return self._guard.root(head, self._log, refuse_credentials)
+        handlers: Dict[str, Handler] = {
+            "/ui": self._send_page, "/ui/": _send_to_page, "/ui/status": self._status,
+        }
+        return handlers.get(path, not_found)
+
+    def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
+        """Return what refuses a write of a page; None if it is none, or may pass.
+
+        A form on a page elsewhere can POST without that page's script being asked about.
+
+        origins  those that the operator has named in -cors
+        """
+        headers, is_read = head.headers, head.method in _READS
+        if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
+            return None if self._mode == "true" else _refuse_readonly
+        if is_read:
+            return None
+        if "referer" in headers and headers["referer"].endswith(f"://{headers.get('host')}/ui"):
+            return _refuse_headerless
+        if head.method != "POST" or not head.path.startswith("/v2/"):
+            return None
+        is_allowed = "*" in origins or headers.get("origin", "") in origins
+        return _refuse_foreign if not is_allowed and is_foreign(head) else None
+
+    def _send_page(self, request: HttpRequest) -> None:
+        request.reply(200, self._page, "text/html; charset=utf-8", self._headers)
+
+    def _status(self, request: HttpRequest) -> None:
+        """?since=UNIX_S: without the samples up to then."""
+        assert self._ring is not None   # else there is no such path
+        server, overview = self._server, self._overview
+        since = request.query.partition("since=")[2][:20]
+        overview.look()
+        rows = overview.rows()
+        samples = [
+            [sample.unix_s, *(round(value, 3) for value in sample[1:])]
+            for sample in self._ring.samples
+            if not since.isdecimal() or sample.unix_s > int(since)
+        ]
+        history = server.store.hub.history
+        text = json_text({
+            "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
+            "cluster": format_id(server.cluster.id), "version": server.cluster.identity.reported,
+            "pyetcd": __version__, "index": server.store.current_index,
+            "history": history.first_index, "problems": overview.problems(rows),
+            "members": rows,
+        })
+        text = f'{text[:-1]},"samples":{json.dumps(samples)}}}'     # 0.5 ms instead of 4
+        request.reply(200, utf8(text), headers=_NO_STORE)
+
+    def _log(self, request: HttpRequest) -> None:
+        lines = list(RECENT_LINES.lines)
+        request.reply(200, utf8(json_text({"lines": lines})), headers=_NO_STORE)
+
+    # -- keys --------------------------------------------------------------
+
+    def _route_keys(self, head: HttpHead) -> Handler:
+        path = clean_path(head.path[len("/ui/keys"):] or "/")
+        if len(head.query) > SHORT_HEADER_BYTES_MAX:
+            return lambda request: request.reply(414)
+        try:
+            fields = parse_form(head.query.encode("latin-1"))
+        except InvalidForm as error:
+            refused = error.with_traceback(None)
+            return lambda request: write_error(request, refused, "")
+        wanted = fields.get("q", "").lower()
+        browse = functools.partial(
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
+            "hidden" in fields,
+        )
+        return self._guard.key(
+            head, path, write=False, recursive=bool(wanted), passed=browse,
+            refused=refuse_credentials,
+        )
+
+    def _browse(
+        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
+    ) -> None:
+        if len(self._browses) >= BROWSES_MAX:
+            write_message(request, 503, "too many listings are under way; try again")
+            return
+        store = self._server.store
+        nodes = store.below(path, recursive=bool(text), hidden=hidden)
+        if nodes is None:
+            try:
+                store.listing(path, now_ns=0).end()
+            except EtcdError as error:
+                write_error(request, error, "")
+            return
+        rows = search(nodes, text, where) if text else listing(nodes)
+        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
+                        self._browses.discard)
+        self._browses.add(browse)
+        browse.start()
+
+
+_NO_STORE = "Cache-Control: no-store\r\n"
+
+
+def _send_to_page(request: HttpRequest) -> None:
+    request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
+
+
+def _refuse_readonly(request: HttpRequest) -> None:
+    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
+                  " or -ui=false")
+
+
+def _refuse_headerless(request: HttpRequest) -> None:
+    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
+
+
+def _refuse_foreign(request: HttpRequest) -> None:
+    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
+                  " knowledge: name the page's origin in -cors if it may")
+
+
+def is_foreign(head: HttpHead) -> bool:
+    """True if a browser sends this for a page of another origin."""
+    site = head.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    origin = head.headers.get("origin", "")
+    return origin != "" and origin.partition("://")[2] != head.headers.get("host", "")
+
+
+Rows = Iterator[str]                # for each node looked at, and now and then: a row, or ""
+Nodes = Iterator[Optional[Tuple[str, Node]]]
+
+
+def row_json(name: str, node: Node) -> str:
+    """Return [name, is directory, value's begin, size, expiry in unix s or 0, modified index].
+
+    size  of a directory: number of its children; of a value: in bytes, as JSON if it is long
+    """
+    preview, size = "", len(node.children or ())
+    if isinstance(node, LongNode):
+        size = sum(map(len, node.json))
+    elif node.value is not None:
+        preview, size = node.value[:PREVIEW_CHARS_MAX], len(utf8(node.value))
+    return (
+        f"[{json_string(name)},{int(node.children is not None)},{json_string(preview)},{size}"
+        f",{node.expires_ns // NS},{node.modified_index}]"
+    )
+
+
+def listing(nodes: Nodes) -> Rows:
+    """Rows of the children of a directory."""
+    for found in nodes:
+        yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
+
+
+def search(nodes: Nodes, text: str, where: str) -> Rows:
+    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
+
+    where  `key`, `value` or "": both
+    """
+    for found in nodes:
+        if found is None:
+            yield ""
+            continue
+        path, node = found
+        has = where != "value" and text in path[2:].lower()
+        if not has and where != "key":
+            if isinstance(node, LongNode):
+                has = yield from _long_has(node, json_string(text)[1:-1])
+            else:
+                has = node.value is not None and text in node.value.lower()
+        yield row_json(path[2:], node) if has else ""
+
+
+def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
+    """Return whether the JSON of a long value has `inside`, with a pause for each piece."""
+    before = ""
+    for piece in node.json:
+        here = before + piece.decode().lower()
+        if inside in here:
+            return True
+        before = here[1 - len(inside):] if len(inside) > 1 else ""
+        yield ""
+    return False
+
+
+class Browse:
+    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
+
+    Lines of JSON: arrays of rows, then an object that says whether there is more.
+    """
+
+    def __init__(
+        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
+        ended: "Callable[[Browse], None]",
+    ) -> None:
+        self._reactor = server.reactor
+        self._rows = rows
+        self._left = rows_max
+        self._ended = ended
+        self._looked = 0
+        index = server.store.current_index
+        self._end = f'"index":{index}'
+        self._reply: StreamReply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        self._reply.on_close = self._gone
+
+    def start(self) -> None:
+        """Write the first slice."""
+        self._go_on()
+
+    def _go_on(self) -> None:
+        reply = self._reply
+        if reply.closed:
+            self._ended(self)
+            return
+        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
+        self._looked += len(looked)
+        found = [row for row in looked if row][:self._left]
+        self._left -= len(found)
+        if found:
+            reply.write(f"[{','.join(found)}]\n".encode())
+        if not self._left or len(looked) < BROWSE_SLICE_NODES:
+            more = str(not self._left).lower()
+            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
+            reply.end()
+            self._ended(self)
+        elif reply.pending > UNREAD_BYTES_MAX:
+            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
+        else:
+            self._reactor.call_in_turn(self._go_on)
+
+    def _gone(self) -> None:
+        self._rows = iter(())
+        self._ended(self)
+
+
+# ============================================================================
 # api/routes -- The tables of paths of the client port and the peer port.
 # ============================================================================
 
@@ -16443,6 +18633,7 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
+        self._ui = UiApi(server, auth, self._guard, self._keys)
         status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
@@ -16459,6 +18650,10 @@ class ClientApi:
             **{path: (("GET",), status.probe) for root, checks in StatusApi.CHECKS.items()
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
+
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
 
     @property
     def handler(self) -> Handler:
@@ -16488,10 +18683,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
@@ -16551,7 +18752,7 @@ class PeerApi:
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
-        elif path in ("/members", "/version"):
+        elif path in ("/members", "/version", "/status"):
             self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
@@ -16561,6 +18762,8 @@ class PeerApi:
             refuse_method("GET", request)
         elif path == "/version":
             request.reply(200, version_json(self._server))
+        elif path == "/status":             # for the page of another member
+            reply_report(self._server, request)
         else:
             cluster = self._server.cluster
             members = sorted(cluster.members.values())
@@ -16582,6 +18785,7 @@ class DiscoveryService:
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold; None: they hold none
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -16589,10 +18793,11 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None],
+        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
     ) -> None:
         self._do = do
         self._keys = keys
+        self._wall_ns = wall_ns
 
     def handle(self, request: HttpRequest) -> bool:
         """Answer a request for the registry; return False for any other path."""
@@ -16613,7 +18818,8 @@ class DiscoveryService:
         """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
-            isinstance(request, CorsRequest) and request.is_allowed
+            PAGE_HEADER in request.headers      # then it was the page's button
+            or isinstance(request, CorsRequest) and request.is_allowed
         ):
             write_text(request, 403, _NOT_FOR_PAGES)
             return
@@ -16628,7 +18834,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = os.urandom(16).hex()
+        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
 
         def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
@@ -16654,6 +18860,19 @@ class DiscoveryService:
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
+
+
+def make_token(wall_ns: Optional[int]) -> str:
+    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+
+    wall_ns  unix nanoseconds; None: all of it is by chance
+    """
+    token = bytearray(os.urandom(16))
+    if wall_ns is not None:                     # RFC 9562 §5.7
+        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+        token[6] = token[6] & 0x0F | 0x70
+        token[8] = token[8] & 0x3F | 0x80
+    return token.hex()
 
 
 _NOT_FOR_PAGES = (
@@ -16785,6 +19004,8 @@ class RepeatHandler(logging.Handler):
             key, repeats = self._logged.popitem(last=False)
             if self._tell(repeats):
                 self._logged[key] = _Repeats(now, repeats.last)
+        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
+            self._tell_all()
         if record.exc_info or record.levelno <= logging.DEBUG:
             self._target.handle(record)
             return
@@ -16809,10 +19030,13 @@ class RepeatHandler(logging.Handler):
             self._target.handle(record)
         return repeats.count > 0
 
-    def close(self) -> None:
-        """Log what was counted so far."""
+    def _tell_all(self) -> None:
         while self._logged:
             self._tell(self._logged.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        self._tell_all()
         super().close()
 
 
@@ -17750,6 +19974,7 @@ listen-client-urls  urls  list of URLs to listen on for client traffic.
 max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
 max-wals  uint  maximum number of wal files to retain (0 is unlimited).
 cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+ui  true|false|readonly  the page at /ui: `true`, `false`, or `readonly`.
 """),
     "clustering": (*flag_rows("""
 initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
@@ -17761,6 +19986,7 @@ discovery  token  discovery URL used to bootstrap the cluster.
 discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
 discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
 """), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
@@ -18075,6 +20301,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
         on_failure.callback(wal.close)
         member_id, cluster.id = decode_metadata(contents.metadata)
         cluster.local_id = member_id
+        cluster.identity = choose_identity(
+            config.compat_version, store.value("/0/version"), *_logged_versions(contents.entries)
+        )
         if snapshot is not None:
             cluster.recover()
             snapshot = snapshot._replace(data=b"")
@@ -18104,6 +20333,16 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f" move its file away to use the one before"
         ) from None
     package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+
+
+def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the cluster versions that the entries set, for one that no snapshot holds yet."""
+    for entry in entries:
+        if b"/0/version" in entry.data and entry.type == EntryType.NORMAL:
+            with contextlib.suppress(CodecError):
+                request = read_command(entry.data)
+                if request is not None and request.path == "/0/version":
+                    yield request.val
 
 
 def _is_blank(boot: Bootstrap) -> bool:
@@ -18214,6 +20453,8 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _prepare_database(boot)
+        _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
 
@@ -18250,6 +20491,25 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _prepare_database(boot: Bootstrap) -> None:
+    """Let etcd 3.4 start on this data directory if this member acts as one, else etcd 2.3."""
+    mark = boot.cluster.v3_mark = V3Mark(boot.data_dir.member)
+    if boot.cluster.identity == IDENTITIES["3.4"]:
+        boot.snapshotter.before_write = mark.write_database
+        if boot.snapshot is not None:
+            mark.write_database(boot.snapshot.index)
+    else:
+        mark.remove_database()
+
+
+def _log_identity(compat_version: str, identity: Identity) -> None:
+    if identity is not DEFAULT_IDENTITY:
+        why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
+            f"-compat-version is {compat_version}")
+        package_logger("etcdserver").info(
+            "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
@@ -18410,6 +20670,7 @@ def _form(
         cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
             _check_no_past(member.id, cluster.members.values(), tls)
+    cluster.identity = choose_identity(config.compat_version)
     boot = _create_log(config, data_dir, cluster, initial)
     return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
 
@@ -18486,10 +20747,15 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
-    if not _is_compatible(others, tls):
+    versions = list(filter(None, (_cluster_version(member, tls) for member in others)))
+    local.identity = identity = choose_identity(config.compat_version, *versions)
+    low = version_key(identity.min_cluster)
+    if not versions or not all(low <= version_key(v) and identity.bears(v) for v in versions):
+        hint = "" if identity.bears("3.4.0") else "; -compat-version 3.4 joins one of 3.x"
         raise StartError(
             f"incompatible with current running cluster: its version must lie between"
-            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+            f" {identity.min_cluster} and {identity.server}; look at GET /version of its"
+            f" members{hint}"
         )
     local.id, local.local_id = cluster_id, own.id
     local.members = {member.id: member for member in members}
@@ -18514,25 +20780,20 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
     return sorted(matched, key=lambda member: member.id)
 
 
-def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if this program can join a cluster of the version that the members report."""
-    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
-    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    return bool(versions) and all(low <= version <= high for version in versions)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
-    """Return the cluster version that `member` reports; None without an answer or a version."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(load_json(body)["etcdcluster"]))
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
-    return None
+    return ""
 
 
 # ============================================================================
@@ -18798,6 +21059,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
@@ -18850,9 +21112,9 @@ class Server(ServerThread):
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
-        api = ClientApi(self.etcd)
+        self._client_api = api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
-        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
@@ -18925,6 +21187,8 @@ class Server(ServerThread):
     def _free(self) -> None:
         if self._data_loss_check is not None:
             self._data_loss_check.end()
+        if self._client_api is not None:
+            self._client_api.stop()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -20951,7 +23215,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     }
     version = store.value("/0/version") or ""
     with contextlib.suppress(ValueError):
-        if version_key(version) <= version_key(SERVER_VERSION):
+        if DEFAULT_IDENTITY.bears(version):
             files["/0/version"] = version
     store.replace_files("/0", files)
 
@@ -23115,7 +25379,7 @@ def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():

@@ -504,7 +504,7 @@ def _boot_move_us(peer: _BootPeer) -> None:
 @pytest.mark.parametrize("prepare, words", [
     (_boot_drop_us, "member count is unequal"),
     (_boot_move_us, "unmatched member while checking PeerURLs"),
-    (lambda peer: setattr(peer, "version", "3.4.0"), "incompatible with current running cluster"),
+    (lambda peer: setattr(peer, "version", "3.5.0"), "incompatible with current running cluster"),
     (lambda peer: setattr(peer, "version", "2.1.0"), "incompatible with current running cluster"),
     (lambda peer: setattr(peer, "version", "not_decided"), "incompatible with current running"),
     (lambda peer: setattr(peer, "headers", {}), "cannot fetch cluster info from peer urls"),

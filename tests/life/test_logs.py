@@ -121,8 +121,8 @@ def test_log_format_is_chosen_by_a_flag(
 ) -> None:
     words = ["-log-format", value] if value else []
     pyetcd.set_up_logging(pyetcd.Settings(words, {}))
-    (handler,) = flags_logging.handlers
-    assert isinstance(handler, pyetcd.RepeatHandler)
+    handler, recent = flags_logging.handlers
+    assert isinstance(handler, pyetcd.RepeatHandler) and recent is pyetcd.RECENT_LINES
     assert type(handler._target.formatter).__name__ == formatter
 
 
@@ -166,6 +166,18 @@ def test_log_line_that_repeats_is_counted(text_log: _Log) -> None:
     text_log.log("etcd", "a third")
     text_log.log("rafthttp", "rejected the stream from peer %x", 0x9E)
     assert text_log.lines() == ["etcd: a third", "rafthttp: rejected the stream from peer 9e"]
+
+
+def test_log_reason_of_an_end_is_the_last_line(text_log: _Log) -> None:
+    """Counts come before a critical line, so that the end of the log says why."""
+    for _ in range(3):
+        text_log.log("raft", "9e became candidate at term 2")
+    text_log.log("etcd", "its data directory is lost", level=logging.CRITICAL)
+    text_log.handler.close()
+    assert text_log.lines() == [
+        "raft: 9e became candidate at term 2",
+        "raft: 9e became candidate at term 2 (repeated 2 times in 10 s)",
+        "etcd: its data directory is lost"]
 
 
 def test_log_lines_of_raft_repeat_with_another_term(text_log: _Log) -> None:

@@ -444,7 +444,7 @@ def test_aid_fixtures_work_and_show_the_log_of_a_test_that_fails(_aid_output):
     assert "1 failed" in _aid_output and "AssertionError: on purpose" in _aid_output
     assert len(re.findall(r"PASSED \S*test_it.py::", _aid_output)) == 4
     assert "INFO     pyetcd.raft:pyetcd.py:" in _aid_output
-    assert "became leader at term 2" in _aid_output
+    assert re.search(r"became leader at term \d", _aid_output)
     assert _aid_output.count("newRaft") == 3            # and not those of the other tests
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import logging
 
 import pytest
 
@@ -290,3 +292,137 @@ def test_cluster_strict_refusal_is_logged_like_etcd(cluster_log):
         "Reject add member request: the number of started member (1) will be less than the"
         " quorum number of the cluster (2)"
     ]
+
+
+def test_cluster_learner_of_etcd_3_4_gets_its_vote_by_promotion():
+    """The store holds what 3.4 writes, and only the promotion makes a voter."""
+    cluster, store, applier = _cluster_of(1)
+    path = "/0/members/7/raftAttributes"
+    context = json.dumps({"id": 7, "peerURLs": [_cluster_url(7)], "isLearner": True}).encode()
+    assert applier.apply_conf_change(
+        ConfChange(1, ConfChangeType.ADD_LEARNER, 7, context)) is None
+    assert json.loads(store.value(path)) == {"peerURLs": [_cluster_url(7)], "isLearner": True}
+    _apply_publish(applier, 7)
+    assert cluster.members[7].is_learner
+
+    index = store.current_index
+    promotion = b'{"id":7,"peerURLs":null,"isPromote":true}'
+    assert applier.apply_conf_change(
+        ConfChange(2, ConfChangeType.ADD_NODE, 7, promotion)) is None
+    assert json.loads(store.value(path)) == {"peerURLs": [_cluster_url(7)]}
+    assert store.current_index == index + 1
+    assert not cluster.members[7].is_learner and cluster.members[7].name == "m"
+    for again in (7, 8):            # it votes already; nobody
+        assert applier.apply_conf_change(
+            ConfChange(3, ConfChangeType.ADD_NODE, again, promotion)) is not None
+
+
+@pytest.mark.parametrize("name, own, versions, wanted", [
+    ("2.3", "2.3.8", ("2.3.8", "2.3.8"), None),
+    ("3.4", "3.4.23", ("2.3.8", "3.4.23"), None),
+    ("3.4", "3.4.23", ("3.4.23", "3.4.23"), "3.4.0"),
+    ("bridge", "2.3.8", ("2.3.8", "3.4.23"), None),
+], ids=["2.3", "one of 2.3", "all of 3.4", "bridge"])
+def test_cluster_version_is_that_of_the_oldest_member(name, own, versions, wanted):
+    """Whatever this member announces, a member of 2.3 would end at a higher one."""
+    assert pyetcd.IDENTITIES[name].reported == own
+    assert _monitored("2.3.0", name, *versions) == wanted
+
+
+@pytest.mark.parametrize("name, versions, wanted", [
+    ("bridge", ("2.3.8", "2.3.8"), "2.3.0"),
+    ("bridge", ("2.3.8", "3.4.23"), None),
+    ("3.4", ("2.3.8", "2.3.8"), None),
+], ids=["all of 2.3", "one of 3.4", "not by 3.4"])
+def test_cluster_version_is_lowered_by_a_bridge_where_nobody_has_more(name, versions, wanted):
+    assert _monitored("3.4.0", name, *versions) == wanted
+
+
+def _monitored(current, name, *versions):
+    """The version that a leader proposes whose peers report `versions`; None: it lets it be."""
+    cluster, _, _ = _cluster_of(1, *range(2, 2 + len(versions)))
+    cluster.identity = pyetcd.IDENTITIES[name]
+    cluster.version = current
+    proposed = []
+    monitor = pyetcd.VersionMonitor(
+        _IdleReactor(), cluster, 1, lambda request, done: proposed.append(request.val))
+    monitor._ask = lambda member, url: monitor._versions.update(
+        {member.id: versions[member.id - 2]})
+    monitor.start()
+    return proposed[0] if proposed else None
+
+
+class _IdleReactor:
+    def call_later(self, delay_s, callback, *args):
+        return pyetcd.Timer(callback, args)
+
+
+def test_cluster_guard_and_entries_go_by_the_identity():
+    """A member that acts as 3.4 lives in a cluster of 3.4, and with 2.3 it says what to do."""
+    cluster, _, applier = _cluster_of(1)
+    entry = pyetcd.Entry(data=pyetcd.encode_request(
+        pyetcd.Request(id=1, method="PUT", path="/0/version", val="3.4.0")))
+    with pytest.raises(pyetcd.CodecError, match="newer than this program"):
+        pyetcd.check_entry(entry, cluster.identity)
+    with pytest.raises(pyetcd.InvariantError, match="downgraded.* -compat-version 3.4"):
+        cluster.set_version("3.4.0")
+    cluster.identity = pyetcd.IDENTITIES["3.4"]
+    pyetcd.check_entry(entry, cluster.identity)
+    cluster.set_version("3.4.0")
+    with pytest.raises(pyetcd.InvariantError, match="cannot be downgraded"):
+        cluster.set_version("3.5.0")
+    assert not cluster.was_lowered
+    cluster.set_version("2.3.0")
+    assert cluster.was_lowered
+
+
+def _v3_entry(*fields):
+    """An InternalRaftRequest with an id and these fields, empty."""
+    data = b"\x08\x01" + b"".join(
+        pyetcd.encode_varint(number << 3 | 2) + b"\0" for number in fields)
+    return pyetcd.Entry(term=1, index=9, data=data)
+
+
+def test_cluster_v3_entries_are_counted_and_remembered(tmp_path, cluster_log):
+    """An alarm is no data; of writes there is one warning, and a file for the next start."""
+    cluster, store, applier = _cluster_of(1)
+    cluster.v3_mark = pyetcd.V3Mark(str(tmp_path))
+    before = store.current_index
+    assert applier.apply_entry(_v3_entry(10)) is None and not cluster.v3_mark.is_set
+    for field in (4, 6, 8, 1100):
+        assert applier.apply_entry(_v3_entry(field)) is None
+
+    assert applier.v3_entries == 5 and store.current_index == before
+    warnings = [r.message for r in cluster_log.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "entry 9 of the log holds data of etcd's v3 API" in warnings[0]
+    assert pyetcd.V3Mark(str(tmp_path)).is_set
+
+
+@pytest.mark.parametrize("buckets, holds", [
+    ({}, False), ({b"key": [(b"k", b"v")]}, True), ({b"authUsers": [(b"u", b"v")]}, True),
+], ids=["empty", "key", "user"])
+def test_cluster_v3_data_is_found_behind_a_snapshot(buckets, holds):
+    file = io.BytesIO(b"a message")
+    file.seek(0, io.SEEK_END)
+    body = io.BytesIO()
+    pyetcd.write_bolt(body, {**pyetcd.v3_buckets(5), **buckets})
+    file.write(body.getvalue())
+    file.seek(len(b"a message"))
+    assert pyetcd.holds_v3_data(file) is holds
+
+
+def test_cluster_v3_database_is_written_beside_snapshots_unless_it_holds_data(tmp_path):
+    (tmp_path / "snap").mkdir()
+    mark, database = pyetcd.V3Mark(str(tmp_path)), tmp_path / "snap" / "db"
+    mark.write_database(7)
+    with pyetcd.BoltReader(str(database)) as reader:
+        assert dict(reader.items(b"meta"))[b"consistent_index"] == (7).to_bytes(8, "big")
+    mark.remove_database()
+    assert not database.exists()
+
+    with open(database, "wb") as file:
+        pyetcd.write_bolt(file, {**pyetcd.v3_buckets(7), b"key": [(b"k", b"v")]})
+    mark = pyetcd.V3Mark(str(tmp_path))
+    mark.write_database(9)
+    mark.remove_database()
+    assert mark.is_set and pyetcd.holds_v3_data(open(database, "rb"))

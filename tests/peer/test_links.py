@@ -270,7 +270,9 @@ def test_link_call_by_name_reaches_a_listener_of_either_family(
 class _LinkMember:
     """A Transport with its listener, and what it was told."""
 
-    def __init__(self, net: _LinkNet, member_id: int, port: int = 0) -> None:
+    def __init__(
+        self, net: _LinkNet, member_id: int, port: int = 0, **more: Any
+    ) -> None:
         self.id = member_id
         self.inbox: List[Message] = []
         self.unreachable: List[int] = []
@@ -291,7 +293,7 @@ class _LinkMember:
             removed=self._removed, election_s=1.0,
             sent=lambda sent: self.sent.append(
                 (sent.to, sent.channel, sent.message.type, sent.ok)),
-            received=lambda sender, message, size: self.received.append((sender, size)),
+            received=lambda sender, message, size: self.received.append((sender, size)), **more,
         )
         net.closers.append(self.transport.stop)
 
@@ -1229,22 +1231,30 @@ def test_link_silent_post_frees_its_worker(
     assert [ok for _, _, _, ok in one.sent] == [False] * 6
 
 
-def test_link_peer_of_version_3_gets_no_bare_snapshot(
-    link_net: _LinkNet, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("needs_v3_data", [False, True], ids=["no-v3-data", "v3-data"])
+def test_link_peer_of_version_3_gets_a_snapshot_with_a_database_or_none(
+    link_net: _LinkNet, caplog: pytest.LogCaptureFixture, needs_v3_data: bool
 ) -> None:
-    """A MsgSnap without a database kills etcd 3.x: it is refused, and the log says why, once."""
-    posted: List[str] = []
+    """A bare MsgSnap kills etcd 3.x.  An empty database would take its v3 data away."""
+    posted: List[Tuple[str, bytes]] = []
 
     def handle(request: Any) -> None:
         if request.method == "POST":
-            posted.append(request.path)
+            posted.append((request.path, request.body))
         if request.path.startswith("/raft/stream/"):
             request.start_stream(200, None, "X-Server-Version: 3.0.17\r\n")
         else:
-            request.reply(404)
+            request.reply(204)
+
+    class Inspector(pyetcd.MessageInspector):
+        def needs_v3_data(self, member_id: int) -> bool:
+            return needs_v3_data
+
+        def empty_database(self, raft_index: int) -> bytes:
+            return b"database %d" % raft_index
 
     listener = link_net.listen(handle)
-    one = _LinkMember(link_net, 1)
+    one = _LinkMember(link_net, 1, inspector=Inspector())
     one.transport.add_peer(2, [listener.bound_url])
     link_net.until(lambda: one.transport.active_since(2))
     message = Message(MsgType.SNAP, to=2, sender=1, snapshot=Snapshot(b"{}", (1, 2), 9, 1))
@@ -1253,11 +1263,15 @@ def test_link_peer_of_version_3_gets_no_bare_snapshot(
     one.transport.offer([message])
     link_net.until(lambda: len(one.snapshots) == 2)
 
-    assert one.snapshots == [(2, False)] * 2
-    assert posted == []
     loud = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
-    assert len(loud) == 1
-    assert "cannot send a snapshot to 2: etcd 3.0.17 needs a database" in loud[0]
+    if needs_v3_data:
+        assert one.snapshots == [(2, False)] * 2 and posted == []
+        assert len(loud) == 1 and "a member of etcd 3 must lead to send it" in loud[0]
+    else:
+        body = pyetcd.encode_message(message)
+        framed = len(body).to_bytes(8, "big") + body + b"database 9"
+        assert one.snapshots == [(2, True)] * 2 and loud == []
+        assert posted == [("/raft/snapshot", framed)] * 2
 
 
 def test_link_version_in_a_request_counts_for_snapshots(link_net: _LinkNet) -> None:
@@ -1898,11 +1912,9 @@ def _link_sha1_id(*parts: bytes) -> int:
 
 @pytest.mark.skipif(shutil.which("etcd") is None, reason="needs etcd 3.4 (Debian: etcd-server)")
 def test_link_real_etcd_leads_us(
-    link_net: _LinkNet, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    link_net: _LinkNet, tmp_path: pathlib.Path
 ) -> None:
     """Next to one etcd 3.4, our yes-man of a member is what makes it leader and commit."""
-    monkeypatch.setattr(pyetcd, "SERVER_VERSION", "3.4.23")
-    monkeypatch.setattr(pyetcd, "_OWN_VERSION", (3, 4))
     client = f"http://127.0.0.1:{free_port()}"
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     etcd_id, own_id = (_link_sha1_id(url.encode(), b"link-test") for url in urls)
@@ -1921,6 +1933,7 @@ def test_link_real_etcd_leads_us(
         link_net.reactor, member_id=own_id, cluster_id=_link_sha1_id(*ids), peer_urls=urls[1:],
         is_removed=lambda member_id: False, deliver=deliver, unreachable=lambda to: None,
         snapshot_done=lambda to, ok: None, removed=lambda: None, election_s=1.0,
+        identity=pyetcd.IDENTITIES["3.4"],
     )
     link_net.closers.append(transport.stop)
     link_net.listen(lambda request: transport.handle(request) or request.reply(404),

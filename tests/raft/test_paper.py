@@ -71,7 +71,7 @@ class _RaftNetwork:
         member = node.raft.id
         self.nodes[member] = node
         self.applied[member] = []
-        node.raft.replication.snapshot_source = lambda: self.snapshots.get(member)
+        node.raft.replication.snapshot_source = lambda peer: self.snapshots.get(member)
 
     def cut(self, one: int, other: int) -> None:
         self.cuts |= {(one, other), (other, one)}
@@ -1261,6 +1261,6 @@ def test_raft_no_snapshot_leaves_that_is_not_of_the_leaders_log(index, term):
     raft.replication._mail.send = lambda kind, peer, **fields: sent.append(kind)
     for snapshot in (Snapshot(b"", (1, 2, 3), index, term), Snapshot(b"", (1, 2, 3), 3, 2)):
         assert not sent
-        raft.replication.snapshot_source = lambda snapshot=snapshot: snapshot
+        raft.replication.snapshot_source = lambda peer, snapshot=snapshot: snapshot
         raft.replication._send_snapshot(2, progress)
     assert sent == [pyetcd.MsgType.SNAP]

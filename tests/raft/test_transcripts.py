@@ -321,7 +321,7 @@ class _RaftStormMember:
         self.node = node
         self.unsynced: List[Ready] = []
         self.seen_commit = self.disk.snapshot.index
-        node.raft.replication.snapshot_source = lambda: (
+        node.raft.replication.snapshot_source = lambda peer: (
             self.disk.snapshot if self.disk.snapshot.index else None)
 
     def crash(self) -> None:

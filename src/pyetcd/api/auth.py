@@ -11,8 +11,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from ..base.errors import EtcdError
 from ..base.text import json_text, utf8
+from ..base.versions import version_key
 from ..member.auth import Auth, AuthStore, Guard, Steps, StepsRunner
-from ..member.cluster import format_id, version_key
+from ..member.cluster import format_id
 from ..member.passwords import (
     AUTH_NAME_BYTES_MAX,
     PASSWORD_BYTES_MAX,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Optional
 
 from ..base.errors import EtcdError, InvalidForm
 from ..base.limits import REGISTRY_KEY, SHORT_HEADER_BYTES_MAX
@@ -14,6 +14,7 @@ from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest
 from .forms import parse_form, write_text
 from .routes import CorsRequest
+from .ui import PAGE_HEADER
 
 DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 
@@ -23,6 +24,7 @@ class DiscoveryService:
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold; None: they hold none
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -30,10 +32,11 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None],
+        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
     ) -> None:
         self._do = do
         self._keys = keys
+        self._wall_ns = wall_ns
 
     def handle(self, request: HttpRequest) -> bool:
         """Answer a request for the registry; return False for any other path."""
@@ -54,7 +57,8 @@ class DiscoveryService:
         """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
-            isinstance(request, CorsRequest) and request.is_allowed
+            PAGE_HEADER in request.headers      # then it was the page's button
+            or isinstance(request, CorsRequest) and request.is_allowed
         ):
             write_text(request, 403, _NOT_FOR_PAGES)
             return
@@ -69,7 +73,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = os.urandom(16).hex()
+        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
 
         def done(result: Any) -> None:
             if isinstance(result, EtcdError):
@@ -95,6 +99,19 @@ class DiscoveryService:
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
+
+
+def make_token(wall_ns: Optional[int]) -> str:
+    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+
+    wall_ns  unix nanoseconds; None: all of it is by chance
+    """
+    token = bytearray(os.urandom(16))
+    if wall_ns is not None:                     # RFC 9562 §5.7
+        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+        token[6] = token[6] & 0x0F | 0x70
+        token[8] = token[8] & 0x3F | 0x80
+    return token.hex()
 
 
 _NOT_FOR_PAGES = (

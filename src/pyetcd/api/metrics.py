@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Callable, Dict, Mapping, Tuple
 
-from ..base.limits import NS, SERVER_VERSION
+from ..base.limits import NS
 from ..base.system import open_files_limit, resident_bytes_max
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
@@ -50,6 +50,8 @@ _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_heartbeat_send_failures_total",
      "Heartbeats to followers that left a period late or more.",
      lambda s: s.counts.late_heartbeats),
+    ("pyetcd_v3_entries_skipped_total", "Entries of etcd's v3 API, which are not applied.",
+     lambda s: s.applier.v3_entries),
     ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
 )
 # Name, help, label, its value: samples that are always 1.
@@ -57,7 +59,7 @@ _FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
     ("etcd_server_id", "Id of this member, in hex.", "server_id",
      lambda s: format_id(s.member_id)),
     ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
-     lambda s: SERVER_VERSION),
+     lambda s: s.cluster.identity.reported),
     ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
      lambda s: s.cluster.version or "not_decided"),
 )

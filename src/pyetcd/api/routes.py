@@ -19,9 +19,11 @@ from .auth import AuthApi, refuse_credentials
 from .forms import not_found, refuse_method
 from .keys import KeysApi
 from .members import MembersApi, redirect
+from .overview import reply_report
 from .request_log import log_reply
 from .snapshot import SnapshotApi
 from .status import StatusApi, version_json
+from .ui import UiApi
 
 
 class CorsRequest(HttpRequest):
@@ -93,6 +95,7 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
+        self._ui = UiApi(server, auth, self._guard, self._keys)
         status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
@@ -109,6 +112,10 @@ class ClientApi:
             **{path: (("GET",), status.probe) for root, checks in StatusApi.CHECKS.items()
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
+
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
 
     @property
     def handler(self) -> Handler:
@@ -138,10 +145,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
@@ -201,7 +214,7 @@ class PeerApi:
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
-        elif path in ("/members", "/version"):
+        elif path in ("/members", "/version", "/status"):
             self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
@@ -211,6 +224,8 @@ class PeerApi:
             refuse_method("GET", request)
         elif path == "/version":
             request.reply(200, version_json(self._server))
+        elif path == "/status":             # for the page of another member
+            reply_report(self._server, request)
         else:
             cluster = self._server.cluster
             members = sorted(cluster.members.values())

@@ -6,7 +6,7 @@ import logging
 import urllib.parse
 
 from ..base.ids import LOG_PACKAGES, package_logger
-from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
+from ..base.limits import SHORT_HEADER_BYTES_MAX
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
 from ..net.http_requests import HttpRequest
@@ -16,8 +16,9 @@ from .metrics import add_member_metrics, debug_variables
 
 
 def version_json(server: EtcdServer) -> bytes:
-    cluster = server.cluster.version or "not_decided"
-    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+    cluster = server.cluster
+    version = cluster.version or "not_decided"
+    return f'{{"etcdserver":"{cluster.identity.reported}","etcdcluster":"{version}"}}'.encode()
 
 
 class StatusApi:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import re
-from typing import Dict
+from typing import Deque, Dict, Tuple
 
-from .limits import LOG_LINE_CHARS_MAX
+from .limits import LOG_LINE_CHARS_MAX, RECENT_LINE_CHARS_MAX, RECENT_LINES_MAX
 
-logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
+
+class RecentLines(logging.Handler):
+    """Keeps the last lines of the log as (unix seconds, level, package, text), oldest first.
+
+    Members that share a process share its log.  Thread: any may log; any may copy `lines`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        package, text = record.name.partition(".")[2], record.getMessage()
+        self.lines.append(
+            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+
+
+RECENT_LINES = RecentLines()
+# A handler from the start: without one the log would go to stderr, unasked.
+logging.getLogger("pyetcd").addHandler(RECENT_LINES)
 
 
 # Characters that end a line, move the cursor or reverse the text, and surrogates.

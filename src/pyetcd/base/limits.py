@@ -97,6 +97,8 @@ EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; a
 REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
+RECENT_LINES_MAX = 500              # of the log, kept for /ui; above: the oldest is forgotten
+RECENT_LINE_CHARS_MAX = 1_000       # of such a line; above: cut off
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1

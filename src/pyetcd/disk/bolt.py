@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.limits import UINT64_MAX
 
@@ -73,9 +73,10 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
+        """Read `file` if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = open(path, "rb")
+        self._file: BinaryIO = file or open(path, "rb")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Container, Iterable, List, NamedTuple, Optional, Sequence, Set
+from typing import Callable, Container, Iterable, List, NamedTuple, Optional, Sequence, Set
 
 from ..base.basics import NO_DESCRIPTOR, fsync_dir
 from ..base.checksums import crc32c
@@ -37,12 +37,17 @@ class SnapshotFile(NamedTuple):
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
+def _ignore_index(raft_index: int) -> None:
+    pass
+
+
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
+        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
@@ -59,6 +64,7 @@ class Snapshotter:
         Differs from etcd: an incomplete file has another name, so load() on another thread never
         reads half of it.
         """
+        self.before_write(file.id.index)
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
         with disk_full_as_error(path):
@@ -83,7 +89,7 @@ class Snapshotter:
         for name in reversed(self.disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
-                if not name.endswith((".broken", ".tmp", ".snap.db")):
+                if not name.endswith((".broken", ".tmp", ".snap.db")) and name != "db":
                     log.warning("skipped unexpected non snapshot file %s", name)
                 continue
             term, index = (int(part, 16) for part in match.groups())

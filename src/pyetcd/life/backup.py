@@ -12,20 +12,15 @@ from ..base.basics import fsync_dir
 from ..base.checksums import crc32c
 from ..base.codec import encode_metadata, encode_snapshot
 from ..base.errors import DiskFull, StartError
-from ..base.limits import (
-    DEFAULT_CLUSTER_TOKEN,
-    DEFAULT_NAME,
-    DEFAULT_PEER_URLS,
-    SERVER_VERSION,
-    UINT64_MAX,
-)
+from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME, DEFAULT_PEER_URLS, UINT64_MAX
 from ..base.messages import Entry, EntryID, HardState
 from ..base.urls import parse_urls
+from ..base.versions import DEFAULT_IDENTITY
 from ..disk.bolt import v3_buckets, write_bolt
 from ..disk.files import OS_DISK
 from ..disk.snapshots import SnapshotFile, Snapshotter
 from ..disk.wal import Wal
-from ..member.cluster import Cluster, Member, format_id, version_key
+from ..member.cluster import Cluster, Member, format_id
 from ..member.configuration import ServerConfig
 from ..member.snapshots import SnapshotJob
 from ..net.workers import SYSTEM_CLOCK
@@ -258,6 +253,6 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     }
     version = store.value("/0/version") or ""
     with contextlib.suppress(ValueError):
-        if version_key(version) <= version_key(SERVER_VERSION):
+        if DEFAULT_IDENTITY.bears(version):
             files["/0/version"] = version
     store.replace_files("/0", files)

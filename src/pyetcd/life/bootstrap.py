@@ -9,7 +9,7 @@ import contextlib
 import http.client
 import http.server
 import os
-from typing import Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Iterable, List, Mapping, Optional, Sequence
 
 from ..base.codec import encode_metadata
 from ..base.errors import (
@@ -22,10 +22,18 @@ from ..base.errors import (
     WalError,
 )
 from ..base.ids import package_logger
-from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS, MIN_CLUSTER_VERSION, SERVER_VERSION
+from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS
 from ..base.messages import HardState
 from ..base.text import load_json
 from ..base.urls import is_local, url_address
+from ..base.versions import (
+    AUTO_IDENTITY,
+    DEFAULT_IDENTITY,
+    IDENTITIES,
+    Identity,
+    choose_identity,
+    version_key,
+)
 from ..disk.records import WalContents
 from ..disk.snapshots import (
     DataDir,
@@ -35,6 +43,7 @@ from ..disk.snapshots import (
     prepare_data_dir,
     remove_dirs,
 )
+from ..disk.v3_data import V3Mark
 from ..disk.wal import Wal
 from ..member.cluster import (
     Cluster,
@@ -42,7 +51,6 @@ from ..member.cluster import (
     format_id,
     format_initial_cluster,
     parse_initial_cluster,
-    version_key,
 )
 from ..member.configuration import Bootstrap, ServerConfig
 from ..net.dns import _reason
@@ -88,6 +96,8 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        _prepare_database(boot)
+        _log_identity(config.compat_version, boot.cluster.identity)
         on_failure.pop_all()
     return boot
 
@@ -124,6 +134,25 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _prepare_database(boot: Bootstrap) -> None:
+    """Let etcd 3.4 start on this data directory if this member acts as one, else etcd 2.3."""
+    mark = boot.cluster.v3_mark = V3Mark(boot.data_dir.member)
+    if boot.cluster.identity == IDENTITIES["3.4"]:
+        boot.snapshotter.before_write = mark.write_database
+        if boot.snapshot is not None:
+            mark.write_database(boot.snapshot.index)
+    else:
+        mark.remove_database()
+
+
+def _log_identity(compat_version: str, identity: Identity) -> None:
+    if identity is not DEFAULT_IDENTITY:
+        why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
+            f"-compat-version is {compat_version}")
+        package_logger("etcdserver").info(
+            "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
@@ -284,6 +313,7 @@ def _form(
         cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
             _check_no_past(member.id, cluster.members.values(), tls)
+    cluster.identity = choose_identity(config.compat_version)
     boot = _create_log(config, data_dir, cluster, initial)
     return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
 
@@ -360,10 +390,15 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
-    if not _is_compatible(others, tls):
+    versions = list(filter(None, (_cluster_version(member, tls) for member in others)))
+    local.identity = identity = choose_identity(config.compat_version, *versions)
+    low = version_key(identity.min_cluster)
+    if not versions or not all(low <= version_key(v) and identity.bears(v) for v in versions):
+        hint = "" if identity.bears("3.4.0") else "; -compat-version 3.4 joins one of 3.x"
         raise StartError(
             f"incompatible with current running cluster: its version must lie between"
-            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+            f" {identity.min_cluster} and {identity.server}; look at GET /version of its"
+            f" members{hint}"
         )
     local.id, local.local_id = cluster_id, own.id
     local.members = {member.id: member for member in members}
@@ -388,22 +423,17 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
     return sorted(matched, key=lambda member: member.id)
 
 
-def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if this program can join a cluster of the version that the members report."""
-    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
-    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    return bool(versions) and all(low <= version <= high for version in versions)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
-    """Return the cluster version that `member` reports; None without an answer or a version."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(load_json(body)["etcdcluster"]))
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
-    return None
+    return ""

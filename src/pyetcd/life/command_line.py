@@ -13,7 +13,7 @@ import threading
 from typing import Callable, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import package_logger
+from ..base.ids import RECENT_LINES, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..base.system import check_system, open_files_limit, raise_files_limit
 from ..member.configuration import ServerConfig
@@ -68,7 +68,7 @@ def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():

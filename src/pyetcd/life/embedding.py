@@ -205,6 +205,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
@@ -257,9 +258,9 @@ class Server(ServerThread):
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
-        api = ClientApi(self.etcd)
+        self._client_api = api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
-        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
@@ -332,6 +333,8 @@ class Server(ServerThread):
     def _free(self) -> None:
         if self._data_loss_check is not None:
             self._data_loss_check.end()
+        if self._client_api is not None:
+            self._client_api.stop()
         if self.etcd is not None:
             self.etcd.abandon()
 

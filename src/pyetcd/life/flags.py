@@ -203,6 +203,7 @@ listen-client-urls  urls  list of URLs to listen on for client traffic.
 max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
 max-wals  uint  maximum number of wal files to retain (0 is unlimited).
 cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+ui  true|false|readonly  the page at /ui: `true`, `false`, or `readonly`.
 """),
     "clustering": (*flag_rows("""
 initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
@@ -214,6 +215,7 @@ discovery  token  discovery URL used to bootstrap the cluster.
 discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
 discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+compat-version  auto|2.3|bridge|3.4  version of etcd to act as towards other members.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
 """), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"

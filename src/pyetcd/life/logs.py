@@ -89,6 +89,8 @@ class RepeatHandler(logging.Handler):
             key, repeats = self._logged.popitem(last=False)
             if self._tell(repeats):
                 self._logged[key] = _Repeats(now, repeats.last)
+        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
+            self._tell_all()
         if record.exc_info or record.levelno <= logging.DEBUG:
             self._target.handle(record)
             return
@@ -113,8 +115,11 @@ class RepeatHandler(logging.Handler):
             self._target.handle(record)
         return repeats.count > 0
 
-    def close(self) -> None:
-        """Log what was counted so far."""
+    def _tell_all(self) -> None:
         while self._logged:
             self._tell(self._logged.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        self._tell_all()
         super().close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from typing import Optional, Sequence, Set
+from typing import Iterator, Optional, Sequence, Set
 
 from ..base.basics import fsync_dir
 from ..base.codec import decode_conf_change, decode_metadata, encode_conf_change
-from ..base.errors import SnapshotError, StartError
+from ..base.errors import CodecError, SnapshotError, StartError
 from ..base.ids import package_logger
 from ..base.limits import DEFAULT_CLUSTER_TOKEN
 from ..base.messages import (
@@ -22,9 +22,11 @@ from ..base.messages import (
     Snapshot,
 )
 from ..base.text import utf8
+from ..base.versions import choose_identity
 from ..disk.records import WalContents
 from ..disk.snapshots import DataDir, Snapshotter
 from ..disk.wal import Wal
+from ..member.applier import read_command
 from ..member.cluster import Cluster, Member, format_id
 from ..member.configuration import Bootstrap, ServerConfig
 from ..store.tree import Store
@@ -107,6 +109,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
         on_failure.callback(wal.close)
         member_id, cluster.id = decode_metadata(contents.metadata)
         cluster.local_id = member_id
+        cluster.identity = choose_identity(
+            config.compat_version, store.value("/0/version"), *_logged_versions(contents.entries)
+        )
         if snapshot is not None:
             cluster.recover()
             snapshot = snapshot._replace(data=b"")
@@ -136,6 +141,16 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f" move its file away to use the one before"
         ) from None
     package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+
+
+def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the cluster versions that the entries set, for one that no snapshot holds yet."""
+    for entry in entries:
+        if b"/0/version" in entry.data and entry.type == EntryType.NORMAL:
+            with contextlib.suppress(CodecError):
+                request = read_command(entry.data)
+                if request is not None and request.path == "/0/version":
+                    yield request.val
 
 
 def _is_blank(boot: Bootstrap) -> bool:

@@ -10,7 +10,8 @@ import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from ..base.text import format_time, json_text
-from ..member.cluster import format_id, version_key
+from ..base.versions import version_key
+from ..member.cluster import format_id
 from .inspection import CommandEntry, Inspection
 
 BLAMED_MAX = 10                     # keys or entries that a report for people names

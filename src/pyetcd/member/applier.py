@@ -7,7 +7,7 @@ depends on the clock.
 from __future__ import annotations
 
 import re
-from typing import Callable, Dict, Generator, Optional, Union
+from typing import IO, Callable, Dict, Generator, Optional, Union
 
 from ..base.basics import clean_path
 from ..base.codec import (
@@ -16,22 +16,27 @@ from ..base.codec import (
     STEP_ENTRIES,
     Buffer,
     decode_conf_change,
+    decode_fields,
     decode_long_request,
     decode_request,
     decode_request_head,
 )
 from ..base.errors import CodecError, EtcdError, MemberError, RaftInternal, UnknownChange
-from ..base.limits import PATH_COST_MAX, SERVER_VERSION
+from ..base.limits import PATH_COST_MAX
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Message, MsgType, Request
 from ..base.text import load_json, utf8
 from ..base.urls import check_advertised_url
-from ..peer.transport import MessageInspector
+from ..base.versions import DEFAULT_IDENTITY, Identity
+from ..disk.v3_data import empty_database, holds_v3_data
+from ..peer.compatibility import MessageInspector
 from ..store.events import Event
 from ..store.tree import Store, StoreState
-from .cluster import SERVER_LOG, Cluster, format_id, parse_member, version_key
+from .cluster import SERVER_LOG, Cluster, format_id, parse_member
 
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
+
+_V3_FIELDS_WITHOUT_DATA = {1, 10, 100}  # of InternalRaftRequest: id, alarm, header
 
 Applied = Union[Event, EtcdError, None]
 
@@ -46,6 +51,7 @@ class Applier:
         self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
     ) -> None:
         self.clock = clock
+        self.v3_entries = 0             # skipped so far
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
@@ -88,9 +94,16 @@ class Applier:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
+                return None
             if request is None:
+                self._skip_v3(entry)
                 return None
         return self.apply_request(request)
+
+    def _skip_v3(self, entry: Entry) -> None:
+        self.v3_entries += 1
+        if not {number for number, _, _ in decode_fields(entry.data)} <= _V3_FIELDS_WITHOUT_DATA:
+            self._cluster.v3_mark.set(f"entry {entry.index} of the log")
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; errors of the store are returned, not raised."""
@@ -194,10 +207,8 @@ class Applier:
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
-        elif change.type == ConfChangeType.UPDATE_NODE:
-            self._cluster.update_raft_attributes(
-                change.node_id, member.peer_urls, now_ns=now_ns
-            )
+        elif self._cluster.is_known(change.node_id):    # new peer URLs, or a learner's vote
+            self._cluster.update_raft_attributes(member, now_ns=now_ns)
         else:
             self._cluster.add(member, now_ns=now_ns)
 
@@ -237,7 +248,7 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry) -> None:
+def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
@@ -256,7 +267,7 @@ def check_entry(entry: Entry) -> None:
         if request is not None and not request.path.startswith("/1/"):
             if is_long and request.path.startswith("/0/"):
                 raise CodecError(f"{len(entry.data)} bytes below /0")
-            _check_own_path(request)
+            _check_own_path(request, identity)
         if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
             if len(request.path) * request.path.count("/") > PATH_COST_MAX:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
@@ -281,7 +292,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_own_path(request: Request) -> None:
+def _check_own_path(request: Request, identity: Identity) -> None:
     """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
@@ -290,7 +301,7 @@ def _check_own_path(request: Request) -> None:
         return
     if request.method != "PUT" or path != "/0/version":
         raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
-    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+    if _VERSION_VALUE.fullmatch(value) and not identity.bears(value):
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
@@ -323,7 +334,7 @@ class MemberInspector(MessageInspector):
             return fault
         for entry in message.entries:
             try:
-                check_entry(entry)
+                check_entry(entry, self._cluster.identity)
                 if message.type == MsgType.PROP:
                     check_proposal(entry)
             except CodecError as error:
@@ -337,6 +348,20 @@ class MemberInspector(MessageInspector):
     def read_state(self, data: bytes) -> StoreState:
         """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
         state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+        if state.version and not self._cluster.identity.bears(state.version):
             raise ValueError(f"cluster version {state.version} is newer than this program")
         return state
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        return holds_v3_data(database)
+
+    def note_v3_data(self) -> None:
+        self._cluster.v3_mark.set("a snapshot of the leader")
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Where there is v3 data, every member of etcd needs it: only pyetcd publishes features."""
+        member = self._cluster.members.get(member_id)
+        return self._cluster.v3_mark.is_set and not (member and member.features)
+
+    def empty_database(self, raft_index: int) -> bytes:
+        return empty_database(raft_index)

@@ -18,10 +18,11 @@ from ..base.errors import (
     UnknownChange,
 )
 from ..base.ids import package_logger
-from ..base.limits import SERVER_VERSION
 from ..base.messages import ConfChange, ConfChangeType
 from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
 from ..base.urls import check_url
+from ..base.versions import DEFAULT_IDENTITY, IDENTITIES, version_key
+from ..disk.v3_data import V3Mark
 from ..store.tree import Store
 
 SERVER_LOG = package_logger("etcdserver")
@@ -40,6 +41,7 @@ class Member(NamedTuple):
     name: str = ""                      # "" until it has published itself
     client_urls: Tuple[str, ...] = ()
     features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
+    is_learner: bool = False            # of etcd 3.4: gets the log, and has no vote yet
 
     @property
     def started(self) -> bool:
@@ -69,7 +71,8 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        return json_text({"peerURLs": self.peer_urls})
+        learner = {"isLearner": True} if self.is_learner else {}
+        return json_text({"peerURLs": self.peer_urls, **learner})
 
 
 def format_id(id: int) -> str:
@@ -137,6 +140,9 @@ class Cluster:
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
+        self.v3_mark = V3Mark()                     # of data that this member does not keep
+        self.was_lowered = False                    # the version: snapshots must be newer
         self._store = store
 
     @classmethod
@@ -196,7 +202,7 @@ class Cluster:
         except CodecError as error:
             SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
-        return attributes._replace(peer_urls=raft.peer_urls)
+        return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
         """True if every member has published that it has `feature`."""
@@ -235,13 +241,19 @@ class Cluster:
             raise MemberRemoved()
         known = self.is_known(id)
         adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        context = change.context or b"{}"
+        member = parse_member(context, id)
+        if adds and load_json(context).get("isPromote"):
+            learner = self._read_member(format_id(id))
+            if not learner.is_learner:
+                raise MemberNotFound()  # 3.4 has another error for one that votes already
+            return learner._replace(is_learner=False)
         if adds and known:
             raise MemberExists()
         if not adds and not known:
             raise MemberNotFound()
         if change.type == ConfChangeType.REMOVE_NODE:
             return None
-        member = parse_member(change.context or b"{}", id)
         for other in self._ids("/0/members"):
             if int(other, 16) != id:
                 if set(self._read_member(other).peer_urls) & set(member.peer_urls):
@@ -266,11 +278,11 @@ class Cluster:
         self.removed.add(id)
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
-    def update_raft_attributes(
-        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
-    ) -> None:
-        """Apply: a member has new peer URLs.  One store index."""
-        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+    def update_raft_attributes(self, changed: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member has new peer URLs, or a vote.  One store index."""
+        id = changed.id
+        member = self.members[id]._replace(
+            peer_urls=changed.peer_urls, is_learner=changed.is_learner)
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
@@ -279,7 +291,8 @@ class Cluster:
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
         known = self.members.get(published.id) or published
-        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
+        self.members[published.id] = published._replace(
+            peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
         """Apply: the cluster version (the store is written by the Applier).
@@ -291,19 +304,26 @@ class Cluster:
         if self.version is None:
             SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
+            self.was_lowered = version_key(version) < version_key(self.version)
             SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
 
-    @staticmethod
-    def _check_version(version: str) -> None:
-        if version_key(version) > version_key(SERVER_VERSION):
+    def _check_version(self, version: str) -> None:
+        if not self.identity.bears(version):
             raise InvariantError(
-                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
-                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
-                " is at least as new as the cluster"
+                f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
+                f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
+                f" that is at least as new as the cluster{self._identity_hint(version)}"
             )
+
+    @staticmethod
+    def _identity_hint(version: str) -> str:
+        """Return the value of -compat-version that bears a cluster version, for the operator."""
+        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
+        name = next(bearing, "")
+        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -359,12 +379,6 @@ class Cluster:
         )
 
 
-def version_key(version: str) -> Tuple[int, int]:
-    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
-    major, minor, _ = version.split(".", 2)
-    return int(major), int(minor)
-
-
 def parse_member(context: bytes, id: int) -> Member:
     """Return the member in a conf change's context; parts that are missing are empty.
 
@@ -380,6 +394,7 @@ def parse_member(context: bytes, id: int) -> Member:
         return Member(
             id, tuple(sorted(texts[1:first_client])), texts[0],
             tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
+            fields.get("isLearner") is True,
         )
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None

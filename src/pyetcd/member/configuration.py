@@ -54,9 +54,11 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
+    compat_version: str = "auto"        # or `2.3`, `3.4`, `bridge`: see base/versions.py
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    ui: str = "true"                    # the page: `true`, `false`, or `readonly`
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
     proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
@@ -97,9 +99,11 @@ if TYPE_CHECKING:
         discovery_fallback: str
         discovery_proxy: str
         discovery_srv: str
+        compat_version: str
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
+        ui: str
         client_tls: TlsFiles
         peer_tls: TlsFiles
         proxy: str

@@ -43,6 +43,7 @@ EtcdServer.on_turn makes the steps between the dotted lines, once per turn of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from typing import Any, Callable, List, Optional
 
@@ -145,7 +146,7 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
@@ -178,7 +179,8 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.raft.replication.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = functools.partial(
+            self.snapshots.newest, is_v3=self.cluster.identity.bears("3.0.0"))
         return node
 
     # -- life --------------------------------------------------------------
@@ -493,12 +495,8 @@ class EtcdServer:
             else:
                 self.transport.remove_peer(change.node_id)
                 self.leader_stats.remove(change.node_id)
-        elif member is None or change.node_id == self.member_id:
-            return
-        elif change.type == ConfChangeType.ADD_NODE:
+        elif member is not None and change.node_id != self.member_id:
             self.transport.add_peer(member.id, member.peer_urls)
-        else:
-            self.transport.update_peer(member.id, member.peer_urls)
 
     def _connect_others(self) -> None:
         for member in self.cluster.members.values():
@@ -520,6 +518,8 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
+        if self.cluster.was_lowered:
+            self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:

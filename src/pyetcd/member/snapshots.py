@@ -90,6 +90,7 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.nodes = nodes                          # in it
+        self.least_index = 0                        # an older file does not fit every follower
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -110,14 +111,18 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if the newest file is older than `count` entries, and the disk was not just full.
+        """True if a new file is needed, and the disk was not just full.
+
+        The newest one is older than `count` entries, or than least_index.
 
         A walk takes 4 us per node.  That of a large store waits for as many entries as it has
         nodes, as it would cost more than the entries do; they take less memory than the nodes.
         The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+        if not self.index < self.least_index <= raft_index and (
+            behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES
+        ):
             return False
         return self._reactor.now() >= self._not_before
 
@@ -140,8 +145,9 @@ class SnapshotKeeper:
 
     @property
     def is_requested(self) -> bool:
-        """True if a receiver waits for a snapshot, and none is in the making."""
-        return bool(self._waiting) and not self.busy
+        """True if a follower or a client waits for a snapshot, and none is in the making."""
+        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
+        return (bool(self._waiting) or is_old) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
@@ -217,12 +223,22 @@ class SnapshotKeeper:
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
-    def newest(self) -> Optional[Snapshot]:
-        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+    def newest(self, member_id: int, *, is_v3: bool) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: not ready.
+
+        is_v3  the follower may be of etcd 3.x, which ignores a snapshot from before its addition:
+               then a new one is due
+        """
         if self._cache is None and self.index and not self._loading:
             self._loading = True
             self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
-        return self._cache
+        snapshot = self._cache
+        if snapshot is None or self.index < self.least_index:
+            return None
+        if is_v3 and member_id not in snapshot.voters:
+            self.least_index = snapshot.index + 1
+            return None
+        return snapshot
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False

@@ -226,6 +226,10 @@ class Counter(Reading):
     def inc(self, *values: str) -> None:
         self._values[values] = self._values.get(values, 0) + 1
 
+    def value(self, *values: str) -> int:
+        """Return the number with these label values."""
+        return self._values.get(values, 0)
+
 
 def exponential_bounds(start: float, count: int) -> List[float]:
     """Return the bounds start * 2**n of a histogram, n < count."""
@@ -260,6 +264,16 @@ class Histogram:
             before = below
         self._counts[-1] += len(values) - before
         self._sum += sum(values)
+
+    @property
+    def totals(self) -> Tuple[List[int], float]:
+        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
+        return self._counts[:], self._sum
+
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper bounds of all buckets but the last."""
+        return self._bounds
 
     @property
     def count(self) -> int:

@@ -6,16 +6,11 @@ import functools
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..base.errors import EtcdError, ServerStopped
-from ..base.limits import (
-    DEFAULT_PEER_URLS,
-    MIN_CLUSTER_VERSION,
-    PURGE_SECONDS,
-    SERVER_VERSION,
-    SYNC_SECONDS,
-)
+from ..base.limits import DEFAULT_PEER_URLS, PURGE_SECONDS, SYNC_SECONDS
 from ..base.messages import Request
 from ..base.text import load_json
 from ..base.urls import usable_urls
+from ..base.versions import version_key
 from ..disk.files import OsDisk
 from ..disk.snapshots import purge_files
 from ..net.http_calls import Answer, HttpCall, fetch
@@ -23,7 +18,7 @@ from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import FILE_WORK, Timer
 from ..store.tree import Store
-from .cluster import FEATURES, SERVER_LOG, Cluster, Member, format_id, version_key
+from .cluster import FEATURES, SERVER_LOG, Cluster, Member, format_id
 from .configuration import ServerConfig
 from .waiting import Done
 
@@ -103,6 +98,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
 class VersionMonitor:
     """Raises the cluster version to the lowest version of any member.  For a leader.
 
+    Differs from etcd: a leader of identity `bridge` lowers it if no member reports a higher one.
     Source: etcd 2.3 etcdserver/cluster_util.go.
     """
 
@@ -116,7 +112,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -124,9 +120,10 @@ class VersionMonitor:
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+        current, own = self._cluster.version, self._cluster.identity.reported
+        if current and version_key(current) == version_key(own):
             return
-        self._versions = {self._member_id: SERVER_VERSION}
+        self._versions = {self._member_id: own}
         for member in list(self._cluster.members.values()):
             urls = usable_urls(member.peer_urls)
             if member.id != self._member_id and urls:
@@ -151,19 +148,19 @@ class VersionMonitor:
 
         self._calls.append(fetch(
             self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
+            tls=self.tls,
         ))
 
     def _decide(self) -> None:
         """Propose the minimum when every member has answered; a first guess when one cannot."""
         current = self._cluster.version
         if self._versions.keys() >= self._cluster.members.keys():
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._propose_version(wanted, current)
+            known = version_key(current) if current else (0, 0)
+            keys = sorted(map(version_key, self._versions.values()))
+            if keys[0] > known or keys[-1] < known:
+                self._propose_version("%d.%d.0" % keys[0], current)
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(MIN_CLUSTER_VERSION, current)
+            self._propose_version(self._cluster.identity.min_cluster, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
         short = wanted.rpartition(".")[0]
@@ -175,9 +172,6 @@ class VersionMonitor:
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
 
 
 def _server_version(body: bytes) -> str:

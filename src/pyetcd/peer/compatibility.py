@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Callable, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Generator, Iterable, List, NamedTuple, Optional
 
 from ..base.ids import package_logger
-from ..base.limits import MIN_CLUSTER_VERSION, NS, SERVER_VERSION, UINT64_MAX
+from ..base.limits import NS, UINT64_MAX
 from ..base.messages import Message
 from ..base.urls import check_url
+from ..base.versions import DEFAULT_IDENTITY, Identity
 from ..net.budgets import SlicedWork
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
@@ -30,19 +31,7 @@ MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
 _PIPELINE = "pipeline"
 
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
 _OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -53,24 +42,6 @@ def _parse_id(text: str) -> Optional[int]:
     return value if value <= UINT64_MAX else None
 
 
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Return why the two versions in a peer's headers do not fit ours; "": they do.
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
-
-
 class PeerStatus:
     """The result of the last attempt to reach a peer, and the version that it announced last."""
 
@@ -78,6 +49,7 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
@@ -100,6 +72,7 @@ class PeerStatus:
         if self.active:
             self.active = False
             self.active_since = 0.0
+            self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
 
 
@@ -144,6 +117,34 @@ class Sent(NamedTuple):
     ok: bool                            # False: lost, or dropped
 
 
+class MessageInspector:
+    """The check of messages that peers send, and of databases of 3.x; this one lets all pass."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
+        return None
+
+    def has_v3_data(self, database: IO[bytes]) -> bool:
+        """Return whether the database behind a snapshot of 3.x holds data.  Thread: any."""
+        return False
+
+    def note_v3_data(self) -> None:
+        """Remember that the cluster holds data of the v3 API."""
+
+    def needs_v3_data(self, member_id: int) -> bool:
+        """Return whether an empty database beside a snapshot would harm that member."""
+        return False
+
+    def empty_database(self, raft_index: int) -> bytes:
+        """Return the database for a member of 3.x beside a snapshot up to raft_index."""
+        return b""
+
+
 class LinkContext(NamedTuple):
     """The identity and the callbacks that all links of this member share."""
 
@@ -161,6 +162,8 @@ class LinkContext(NamedTuple):
     round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
     tls: Optional[TlsContext]                       # None: the defaults, for https peers
     decoding: SlicedWork
+    inspector: MessageInspector = MessageInspector()
+    identity: Identity = DEFAULT_IDENTITY
 
 
 ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import Deque, Iterable, Optional, Sequence, Set
+from typing import Deque, Iterable, Optional, Set
 
 from ..base.codec import encode_message_parts
 from ..base.ids import package_logger
@@ -19,6 +19,7 @@ from ..base.limits import (
 )
 from ..base.messages import Message, MsgType
 from ..base.text import format_duration, parse_time
+from ..base.versions import FIRST_V3_VERSION, major_minor
 from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.http_requests import StreamReply
 from ..net.workers import REPEAT_SECONDS
@@ -32,19 +33,25 @@ from .compatibility import (
     Sent,
     StreamKind,
     UrlPicker,
-    major_minor,
 )
-from .frames import AppV2Encoder, EntryListEncoder, MessageEncoder
+from .frames import _U64, AppV2Encoder, EntryListEncoder, MessageEncoder
 from .streams import StreamReader, StreamWriter, refusal_of
 
 
 class PeerPost:
-    """One message on its way by POST /raft."""
+    """One message on its way by POST.
 
-    def __init__(self, message: Message, body: Sequence[bytes]) -> None:
+    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
+    """
+
+    def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
-        self.body = body                # in pieces
-        self.size = sum(map(len, body))
+        self.body = encode_message_parts(message)       # in pieces
+        self.target, self.content_type = "/raft", "application/protobuf"
+        if database is not None:
+            self.target, self.content_type = "/raft/snapshot", "application/octet-stream"
+            self.body = [_U64.pack(sum(map(len, self.body))), *self.body, database]
+        self.size = sum(map(len, self.body))
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
@@ -64,7 +71,6 @@ class Pipeline:
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
         self._congested = False
-        self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
@@ -73,8 +79,18 @@ class Pipeline:
             self._drop(message)
             return
         self._congested = False
-        self._waiting.append(PeerPost(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, self._database_for(message)))
         self._send_waiting()
+
+    def _database_for(self, message: Message) -> Optional[bytes]:
+        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
+
+        2.3 takes a snapshot in both forms.
+        """
+        version = self._status.version or self._context.identity.server
+        if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
+            return None
+        return self._context.inspector.empty_database(message.snapshot.index)
 
     def stop(self) -> None:
         """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
@@ -113,8 +129,9 @@ class Pipeline:
             self._answered(post, error, answer)
 
         post.call = fetch(
-            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
-            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
+            context.reactor, post.url, post.target, done, method="POST", body=post.body,
+            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
         )
@@ -284,18 +301,14 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless the receiver is etcd 3.x.
-
-        That needs a bolt database with it, and exits when it gets none.
-        """
-        version = self.status.version
-        if (major_minor(version) or (0, 0)) < (3, 0):
+        """Send a snapshot, unless the receiver would lose data by the empty database in it."""
+        if not self._context.inspector.needs_v3_data(self._id):
             self._pipeline.offer(message)
             return
         self._context.log_error(
-            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
-            " this member does not have; start it with a copy of another 3.x member's data"
-            " directory, or replace it by a 2.3 member"
+            f"cannot send a snapshot to {self._id:x}: the cluster holds data of etcd's v3 API,"
+            " which this member does not keep; a member of etcd 3 must lead to send it: restart"
+            " this member, and others of pyetcd, until one does"
         )
         self._context.unreachable(self._id)
         self._context.snapshot_done(self._id, False)

@@ -20,12 +20,12 @@ from ..base.limits import (
 )
 from ..base.messages import Message
 from ..base.text import text_of
+from ..base.versions import UNKNOWN_VERSION, major_minor
 from ..net.http_calls import ANSWER_BYTES_MAX, Answer, HttpCall
 from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
     _OLDEST_STREAM_VERSION,
-    _UNKNOWN_VERSION,
     APP_STREAM,
     DOUBLE_HINT,
     FOREIGN_HINT,
@@ -35,7 +35,6 @@ from .compatibility import (
     Sent,
     StreamKind,
     UrlPicker,
-    major_minor,
 )
 from .frames import AppV2Decoder, AppV2Encoder, FrameDecoder, MessageDecoder, MessageEncoder
 
@@ -114,7 +113,7 @@ class StreamReader:
 
     def _on_head(self, status: int, headers: Dict[str, str]) -> None:
         self._answer.take_head(status, headers)
-        version = headers.get("x-server-version", _UNKNOWN_VERSION)
+        version = headers.get("x-server-version", UNKNOWN_VERSION)
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:

@@ -13,16 +13,15 @@ from ..base.codec import decode_message, decode_message_steps
 from ..base.errors import CodecError
 from ..base.ids import package_logger
 from ..base.limits import (
-    MIN_CLUSTER_VERSION,
     PEER_BODIES_BYTES_MAX,
     PEER_BODY_BYTES_MAX,
     RAFT_BODY_BYTES_MAX,
     REMOVED_SECONDS,
-    SERVER_VERSION,
 )
 from ..base.messages import Message, MsgType
 from ..base.text import format_time
 from ..base.urls import parse_urls
+from ..base.versions import DEFAULT_IDENTITY, Identity
 from ..net.budgets import SlicedWork
 from ..net.http_calls import _ignore
 from ..net.http_messages import HttpHead
@@ -37,29 +36,16 @@ from .compatibility import (
     ID_IN_USE,
     STREAM_KINDS,
     LinkContext,
+    MessageInspector,
     PeerStatus,
     Sent,
     UrlPicker,
-    _compatibility_error,
     _parse_id,
 )
 from .frames import _U64, EntryListEncoder
 from .links import Peer, Pipeline
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
-
-
-class MessageInspector:
-    """The check of messages that peers send; this one lets all of them pass."""
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Return, in steps, why `message` must not be delivered; "": it may."""
-        yield from ()
-        return ""
-
-    def read_state(self, data: bytes) -> Any:
-        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
-        return None
 
 
 class Transport:
@@ -86,11 +72,13 @@ class Transport:
         received: Callable[[int, Message, int], None] = _ignore,
         round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
+        identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
+        self._identity = identity
         self._is_removed = is_removed
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
@@ -115,7 +103,7 @@ class Transport:
             1.0 + election_s / 5, self._log.error, self._receive,
             lambda to: self._report_soon(unreachable, to),
             lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding,
+            round_trip, tls, self._decoding, self._inspector, identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -159,6 +147,11 @@ class Transport:
         """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def inactive_since(self, member_id: int) -> float:
+        """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
+        peer = self._peers.get(member_id)
+        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
@@ -206,10 +199,10 @@ class Transport:
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
             "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": MIN_CLUSTER_VERSION,
+            "X-Min-Cluster-Version": self._identity.min_cluster,
             "X-Peerurls": ",".join(peer_urls),
             "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": SERVER_VERSION,
+            "X-Server-Version": self._identity.server,
         }
 
     # -- receiving ---------------------------------------------------------
@@ -262,7 +255,7 @@ class Transport:
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
-                or _compatibility_error(head.headers)):
+                or self._identity.refusal(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
@@ -357,7 +350,7 @@ class Transport:
 
     def _headers_for(self, request: HttpRequest) -> str:
         is_stream = request.path.startswith("/raft/stream/")
-        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        version = f"X-Server-Version: {self._identity.server}\r\n" if is_stream else ""
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
@@ -373,12 +366,16 @@ class Transport:
             return
         self._is_reading_snapshot = True
 
-        def done(error: Optional[BaseException], message: Any) -> None:
+        def done(error: Optional[BaseException], found: Any) -> None:
             self._is_reading_snapshot = False
             if error is not None:
                 why = f"refused a snapshot from {request.remote}: {error}"
                 self._refuse(request, 400, str(error), why)
-            elif self._is_removed(message.sender):
+                return
+            message, has_v3_data = found
+            if has_v3_data:
+                self._inspector.note_v3_data()
+            if self._is_removed(message.sender):
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
@@ -386,7 +383,7 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
@@ -403,7 +400,7 @@ class Transport:
     def _is_compatible(self, request: HttpRequest) -> bool:
         """Check versions, cluster and id, in this order; refuse at the first fault."""
         headers = request.headers
-        fault = _compatibility_error(headers)
+        fault = self._identity.refusal(headers)
         theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
         id = _parse_id(headers.get("x-server-from", "")) or 0
         other = self._other_process(id, advertised)
@@ -448,11 +445,13 @@ _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
-    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
-) -> Message:
-    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
+    body: Union[bytes, IO[bytes]], inspector: MessageInspector, is_framed: bool
+) -> Tuple[Message, bool]:
+    """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
-    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
+    is_framed  the form of 3.x: a length, the message, and a database, which is not kept
+
+    Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -468,15 +467,16 @@ def _posted_snapshot(
             message = decode_message(data)
         except CodecError as error:
             raise CodecError(f"failed to decode raft message ({error})") from None
+        has_v3_data = is_framed and inspector.has_v3_data(file)
     if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
     snapshot = message.snapshot
     if snapshot is not None:
         try:
-            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+            message.snapshot = snapshot._replace(state=inspector.read_state(snapshot.data))
         except ValueError as error:
             raise CodecError(f"not a snapshot that this member can take: {error}") from None
-    return message
+    return message, has_v3_data
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:

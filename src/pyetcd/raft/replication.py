@@ -47,7 +47,7 @@ class Replication:
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
         # Called for a follower whose entries are compacted; None: not ready, asked again later.
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.snapshot_source: Callable[[int], Optional[Snapshot]] = lambda peer: None
         self.commit_unsent = False                  # some follower may not know our commit index
         self._config = config
         self._log = log
@@ -144,7 +144,7 @@ class Replication:
         """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
-        snapshot, log = self.snapshot_source(), self._log
+        snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
         if not log.match_term(EntryID(snapshot.term, snapshot.index)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from ..base.limits import REMOVED_NODES_MAX
 from .events import Directory, Node, node_chars
@@ -61,6 +61,42 @@ class NodeTree:
                 nodes.popitem()
             if not nodes:
                 del self._replaced[0]
+
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._reachable(path)
+        return 0 if node is None else len(node.children or ())
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._reachable(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._reachable(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
 
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         """Have `node` at `path`, in the place of `old` if there was one."""
