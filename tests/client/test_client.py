@@ -1136,7 +1136,7 @@ def test_client_watch_asks_from_the_index_after_the_last_event():
 
 
 def test_client_watch_silence_is_not_a_failed_endpoint(monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.1)
+    monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.5)
     hold = threading.Event()
 
     def silent(connection):

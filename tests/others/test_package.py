@@ -110,7 +110,7 @@ def _install(home: Path, wheel: Path) -> None:
 
 
 def _mypy(home: Path) -> str:
-    return _python("-m", "mypy", "--strict", "--no-incremental", "--python-executable",
+    return _python("-m", "mypy", "--strict", "--cache-dir", "mypy", "--python-executable",
                    "bin/python", "sample.py", cwd=home, code=1)
 
 

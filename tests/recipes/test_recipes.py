@@ -511,7 +511,7 @@ def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_serve
 
 
 def test_recipe_election_observer_times_out(_recipe_client, _client_dir):
-    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.5)
+    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=2.0)
     assert next(seen) is None
     with pytest.raises(pyetcd_client.WatchTimeout):
         next(seen)
