@@ -377,12 +377,12 @@ set /w/d/b 2
 rm /w/a
 mkdir /w/e
 set /w/a 3
+-o extended watch --after-index @0 --recursive /w
 set --ttl 1 /w/ttl soon
 watch --after-index @0 /w/a
 watch --after-index @1 /w/a
 watch --after-index @2 --recursive /w
 watch --after-index @3 --recursive /w
--o extended watch --after-index @0 --recursive /w
 -o json watch --after-index @1 --recursive /w/d
 -o json watch --after-index @2 /w/a
 watch --recursive --after-index @6 /w
