@@ -13221,7 +13221,7 @@ class WalJob(NamedTuple):
 
 
 class WalWriter:
-    """The wal thread: one write and one fdatasync per job.
+    """The wal thread: one write and one fdatasync per job, or the reactor's for a small job alone.
 
     A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
     write is acknowledged any more.  A full disk is no failure: the step that met it has left
@@ -14359,7 +14359,8 @@ def purge_periodically(
 #     Journal.add
 #     Journal.submit                  one batch at a time
 #       :
-#       :  thread `wal`               WalWriter._run: one write, one fdatasync
+#       :  thread `wal`               WalWriter._run: one write, one fdatasync; a small write on a
+#       :                             quick disk: WalWriter._sync_inline, in the reactor's next turn
 #       :
 #     EtcdServer._durable             followers: their answers may leave
 #     RawNode.persisted

@@ -54,7 +54,7 @@ class WalJob(NamedTuple):
 
 
 class WalWriter:
-    """The wal thread: one write and one fdatasync per job.
+    """The wal thread: one write and one fdatasync per job, or the reactor's for a small job alone.
 
     A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
     write is acknowledged any more.  A full disk is no failure: the step that met it has left

@@ -22,7 +22,8 @@ The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
     Journal.add
     Journal.submit                  one batch at a time
       :
-      :  thread `wal`               WalWriter._run: one write, one fdatasync
+      :  thread `wal`               WalWriter._run: one write, one fdatasync; a small write on a
+      :                             quick disk: WalWriter._sync_inline, in the reactor's next turn
       :
     EtcdServer._durable             followers: their answers may leave
     RawNode.persisted
