@@ -13301,6 +13301,7 @@ class WalWriter:
             self._queue_deferred()      # the thread repeats it until there is space
         except OSError as error:
             self._deferred = None
+            self._jobs.put(None)        # the thread ends, so it begins no later job either
             self._fail(error)
         else:
             self._deferred = None

@@ -141,6 +141,12 @@ def test_journal_failed_sync_on_the_reactor_ends_the_member(rig):
     rig.reactor.turn()
     rig.reactor.turn()
     assert [error.errno for error in rig.failed] == [5] and not done
+    written = rig.wal.threads.count("wal") + rig.wal.threads.count(threading.current_thread().name)
+    rig.writer.submit(pyetcd.WalJob(b"", None, (b"y",) * 1000, None, 7, lambda: done.append(2)))
+    rig.writer.stop()
+    assert not done and "release" not in rig.wal.threads, "a job was begun after the failed sync"
+    assert written == rig.wal.threads.count("wal") + rig.wal.threads.count(
+        threading.current_thread().name)
 
 
 def test_journal_full_disk_on_the_reactor_is_left_to_the_thread(rig):

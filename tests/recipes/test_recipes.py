@@ -194,6 +194,20 @@ def test_recipe_lease_is_made_again_when_the_first_file_expires_unseen(_recipe_c
         assert lease.alive and _recipe_client.get(key).value == lease.value
 
 
+def test_recipe_lease_gives_up_on_a_file_that_is_never_there_to_read(_recipe_client, _client_dir):
+    """A server that says `exists` and then `not found` is asked a few times, not for ever."""
+    calls = []
+
+    def exists(*args, **kwargs):
+        calls.append(args)
+        raise pyetcd_client.NodeExists("Key already exists")
+
+    _recipe_client.create = exists
+    with pytest.raises(pyetcd_client.NodeExists):
+        pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=5).start()
+    assert 1 < len(calls) < 20
+
+
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
 def test_recipe_renewals_with_lost_answers_keep_the_file(_recipe_client, _client_dir, fate):
     with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:

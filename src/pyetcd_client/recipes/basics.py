@@ -35,6 +35,7 @@ from ..transport.results import _T, Node, Result
 
 LEASE_TTL_S = 30
 EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
+CREATE_TRIES = 5                # of a file that expires each time before it is read
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe retries while no server replies
 WAIT_SLICE_S = 20.0             # a waiter reads again after this time without an event
@@ -314,17 +315,24 @@ def _create_once(client: Client, key: str, value: str, ttl: int | None) -> tuple
     """Create a file with a unique value.  Raises NodeExists for a file with another value.
 
     Repeating a creation is harmless: if an earlier attempt succeeded, the value shows it, and the
-    second result is False.  A file that expires before it can be read is created again.
+    second result is False.  A file that expires before it can be read is created again, at most
+    CREATE_TRIES times in all.
     """
+    tries = 0
     while True:
         try:
             return _with_retries(client, lambda: client.create(key, value, ttl=ttl)).node, True
-        except NodeExists:
-            with contextlib.suppress(KeyNotFound):  # expired meanwhile: create it again
+        except NodeExists as exists:
+            tries += 1
+            try:
                 node = _read(client, key).node
-                if node.value == value:
-                    return node, False
-                raise
+            except KeyNotFound:         # expired meanwhile
+                if tries < CREATE_TRIES:
+                    continue
+                raise exists from None
+            if node.value == value:
+                return node, False
+            raise
 
 
 def _append_once(
