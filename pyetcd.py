@@ -17239,10 +17239,11 @@ const tree = {
     this.drawSoon(true);
     for (const kid of kids) if (kid.open) await this.load(kid);
   },
-  /** Follow what all clients change, while the keys are shown. */
+  /** Follow what all clients change, while the keys are shown: a browser has six connections. */
   async follow() {
-    if (this.followed) this.followed.abort();
+    for (const each of [this, opened]) if (each && each.followed) each.followed.abort();
     if (current !== "keys" || document.hidden || !state) return;
+    if (opened && opened.follow) opened.follow();
     const {signal} = this.followed = new AbortController(), told = text => {
       if (!/missed/.test(text) || this.again) return;
       this.again = setTimeout(() => { this.again = 0; this.load(this.root); }, 500);
@@ -17349,7 +17350,7 @@ const tree = {
     h("span", {class: dir ? "name dir" : "name"}, (this.found ? key : nameOf(key)) + (dir ? "/" : "")),
     h("span.dim", dir ? number(node.bytes) : BINARY.test(node.preview) ? "binary"
       : node.preview || size(node.bytes)),
-    expires > 0 && h("span.ttl", {title: "until it expires"}, "⏱ " + span(expires - clock())));
+    expires > 0 && h("span.ttl", {title: "until it expires"}, "◷ " + span(expires - clock())));
     line.style.paddingLeft = `${4 + (this.found ? 0 : node.level - 1) * 17}px`;
     return line;
   },
@@ -17412,7 +17413,7 @@ const tree = {
 
 // ---- one key
 
-let opened = null;              // {key, node, stop: of its events}
+let opened = null;              // {key, node, stop: of its requests, followed: of its events}
 const BINARY = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffd]/;
 const SHOWN_MAX = 1 << 18, UNDO_MAX = 4 << 20;
 
@@ -17425,6 +17426,15 @@ function hex(text) {
       String.fromCharCode(...some).replace(/[^ -~]/g, "·"));
   }
   return out.join("\n");
+}
+/** Indent JSON.  Its tokens stay as they are: JavaScript would round long numbers. */
+function indent(text) {
+  let depth = 0;
+  const line = step => "\n" + "  ".repeat(depth += step);
+  return text.replace(/"(?:[^"\\]|\\.)*"|\s+|[{[]\s*[}\]]|[{}[\]:,]/g, token =>
+    /^\s/.test(token) ? "" : token === "," ? token + line(0) : token === ":" ? ": "
+      : token[0] === '"' ? token : token.length > 1 ? token.replace(/\s+/, "")
+      : /[{[]/.test(token) ? token + line(1) : line(-1) + token);
 }
 /** Tell without reading a directory: it may be large. */
 async function isDirectory(key, signal) {
@@ -17440,7 +17450,7 @@ async function isDirectory(key, signal) {
   } finally { stop.abort(); }
 }
 const openKey = guarded(async key => {
-  if (opened) opened.stop.abort();
+  if (opened) [opened.stop, opened.followed].forEach(each => each && each.abort());
   const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
   const parts = key.split("/").slice(1);
   $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
@@ -17457,7 +17467,8 @@ const openKey = guarded(async key => {
     return;
   }
   if (opened !== mine) return;
-  if (!tree.found && !tree.flat.some(node => node.key === key)) tree.reveal(key);
+  const row = tree.flat.findIndex(node => node.key === key);
+  if (row >= 0) tree.move(row); else if (!tree.found) tree.reveal(key);
   (mine.dir ? showDirectory : showFile)(mine);
 });
 const common = (mine, value) => [gap(), button("Copy as …", "", () => copyAs(mine.key, value())),
@@ -17472,17 +17483,19 @@ function showDirectory(mine) {
 function showFile(mine) {
   const {node} = mine, {value} = node;
   mine.expires = node.expiration ? Date.parse(node.expiration) / 1000 : 0;
-  const binary = BINARY.test(value), large = value.length > SHOWN_MAX;
+  const crlf = value.includes("\r");           // which a text area makes \n
+  const binary = BINARY.test(value) || crlf && /[^\r]\n|^\n|\r(?!\n)/.test(value), large = value.length > SHOWN_MAX;
   const area = h("textarea", {id: "value", "aria-label": "Value",
     readonly: large || state.ui === "readonly"});
   area.value = value.slice(0, SHOWN_MAX);
+  const before = area.value, edited = () => crlf ? area.value.replace(/\n/g, "\r\n") : area.value;
   const kind = h("span", {id: "kind"});
   const ttl = h("input", {type: "number", min: 1, id: "ttl", placeholder: mine.expires ? "as it is" : "never"});
   const format = button("Format", "write", () => {
-    area.value = JSON.stringify(JSON.parse(area.value), null, 2);
+    area.value = indent(area.value);
     judge();
   });
-  const save = button("Save", "primary write", () => saveValue(mine, area.value, ttl.value));
+  const save = button("Save", "primary write", () => saveValue(mine, edited(), ttl.value));
   function judge() {
     let text = large ? "only the beginning is shown" : "text", rank = "";
     if (!large) try {
@@ -17494,7 +17507,7 @@ function showFile(mine) {
     kind.textContent = text;
     kind.className = "badge " + rank;
     format.disabled = rank !== "good";
-    save.disabled = large || area.value === value && !ttl.value;
+    save.disabled = large || area.value === before && !ttl.value;
   }
   save.id = "save";
   area.addEventListener("input", judge);
@@ -17515,16 +17528,19 @@ function showFile(mine) {
     ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
   h("pre.hex", hex(value))] : area,
   h("div.bar", !binary && [save, format,
-    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : edited())),
   h("h3", "History"), history);
   judge();
   tick();
-  follow(mine, area, history, changed);
+  mine.follow = () => follow(mine, area, history, changed);
+  mine.follow();
 }
 /** The history of a key as far as it goes, and then what happens to it. */
 async function follow(mine, area, history, changed) {
-  for await (const {action, node} of changes(mine.key, {
-    since: Math.max(1, state.history), signal: mine.stop.signal})) {
+  const {signal} = mine.followed = new AbortController();
+  mine.since = mine.since || Math.max(1, state.history);
+  for await (const {action, node} of changes(mine.key, {since: mine.since, signal})) {
+    mine.since = node.modifiedIndex + 1;
     const value = node.value, index = number(node.modifiedIndex);
     history.prepend(h("li", h("span.at", index), badge(action),
       h("code", shorten(value)), value != null && button("Use", "quiet write", () => {
@@ -17864,7 +17880,11 @@ function keyboard(event) {
   const {key, target, ctrlKey, metaKey, altKey} = event;
   if ($("dialog").open || ctrlKey || metaKey || altKey || /INPUT|TEXTAREA|SELECT/.test(target.tagName)) return;
   if (VIEWS[key - 1]) location.hash = "#/" + VIEWS[key - 1];
-  else if (key === "/") { go("keys"); $("query").focus(); }
+  else if (key === "/") {
+    if (current !== "keys") visit(opened ? opened.key : "/");
+    go("keys");
+    $("query").focus();
+  }
   else if (key === "n" && state && state.ui === "true") createHere();
   else if (key === "r" && current === "keys") reload();
   else if (key === "t") theme(1);
@@ -18329,9 +18349,9 @@ def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _without_indent(text: str) -> str:
-    """Return a file of the page as it is sent: 2 KB less."""
-    return re.sub("(?m)^ +", "", text)
+def _shortened(text: str) -> str:
+    """Return a file of the page as it is sent, without lines of comment too: 4 KB less."""
+    return re.sub(r"(?m)^ *(?://.*\n|/\*\*.*\*/\n)*", "", text)
 
 
 def make_page() -> Tuple[bytes, str]:
@@ -18339,8 +18359,8 @@ def make_page() -> Tuple[bytes, str]:
 
     Trusted types make the browser refuse every way from text to HTML, script included.
     """
-    style, script = _without_indent(PAGE_CSS), _without_indent(PAGE_JS)
-    page = _without_indent(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
+    style, script = _shortened(PAGE_CSS), _shortened(PAGE_JS)
+    page = _shortened(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
     policy = (
         f"default-src 'none'; script-src {_source_hash(script)}; style-src"
         f" {_source_hash(style)}; connect-src 'self'; img-src data:; base-uri 'none';"

@@ -439,7 +439,7 @@ def test_page_in_a_browser_shows_scripts_as_text_and_bytes_as_hex(browser, membe
     assert any("<img src=x" in row for row in _rows_shown(page))
     page.run("location.hash = '#/watch/'")
     page.shows("Watching /")
-    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers) == 2)
+    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers) == 1)
     _put(member, "/plain", evil + "2")
     page.shows("<script>", "#watch")
     page.run("location.hash = '#/keys/raw'")
@@ -602,6 +602,59 @@ def test_page_in_a_browser_keeps_the_rows_in_view_where_they_are(browser, member
     _put(member, "/a", "new")
     page.shows("201 rows", "#count")
     assert page.run(where) == before
+
+
+@pytest.mark.parametrize("value, formatted", [
+    ('{"id":12345678901234567890,"x":1.10,"d":1,"d":2}',
+     '{\n  "id": 12345678901234567890,\n  "x": 1.10,\n  "d": 1,\n  "d": 2\n}'),
+    (' [ { } , [ ] , "a: {b}, \\" c" , [ null,\n-1e3 ] ] ',
+     '[\n  {},\n  [],\n  "a: {b}, \\" c",\n  [\n    null,\n    -1e3\n  ]\n]'),
+    ("7", "7"),
+], ids=["numbers", "brackets", "scalar"])
+def test_page_in_a_browser_formats_json_without_a_change(browser, member, value, formatted):
+    """JavaScript's own way rounds long numbers, and keeps one of two equal names."""
+    _put(member, "/j", value)
+    page = Page(browser, member.client_url, "keys/j")
+    page.shows("valid JSON", "#kind")
+    page.click("#detail button", "Format")
+    page.holds(formatted)
+    assert json.loads(formatted) == json.loads(value)
+
+
+def test_page_in_a_browser_keeps_the_ends_of_lines(browser, member):
+    """A text area turns CR LF into LF; where it is mixed, no edit could keep it."""
+    _put(member, "/crlf", "a\r\nb\r\n")
+    _put(member, "/mixed", "a\r\nb\n")
+    page = Page(browser, member.client_url, "keys/crlf")
+    page.holds("a\nb\n")
+    assert page.run("return document.getElementById('save').disabled")
+    page.type("#value", "a\nc\n")
+    page.click("#save")
+    eventually(lambda: _value(member, "/crlf") == "a\r\nc\r\n", what="the save")
+    page.run("visit('/mixed')")
+    page.shows("61 0d 0a 62 0a", "#detail")
+
+
+def test_page_in_a_browser_needs_few_connections(browser, member):
+    """A browser has six to a server for all its windows: streams end with what they are for."""
+    for key in ("/0", "/a", "/b"):
+        _put(member, key, "1")
+
+    def watchers():
+        return member.call(lambda etcd: etcd.store.stats.watchers)
+
+    page = Page(browser, member.client_url, "keys")
+    page.shows("3 rows", "#count")
+    page.run("location.hash = '#/keys/a'")
+    page.holds("1")
+    page.until("return tree.flat[tree.at].key === '/a'")
+    eventually(lambda: watchers() == 2, what="the streams of the tree and of the key")
+    page.run("location.hash = '#/log'")
+    eventually(lambda: watchers() == 0, what="no stream")
+    _put(member, "/a", "2")
+    page.press("/")                                 # search: the key is still open
+    page.shows("was changed elsewhere", "#changed")
+    assert page.run("return location.hash") == "#/keys/a"
 
 
 def test_page_in_a_browser_is_dark_when_the_reader_wants_it(browser, member):
