@@ -6,7 +6,6 @@ import base64
 import contextlib
 import datetime
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -42,6 +41,7 @@ from tests.kit.clients import (
     _ClientCaptured,
     _ClientRawServer,
 )
+from tests.kit.processes import compiled
 
 # D is a directory, U begins names of users and roles: each program has its own.
 _CTL_SCRIPTS = {
@@ -726,7 +726,7 @@ def _ctl_process(url, *words, program="pyetcdctl", **options):
     """Run the command line in a process of its own, which ends with the block."""
     command = ["etcdctl"]
     if program == "pyetcdctl":
-        command = [sys.executable, importlib.util.cache_from_source(pyetcd_client.__file__)]
+        command = [sys.executable, compiled(pyetcd_client)]
     with subprocess.Popen(
             [*command, "--endpoints", url, *words], **{
                 "env": {**os.environ, "ETCDCTL_API": "2"}, "stdout": subprocess.PIPE,
@@ -1469,7 +1469,7 @@ def test_ctl_completion_scripts_work_in_their_shells(tmp_path, shell, script):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     program = tmp_path / "pyetcdctl"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {pyetcd_client.__file__} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {compiled(pyetcd_client)} "$@"\n')
     program.chmod(0o755)
     path = tmp_path / "completion"
     path.write_text(_client_main("completion", shell)[1])
