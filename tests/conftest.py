@@ -6,6 +6,7 @@ import logging
 import os
 import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import Iterator
 
@@ -16,6 +17,11 @@ if os.environ.get("PYETCD_TEST_SYSTEM"):        # before any of our modules, and
     runpy.run_path(str(_lacking / "sitecustomize.py"))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(_lacking), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# Workers and children read the byte code that the first of them wrote: to rewrite and compile all
+# tests takes 15 seconds of processor time, in each of four workers.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest.register_assert_rewrite("tests.kit")
 

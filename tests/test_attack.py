@@ -75,7 +75,7 @@ class _PatternSteps:
         self.steps += 1
         if self.steps > _SLOW_STEPS_MAX:
             raise OverflowError
-        name, text = str(op), self.text
+        name, text = op.name, self.text
         if name == "BRANCH":
             for branch in arg[1]:
                 yield from self.run(list(branch), 0, at)
@@ -89,7 +89,7 @@ class _PatternSteps:
             if found == (name == "ASSERT"):
                 yield at
         elif name == "AT":
-            where = str(arg)
+            where = arg.name
             if not ("BEGINNING" in where and at or "END" in where and at < len(text)):
                 yield at
         elif at < len(text) and _accepts(op, arg, text[at]):
@@ -97,7 +97,7 @@ class _PatternSteps:
 
     def repeat(self, greedy, least, most, body, at):
         body = list(body)
-        if len(body) == 1 and str(body[0][0]) in ("IN", "LITERAL", "NOT_LITERAL", "ANY"):
+        if len(body) == 1 and body[0][0].name in ("IN", "LITERAL", "NOT_LITERAL", "ANY"):
             end = at                    # a loop, as there is nothing to go back to inside
             while end < len(self.text) and end - at < int(most) and _accepts(
                     *body[0], self.text[end]):
@@ -123,18 +123,18 @@ class _PatternSteps:
 
 def _accepts(op, arg, char):
     """True if one step of a pattern takes `char`."""
-    name, code = str(op), ord(char)
+    name, code = op.name, ord(char)
     if name in ("LITERAL", "NOT_LITERAL"):
         return (code == arg) == (name == "LITERAL")
     if name == "ANY":
         return True                     # as with DOTALL: the faults found are the same
-    negated = any(str(kind) == "NEGATE" for kind, _ in arg)
+    negated = any(kind.name == "NEGATE" for kind, _ in arg)
     for kind, item in arg:
-        kind = str(kind)
+        kind = kind.name
         if kind == "LITERAL" and code == item or kind == "RANGE" and item[0] <= code <= item[1]:
             return not negated
         if kind == "CATEGORY":
-            name = str(item)
+            name = item.name
             found = (char.isspace() if "SPACE" in name else char.isdigit() if "DIGIT" in name
                      else char.isalnum() or char == "_")
             if found == ("NOT_" not in name):
@@ -145,7 +145,7 @@ def _accepts(op, arg, char):
 def _single_nodes(nodes):
     """Yield every part of a pattern that takes one character."""
     for op, arg in nodes:
-        name = str(op)
+        name = op.name
         if name in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
             yield op, arg
         elif name == "BRANCH":
@@ -158,7 +158,7 @@ def _single_nodes(nodes):
 def _pattern_attacks(nodes, prefix, chars, optional):
     """Yield (prefix, what is repeated) for every repetition in a pattern, and the end of it."""
     for op, arg in nodes:
-        name = str(op)
+        name = op.name
         if name in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
             taken = [char for char in chars if _accepts(op, arg, char)]
             if name == "LITERAL":
@@ -185,7 +185,7 @@ def _pattern_attacks(nodes, prefix, chars, optional):
                 else:
                     one = item
             if int(most) > 8:
-                if len(body) == 1 and str(body[0][0]) in ("IN", "NOT_LITERAL", "ANY", "LITERAL"):
+                if len(body) == 1 and body[0][0].name in ("IN", "NOT_LITERAL", "ANY", "LITERAL"):
                     for char in chars:
                         if _accepts(*body[0], char):
                             yield prefix, char
@@ -223,11 +223,13 @@ def _slow_pattern(pattern, modes):
 
 def _patterns_of(module):
     """Yield (name, pattern, the ways it is used) of everything in a module that is one."""
-    source = Path(module.__file__).read_text()
+    source, calls = Path(module.__file__).read_text(), {}
+    for name, method in re.findall(r"\b(\w+)\.(\w+)\(", source):
+        calls.setdefault(name, set()).add(method)
     for name, value in vars(module).items():
         if isinstance(value, re.Pattern):
-            used = set(re.findall(rf"\b{name}\.(\w+)\(", source)) & {"fullmatch", "match"}
-            others = re.search(rf"\b{name}\.(search|sub|finditer|findall|split)\(", source)
+            used = calls.get(name, set()) & {"fullmatch", "match"}
+            others = calls.get(name, set()) & {"search", "sub", "finditer", "findall", "split"}
             yield name, value, sorted(used | ({"search"} if others or not used else set()))
     for call in ast.walk(ast.parse(source)):
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):

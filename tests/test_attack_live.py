@@ -443,7 +443,7 @@ def test_live_watches_and_connections_that_are_over(one):
         with _connect(one.client) as sock:
             sock.sendall(b"GET /v2/keys/%s/%d?wait=true&recursive=%s HTTP/1.1\r\nHost: x\r\n\r\n"
                          % (b"p" * 200_000, number, b"true" if number % 2 else b"false"))
-    eventually(lambda: watchers() == before, 30, "all watchers gone")
+    eventually(lambda: watchers() <= before, what="all watchers gone")
     one.check()
 
 

@@ -54,7 +54,7 @@ from tests.kit.clients import (
     _client_running,
     _ClientRawServer,
 )
-from tests.kit.processes import StaticCluster
+from tests.kit.processes import StaticCluster, compiled
 
 
 def manual_commands(page: str, chapter: str) -> List[str]:
@@ -952,7 +952,7 @@ def test_client_api_first_answer_in_the_readme_is_real(_client_embedded, tmp_pat
 def test_client_api_commands_of_the_manual_work(page, chapter, least, _client_embedded, tmp_path):
     """Each with curl, and each that makes files, in order; not those with a <place> to fill."""
     port, ran = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port, 0
-    tool = f"{shlex.quote(sys.executable)} {shlex.quote(pyetcd.__file__)} "
+    tool = f"{shlex.quote(sys.executable)} {shlex.quote(compiled(pyetcd))} "
     for command in manual_commands(page, chapter):
         words = command.split()
         if words[0] == "curl" and "<" not in command:

@@ -41,6 +41,7 @@ from tests.kit.clients import (
     _ClientCaptured,
     _ClientRawServer,
 )
+from tests.kit.processes import compiled
 
 # D is a directory, U begins names of users and roles: each program has its own.
 _CTL_SCRIPTS = {
@@ -720,15 +721,20 @@ def test_ctl_member_changes_side_by_side(line, replies):
     assert ours == (code, out, *rest)
 
 
+@contextlib.contextmanager
 def _ctl_process(url, *words, program="pyetcdctl", **options):
-    """Start the command line in a process of its own."""
+    """Run the command line in a process of its own, which ends with the block."""
     command = ["etcdctl"]
     if program == "pyetcdctl":
-        command = [sys.executable, str(Path(pyetcd_client.__file__))]
-    return subprocess.Popen(
-        [*command, "--endpoints", url, *words], **{
-            "env": {**os.environ, "ETCDCTL_API": "2"}, "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE, **options})
+        command = [sys.executable, compiled(pyetcd_client)]
+    with subprocess.Popen(
+            [*command, "--endpoints", url, *words], **{
+                "env": {**os.environ, "ETCDCTL_API": "2"}, "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE, **options}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()                          # nothing if it was waited for
 
 
 def _ctl_lines_from(process, count, stream="stdout"):
@@ -1383,12 +1389,29 @@ def test_ctl_bench_cleans_up_after_ctrl_c(_client_server, _client, _client_dir):
     _client.mkdir(_client_dir)
     with _ctl_process(_client_server.url, "bench", "--total", "1000000", "--prefix",
                       _client_dir + "/bench") as process:
-        try:
-            eventually(lambda: _client.ls(_client_dir), what="load")
-            assert _ctl_interrupt(process) == (130, "", "")
-        finally:
-            process.kill()
+        eventually(lambda: _client.ls(_client_dir), what="load")
+        assert _ctl_interrupt(process) == (130, "", "")
     assert _client.ls(_client_dir) == []
+
+
+def test_ctl_bench_interrupted_at_its_start_sends_nothing(monkeypatch):
+    """The pool does not wait for a thread whose start was interrupted: its write came too late."""
+    taken, started, start = threading.Event(), [], threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            taken.wait(0.5)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    progress = pyetcd_client._Progress("bench", 9)
+    with pytest.raises(KeyboardInterrupt):
+        pyetcd_client._run_parallel(range(9), 4, lambda item: taken.set(), progress)
+    for thread in started:
+        thread.join(_CLIENT_WAIT_S)
+    assert not taken.is_set()
 
 
 def test_ctl_bench_says_what_it_could_not_remove():
@@ -1446,7 +1469,7 @@ def test_ctl_completion_scripts_work_in_their_shells(tmp_path, shell, script):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     program = tmp_path / "pyetcdctl"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {pyetcd_client.__file__} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {compiled(pyetcd_client)} "$@"\n')
     program.chmod(0o755)
     path = tmp_path / "completion"
     path.write_text(_client_main("completion", shell)[1])

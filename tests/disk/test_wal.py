@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import shutil
 
 import pytest
 
@@ -49,8 +48,9 @@ def _wal_small(directory, **options):
 
 def _wal_place(directory, data, name=_WAL_FIRST):
     """Make `directory` a log of this one file."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)      # and never removed, which takes ten times as long
+    for left in directory.iterdir():
+        left.unlink()
     (directory / name).write_bytes(data)
 
 

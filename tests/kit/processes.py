@@ -12,6 +12,7 @@ import json
 import os
 import py_compile
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,10 +34,22 @@ def compile_once():
         py_compile.compile(module.__file__, doraise=True)
 
 
+def compiled(module):
+    """Return the path of a module's byte code, for a process that runs it as a program."""
+    return importlib.util.cache_from_source(module.__file__)
+
+
+def copy_module(module, directory):
+    """Copy a module together with its byte code, which belongs to this time of change."""
+    shutil.copy2(module.__file__, directory)
+    (directory / "__pycache__").mkdir(exist_ok=True)
+    shutil.copy2(compiled(module), directory / "__pycache__")
+
+
 class Process:
     """`python pyetcd.py`, compiled before, with a log that can be read while it runs."""
 
-    program = (sys.executable, importlib.util.cache_from_source(pyetcd.__file__))
+    program = (sys.executable, compiled(pyetcd))
 
     def __init__(self, directory, *arguments, env=None):
         self.directory = directory

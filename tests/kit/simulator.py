@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import errno
 import functools
 import heapq
@@ -73,6 +74,14 @@ class SimDisk:
         self.handles = {}
         self.locked = set()
         self.crash_after = None
+
+    def fork(self):
+        """Return a disk of the same content, which can crash and be used apart from this one."""
+        disk = SimDisk(self.rng)
+        files = {id(f): copy.copy(f) for f in (*self.live.values(), *self.durable.values())}
+        disk.live, disk.durable = ({path: files[id(file)] for path, file in names.items()}
+                                   for names in (self.live, self.durable))
+        return disk             # crash() gives the files bytes of their own
 
     def _torn(self, tail, offset):
         chance = self.rng.random()

@@ -26,6 +26,7 @@ import pyetcd
 from pyetcd import Message, MsgType, ProgressState, RaftRole
 from tests.kit.basics import ROOT, eventually, manual_code, open_files
 from tests.kit.http import _http_ask, _http_keys, _HttpSocket
+from tests.kit.processes import copy_module
 
 
 def _aid_put(member, key, value):
@@ -407,8 +408,8 @@ def _aid_project(path):
     """A project with the tests above, beside this checkout's module as pip would install it."""
     info = path / "site" / "pyetcd_server-0.dist-info"
     info.mkdir(parents=True)
-    for name in ("pyetcd.py", "pyetcd_pytest.py"):
-        shutil.copy(ROOT / name, path / "site")
+    copy_module(pyetcd, path / "site")
+    shutil.copy(ROOT / "pyetcd_pytest.py", path / "site")
     project = (ROOT / "pyproject.toml").read_text()
     entry = re.search(r'^\[project.entry-points.pytest11\]\npyetcd = "(\S+)"', project, re.M)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pyetcd-server\nVersion: 0\n")
@@ -483,8 +484,8 @@ def test_aid_plugin_costs_nothing_where_no_test_uses_it(tmp_path, is_loaded):
 
 def test_aid_fixtures_work_where_both_files_are_copied(tmp_path):
     """No installation: conftest.py names the plugin, or the class of before."""
-    for name in ("pyetcd.py", "pyetcd_pytest.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_module(pyetcd, tmp_path)
+    shutil.copy(ROOT / "pyetcd_pytest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_it.py").write_text("def test_it(etcd_server):\n    assert etcd_server.id\n")
     for line in ("pytest_plugins = ['pyetcd_pytest']", "from pyetcd import PytestPlugin\n"

@@ -21,7 +21,7 @@ import requests
 import pyetcd_client
 from tests.kit.basics import ROOT, eventually, free_port
 from tests.kit.clients import _client_background
-from tests.kit.processes import StaticCluster
+from tests.kit.processes import StaticCluster, copy_module
 
 # Libraries from PyPI.  Every test runs on the real etcd too: that proves the test.
 
@@ -486,8 +486,8 @@ assert client.port == 4001 and client.protocol == "http" and client.read_timeout
 
 def test_lib_python_etcd_contrib_names(tmp_path):
     """A program finds `etcd` and its modules, and the names that Salt and conftool use."""
-    for name in ("contrib/etcd.py", "pyetcd_client.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "contrib/etcd.py", tmp_path)
+    copy_module(pyetcd_client, tmp_path)
     (tmp_path / "program.py").write_text(_LIB_PROGRAM)
     done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True,
                           text=True, timeout=60, check=False)

@@ -24,7 +24,7 @@ import requests
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, free_port
-from tests.kit.processes import ClusterMember, Process
+from tests.kit.processes import ClusterMember, Process, compiled
 
 _HELPERS = {"etcd": pyetcd, "etcdctl": pyetcd_client}
 _CTDB_LOCK = Path("/usr/libexec/ctdb/ctdb_etcd_lock")       # Debian: ctdb
@@ -34,8 +34,7 @@ _CTDB_LOCK = Path("/usr/libexec/ctdb/ctdb_etcd_lock")       # Debian: ctdb
 def _programs_path(tmp_path: Path) -> str:
     """A PATH on which pyetcd is `etcd` and pyetcdctl is `etcdctl`, compiled before."""
     for name, module in _HELPERS.items():
-        compiled = importlib.util.cache_from_source(str(module.__file__))
-        _script(tmp_path / "bin" / name, f'exec "{sys.executable}" "{compiled}" "$@"')
+        _script(tmp_path / "bin" / name, f'exec "{sys.executable}" "{compiled(module)}" "$@"')
     return f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 

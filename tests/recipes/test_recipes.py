@@ -1599,11 +1599,18 @@ def _recipe_worker(client, directory, name, witness, end):
 def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
     """Let a worker per client run; return the number of locks held and items passed on."""
     witness, end = _RecipeWitness(), threading.Event()
+
+    def finish():
+        try:                            # on a busy machine the first results take longer
+            _client_eventually(lambda: end.is_set() or witness.spans["lock"] and witness.got)
+        finally:
+            end.set()
+
     with contextlib.ExitStack() as stack:
         outcomes = [stack.enter_context(_client_background(
             _recipe_worker, client, directory, name, witness, end))
             for name, client in enumerate(clients)]
-        timer = threading.Timer(seconds, end.set)
+        timer = threading.Timer(seconds, finish)
         timer.start()
         try:
             disturb(end)
@@ -1674,8 +1681,10 @@ def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
 
         def kill_leader(end):
             end.wait(0.5)
-            lead = next(iter(servers.values())).call(lambda etcd: etcd.lead)
-            servers[lead].kill()
+            one = next(iter(servers.values()))
+            _client_eventually(lambda: servers.get(one.call(lambda etcd: etcd.lead))).kill()
+            end.wait()
+            monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
         with _recipe_postman(clients):
             held, items = _recipe_storm(clients, "/storm", 2.0, kill_leader)

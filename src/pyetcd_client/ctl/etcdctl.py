@@ -376,19 +376,23 @@ def _run_parallel(
 
     def serve() -> None:
         try:
-            while not stop.is_set():
+            while True:
                 with lock:                          # guards the iterator and the terminal
                     number, item = next(numbered, (0, None))
+                    if item is None or stop.is_set():
+                        break
                     progress.show(number)
-                if item is None:
-                    break
                 work(item)
         finally:
             stop.set()
 
     with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
-        try:                                        # Ctrl-C may come before all have started
-            for future in [pool.submit(serve) for _ in range(max(1, workers))]:
+        try:
+            with lock:                              # the pool does not wait for a worker whose
+                stop.set()                          # start Ctrl-C interrupted: it gets no item
+                futures = [pool.submit(serve) for _ in range(max(1, workers))]
+                stop.clear()
+            for future in futures:
                 future.result()
         finally:
             stop.set()
