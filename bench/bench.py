@@ -22,6 +22,7 @@ import argparse
 import base64
 import contextlib
 import datetime
+import http.client
 import itertools
 import os
 import platform
@@ -55,6 +56,7 @@ from report import (
 HERE = Path(__file__).resolve().parent
 LOADED_KEYS = 100_000                   # keys of the cases of size
 GROWN_KEYS = 1_000_000
+SCALE_SECONDS_MAX = 300.0               # for a snapshot or a join with so many keys
 STALL_MS = 25.0                         # nobody else may have to wait longer
 
 
@@ -64,6 +66,7 @@ class Case(NamedTuple):
     run         (bench, peer) -> {metric key: value}; starts and ends its own members
     rounds_max  fewer rounds than --rounds for slow cases; 0: no such limit
     foreign     names of peers with another protocol that can do this as well
+    in_full_run  False for a case of several minutes, which --only has to name
     """
 
     name: str
@@ -72,6 +75,7 @@ class Case(NamedTuple):
     rounds_max: int = 0
     foreign: Tuple[str, ...] = ()
     connections: int = 64               # for the foreign ones
+    in_full_run: bool = True
 
 
 class Bench:
@@ -283,6 +287,55 @@ def run_growth(bench: Bench, peer: Peer) -> Dict[str, float]:
     return {f"growth.{name}": grown / small for name, (small, grown) in rates.items()}
 
 
+def run_scale(bench: Bench, peer: Peer) -> Dict[str, float]:
+    """1,000,000 keys: memory, a snapshot, a restart, and a member without data that joins."""
+    values = {}
+    with bench.cluster(peer) as cluster:
+        member = cluster.members[0]
+        idle = member.resident_bytes()
+        put_keys(member, GROWN_KEYS)
+        time.sleep(5)
+        values["scale.memory"] = (member.resident_bytes() - idle) / GROWN_KEYS
+        begun = member.log_lines("start to snapshot")
+        while member.log_lines("start to snapshot") == begun:
+            put_keys(member, 2_000, directory="bench")
+        with Prober(member, PLAIN_KEY) as prober:
+            values["scale.snapshot"] = _seconds_until(
+                member, lambda: member.log_lines("saved snapshot") > begun)
+        values["scale.snapshot.stall"] = prober.longest_ms
+        cluster.stop()
+        cluster.start()
+        values["scale.restart"] = cluster.start_s
+        with Prober(member, PLAIN_KEY) as prober:
+            joiner = cluster.join()
+            _seconds_until(joiner, lambda: _status(joiner, "/version") == 200)
+            with Prober(joiner, "/version") as follower_prober:
+                last_key = f"/v2/keys/load/key-{GROWN_KEYS - 1:07d}"
+                values["scale.join"] = _seconds_until(
+                    joiner, lambda: _status(joiner, last_key) == 200)
+        values["scale.join.stall"] = prober.longest_ms
+        values["scale.joiner.stall"] = follower_prober.longest_ms
+    return values
+
+
+def _seconds_until(program: Member, holds: Callable[[], bool]) -> float:
+    """Return how long it takes from now until holds() is true."""
+    began = time.perf_counter()
+    while not holds():
+        program.check()
+        if time.perf_counter() - began > SCALE_SECONDS_MAX:
+            raise BenchError(program.failure(f"was not ready in {SCALE_SECONDS_MAX:g} s"))
+        time.sleep(0.02)
+    return time.perf_counter() - began
+
+
+def _status(member: Member, target: str) -> int:
+    """Return the status of a GET; 0: no answer."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return member.send("GET", target)[0]
+    return 0
+
+
 # --- what users cost ------------------------------------------------------------------------------
 
 
@@ -361,6 +414,17 @@ CASES: Tuple[Case, ...] = (
         Metric("growth.get", "GET rate among 1,000,000 keys / among 1,000", "x", "growth",
                "higher", limit=0.7),
     ), run_growth, rounds_max=3),
+    Case("scale", (
+        Metric("scale.memory", "memory per key, 1,000,000 keys of 64 B", "B", "memory", "lower",
+               0.22),
+        Metric("scale.snapshot", "snapshot of 1,000,000 keys", "s", "scale", "lower", 1.0),
+        Metric("scale.restart", "start to first acknowledged PUT, 1,000,000 keys on disk", "s",
+               "scale", "lower", 1.0),
+        Metric("scale.join", "a new member gets 1,000,000 keys", "s", "scale", "lower", 1.0),
+        _stall("scale.snapshot.stall", "a snapshot of 1,000,000 keys"),
+        _stall("scale.join.stall", "the sending of 1,000,000 keys to a new member"),
+        _stall("scale.joiner.stall", "their recovery, at the new member"),
+    ), run_scale, rounds_max=1, in_full_run=False),
     Case("auth", (
         Metric("auth.get", "GET without users / with, verified", "x", "auth", "lower", limit=1.18),
         Metric("auth.put", "PUT without users / with, verified", "x", "auth", "lower", limit=1.18),
@@ -514,7 +578,7 @@ def find_cases(only: str) -> List[Case]:
     unknown = set(wanted) - {case.name for case in CASES}
     if unknown:
         raise SystemExit(f"bench: no case {', '.join(sorted(unknown))}")
-    return [case for case in CASES if not wanted or case.name in wanted]
+    return [case for case in CASES if (case.name in wanted if wanted else case.in_full_run)]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -129,6 +129,10 @@ class Program:
         log = self._log_path.read_text(errors="replace").splitlines()[-10:]
         return "\n".join([f"{shlex.join(self.command)} {what}; its last lines:", *log])
 
+    def log_lines(self, text: str) -> int:
+        """Return how many lines of its log hold `text`."""
+        return self._log_path.read_text(errors="replace").count(text)
+
     def _proc(self, name: str) -> str:
         assert self._process is not None
         return Path(f"/proc/{self._process.pid}/{name}").read_text()
@@ -141,7 +145,8 @@ class Member(Program):
     """
 
     def __init__(
-        self, peer: Peer, directory: Path, name: str, ports: Tuple[int, int], cluster: str
+        self, peer: Peer, directory: Path, name: str, ports: Tuple[int, int], cluster: str,
+        state: str = "new",
     ) -> None:
         directory.mkdir()
         self.client_port, peer_port = ports
@@ -151,7 +156,7 @@ class Member(Program):
             *peer.command, "--name", name, "--data-dir", str(directory / "data"),
             "--listen-client-urls", client_url, "--advertise-client-urls", client_url,
             "--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url,
-            "--initial-cluster", cluster,
+            "--initial-cluster", cluster, "--initial-cluster-state", state,
         ], directory / "log")
 
     def url(self, target: str) -> str:
@@ -199,12 +204,14 @@ class Cluster:
 
     def __init__(self, peer: Peer, directory: Path, count: int) -> None:
         self.start_s = 0.0
+        self._peer = peer
+        self._directory = directory
         ports = free_ports(2 * count)
         names = [f"bench{number}" for number in range(count)]
-        cluster = ",".join(
+        self._initial = ",".join(
             f"{name}=http://127.0.0.1:{ports[2 * at + 1]}" for at, name in enumerate(names))
         self.members = [
-            Member(peer, directory / name, name, (ports[2 * at], ports[2 * at + 1]), cluster)
+            Member(peer, directory / name, name, (ports[2 * at], ports[2 * at + 1]), self._initial)
             for at, name in enumerate(names)
         ]
 
@@ -217,6 +224,22 @@ class Cluster:
         self.start_s = time.perf_counter() - began
         for member in self.members[1:]:
             member.wait_until_writable()
+
+    def join(self) -> Member:
+        """Add one member, and start it; it has no data yet."""
+        ports, name = free_ports(2), f"bench{len(self.members)}"
+        url = f"http://127.0.0.1:{ports[1]}"
+        status, body = self.leader.send(
+            "POST", "/v2/members", json.dumps({"peerURLs": [url]}),
+            {"Content-Type": "application/json"})
+        if status != 201:
+            raise BenchError(f"a member could not be added: {status} {body!r}")
+        self._initial += f",{name}={url}"
+        member = Member(self._peer, self._directory / name, name, (ports[0], ports[1]),
+                        self._initial, "existing")
+        self.members.append(member)
+        member.start()
+        return member
 
     def stop(self) -> None:
         """End all."""

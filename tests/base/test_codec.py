@@ -206,7 +206,7 @@ def test_codec_snapshot_file_as_recorded():
     metadata = wanted["snapshot"]["metadata"]
     assert (snapshot.index, snapshot.term) == (metadata["index"], metadata["term"])
     assert list(map(pyetcd.format_id, snapshot.voters)) == metadata["conf_state_nodes"]
-    assert json.loads(snapshot.data) == wanted["store"]
+    assert json.loads(bytes(snapshot.data)) == wanted["store"]
     data = pyetcd.encode_snapshot(snapshot)
     head = b"\x08%b\x12%b" % (pyetcd.encode_varint(wanted["crc"]), pyetcd.encode_varint(len(data)))
     assert head + data == content

@@ -189,6 +189,17 @@ def test_raft_log_restored_snapshot_gates_everything_behind_it():
     assert [entry.index for entry in log.committed(10)] == [11]
 
 
+def test_raft_log_frees_the_entries_before_a_snapshot_in_slices(monkeypatch):
+    monkeypatch.setattr(pyetcd, "COMPACT_SLICE_ENTRIES", 10)
+    log = RaftLog(entries=_raft_entries([1] * 25), commit=1)
+    log.restore(Snapshot(index=100, term=3, voters=(1,)))
+    left = []
+    for _ in range(3):
+        log.hand_out()
+        left.append(len(log._replaced))
+    assert left == [15, 5, 0]
+
+
 def test_raft_progress_pauses_at_a_full_window_and_an_answer_frees_all_up_to_it():
     """A window of three."""
     progress = Progress(4, 3, match_index=3)

@@ -1607,6 +1607,86 @@ def test_store_frees_the_tree_before_a_recover_in_slices(
     assert not store._replaced
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_store_reads_a_snapshot_in_blocks_as_node_by_node(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is where a block ends: directories, escapes, long values, invalid UTF-8."""
+    print("seed", seed)
+    rng, store = random.Random(seed), Store()
+    values = ("", "x" * 64, 'a"}\\,"Children":null}', "\u00e4\U0001f600\u2028<", "v" * 5_000)
+    for number in range(600):
+        directory = "/".join(rng.choices(("a", "b", "\u00f6", 'q"'), k=rng.randrange(3)))
+        path = f"/{directory}/{number}".replace("//", "/")
+        expires_ns = rng.choice((0, 0, _STORE_LATER))
+        _store_call(store, "set", path, value=rng.choice(values), expires_ns=expires_ns)
+    data = store.save()
+    if seed % 2:
+        data = data.replace(b"x" * 64, b"x\xff" + b"x" * 62, 40)
+    monkeypatch.setattr(pyetcd, "SNAPSHOT_BLOCK_BYTES", 0)
+    plain = pyetcd.StoreState.read(data)
+    sizes, read_files = [], pyetcd._read_files
+
+    def read_and_note(*args: Any) -> Any:
+        found = read_files(*args)
+        sizes.append(found[0])
+        return found
+
+    monkeypatch.setattr(pyetcd, "_read_files", read_and_note)
+    for block_bytes in (1_000, 1 << 15):
+        monkeypatch.setattr(pyetcd, "SNAPSHOT_BLOCK_BYTES", block_bytes)
+        state = pyetcd.StoreState.read(memoryview(data))
+        assert list(state.nodes) == list(plain.nodes) and state.chars == plain.chars
+        recovered, other = Store(), Store()
+        recovered.install(state)
+        other.recover(data)
+        assert recovered.save() == other.save()
+    assert any(sizes)
+
+
+def test_store_expires_the_keys_of_one_entry_in_slices(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader of Go expires any number at once; the events are those of delete_expired()."""
+    monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 900)
+    other = Store()
+    store.begin_turn()
+    for each in (store, other):
+        _store_call(each, "set", "/d", dir=True, expires_ns=_store_in(1))
+        for number in range(2_000):
+            _store_call(each, "set", f"/d/{number}")
+            _store_call(each, "set", f"/k/{number}", expires_ns=_store_in(1 + number % 7))
+            _store_call(each, "set", f"/later/{number}", expires_ns=_store_in(1_000))
+    store.expire(_store_in(10))
+    other.delete_expired(_store_in(10))
+    turns = 0
+    while store.has_garbage:
+        assert not store.accepts_changes and turns < 40
+        before = store.current_index
+        store.begin_turn()
+        turns += 1
+        assert store.current_index - before <= 100
+    assert turns > 20 and not store.is_expiring and store.save() == other.save()
+    store.begin_turn()
+    assert store.accepts_changes
+
+
+def test_store_frees_the_ttls_before_a_recover_in_slices(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 50)
+    store.begin_turn()
+    for number in range(300):
+        _store_call(store, "set", f"/d/{number}", expires_ns=_store_in(number + 1))
+    heap = store._ttl
+    store.recover(Store().save())
+    sizes = [len(heap._heap)]
+    while store.has_garbage:
+        store.begin_turn()
+        sizes.append(len(heap._heap))
+    assert sizes[-1] == 0 and max(a - b for a, b in zip(sizes, sizes[1:])) <= 100
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_store_counts_the_characters_of_what_it_holds(seed: int) -> None:
     """After every change, also of long values, directories in slices, expiry and a snapshot."""

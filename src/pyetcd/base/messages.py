@@ -146,6 +146,7 @@ class Entry:
 class Snapshot(NamedTuple):
     """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
 
+    data   after decoding perhaps a view of a file, or of the message that it came in
     state  the decoded `data`, if known (StoreState); never encoded
     """
 

@@ -11,7 +11,7 @@ from typing import Callable, Container, Iterable, List, NamedTuple, Optional, Se
 
 from ..base.basics import NO_DESCRIPTOR, fsync_dir
 from ..base.checksums import crc32c
-from ..base.codec import decode_known, decode_snapshot, encode_snapshot, encode_varint
+from ..base.codec import decode_known, decode_snapshot, encode_snapshot_parts, encode_varint
 from ..base.errors import CodecError, StartError, WalError
 from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT
@@ -54,9 +54,11 @@ class Snapshotter:
 
         Raises DiskFull, leaving nothing, and OSError.
         """
-        data = encode_snapshot(snapshot)
+        parts, crc = encode_snapshot_parts(snapshot), 0
+        for part in parts:
+            crc = crc32c(part, crc)
         snapshot_id = EntryID(snapshot.term, snapshot.index)
-        self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
+        self.write(SnapshotFile(snapshot_id, parts, sum(map(len, parts)), crc))
 
     def write(self, file: SnapshotFile) -> None:
         """Do save() for a snapshot with a known checksum.
@@ -144,7 +146,8 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    fields = {1: ("crc", 0, int), 2: ("data", 2, memoryview)}
+    values = decode_known(memoryview(content), fields, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")

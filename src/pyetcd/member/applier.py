@@ -163,7 +163,7 @@ class Applier:
         return self._store.get(r.path, recursive=r.recursive, now_ns=self.clock())
 
     def _sync(self, r: Request) -> Applied:
-        self._store.delete_expired(r.time)
+        self._store.expire(r.time)
         return None
 
     def _note_cluster(self, r: Request) -> bool:
@@ -345,7 +345,7 @@ class MemberInspector(MessageInspector):
                 yield
         return ""
 
-    def read_state(self, data: bytes) -> StoreState:
+    def read_state(self, data: Buffer) -> StoreState:
         """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
         state = StoreState.read(data)
         if state.version and not self._cluster.identity.bears(state.version):

@@ -520,7 +520,9 @@ class EtcdServer:
             self.cluster.was_lowered, self.snapshots.least_index = False, self.raft_index
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
-        if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
+        if self.store.is_expiring or self.snapshots.busy:
+            return
+        if is_due or self.snapshots.is_requested:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 

@@ -6,6 +6,7 @@ import logging
 import re
 from typing import IO, Any, Callable, Dict, Generator, Iterable, List, NamedTuple, Optional
 
+from ..base.codec import Buffer
 from ..base.ids import package_logger
 from ..base.limits import NS, UINT64_MAX
 from ..base.messages import Message
@@ -125,7 +126,7 @@ class MessageInspector:
         yield from ()
         return ""
 
-    def read_state(self, data: bytes) -> Any:
+    def read_state(self, data: Buffer) -> Any:
         """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
         return None
 

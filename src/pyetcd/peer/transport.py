@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import mmap
 import tempfile
 import weakref
 from typing import IO, Any, Callable, Dict, Generator, Iterable, Optional, Sequence, Tuple, Union
@@ -454,19 +455,18 @@ def _posted_snapshot(
     Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
-        file.seek(0)
-        head, size = file.read(8) if is_framed else b"", PEER_BODY_BYTES_MAX
-        if len(head) == 8:
-            (size,) = _U64.unpack(head)
+        data, size, start = _view(body), PEER_BODY_BYTES_MAX, 8 if is_framed else 0
+        if is_framed and len(data) >= start:
+            (size,) = _U64.unpack_from(data)
         try:
             if size > PEER_BODY_BYTES_MAX:
                 raise CodecError(f"frame of {size} bytes")
-            data = file.read(size)
-            if is_framed and (len(head) < 8 or not size or len(data) < size):
+            if is_framed and (not size or len(data) < start + size):
                 raise CodecError("unexpected EOF")
-            message = decode_message(data)
+            message = decode_message(data[start:start + size])
         except CodecError as error:
             raise CodecError(f"failed to decode raft message ({error})") from None
+        file.seek(min(len(data), start + size))
         has_v3_data = is_framed and inspector.has_v3_data(file)
     if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
@@ -477,6 +477,14 @@ def _posted_snapshot(
         except ValueError as error:
             raise CodecError(f"not a snapshot that this member can take: {error}") from None
     return message, has_v3_data
+
+
+def _view(body: Union[bytes, IO[bytes]]) -> memoryview:
+    """Return a body without a copy: to copy or free 200 MB stops all threads for 0.1 s."""
+    if isinstance(body, bytes):
+        return memoryview(body)
+    body.flush()
+    return memoryview(mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.errors import InvariantError
+from ..base.limits import COMPACT_SLICE_ENTRIES
 from ..base.messages import Entry, EntryID, Snapshot
 from .progress import _ENTRY_OVERHEAD
 
@@ -42,6 +43,7 @@ class RaftLog:
         self.offset = self.commit = self.stable = self._handed = offset.index
         self._offset_term = offset.term
         self._entries: List[Entry] = []
+        self._replaced: List[Entry] = []    # by a snapshot; freed in slices
         self.generation = 0
         self.pending_snapshot: Optional[Snapshot] = None    # received, not yet handed out
         if entries:
@@ -219,7 +221,7 @@ class RaftLog:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = snapshot.index
         self._offset_term = snapshot.term
-        self._entries = []
+        self._replaced, self._entries = self._entries, []
         self.stable = 0
         self.generation += 1
         self.pending_snapshot = snapshot
@@ -231,6 +233,7 @@ class RaftLog:
     def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
         """Return the snapshot and the entries that the disk lacks, and the mark of their end."""
         snapshot, self.pending_snapshot = self.pending_snapshot, None
+        del self._replaced[-COMPACT_SLICE_ENTRIES:]
         entries = self._entries[self._handed - self.offset:]
         self._handed = self.last_index
         return snapshot, entries, Mark(self._handed, self.generation)

@@ -27,7 +27,8 @@ class NodeTree:
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
         self._unfreed: List[Dict[str, None]] = []       # children of removed directories
-        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []   # earlier trees
+        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk], TtlHeap]] = []  # earlier trees
+        self._expiring_ns = 0                           # the cutoff of an expiry under way
         self._budget: float = math.inf                  # nodes that this turn may free
         self._nodes: Dict[str, Node] = {                # no path without its parents
             "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
@@ -41,11 +42,17 @@ class NodeTree:
     @property
     def accepts_changes(self) -> bool:
         """True if a change may be applied in this turn; False: after the next collect_garbage()."""
-        return not self._detached and self._budget > 0
+        return not self._detached and self._budget > 0 and not self._expiring_ns
+
+    @property
+    def is_expiring(self) -> bool:
+        """True if the rest of the expired keys of one entry is removed in the next turns."""
+        return self._expiring_ns > 0
 
     @property
     def has_garbage(self) -> bool:
-        return bool(self._detached) or bool(self._replaced) and not self._replaced[0][1]
+        is_replaced = bool(self._replaced) and not self._replaced[0][1]
+        return bool(self._detached) or self._expiring_ns > 0 or is_replaced
 
     def collect_garbage(self) -> None:
         """Free REMOVED_NODES_MAX nodes at most until the next call.
@@ -56,10 +63,11 @@ class NodeTree:
         self._budget = REMOVED_NODES_MAX
         self._free_detached()
         if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
-            nodes = self._replaced[0][0]
+            nodes, _, ttl = self._replaced[0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
                 nodes.popitem()
-            if not nodes:
+            ttl.free(REMOVED_NODES_MAX)
+            if not nodes and not len(ttl):
                 del self._replaced[0]
 
     def count_children(self, path: str) -> int:
@@ -108,9 +116,9 @@ class NodeTree:
             self._ttl.set(path, node.expires_ns)
 
     def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
-        self._detached, self._unfreed = (), []
+        self._detached, self._unfreed, self._expiring_ns = (), [], 0
         if len(self._nodes) > REMOVED_NODES_MAX:
-            self._replaced.append((self._nodes, self._walks))
+            self._replaced.append((self._nodes, self._walks, self._ttl))
         self._walks = []                        # a walk under way keeps the tree it began with
         self._nodes, self._ttl, self.chars = nodes, ttl, chars
 

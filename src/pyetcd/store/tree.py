@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import re
 from typing import (
     Any,
     Callable,
     Dict,
     Generator,
+    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -22,6 +24,7 @@ from typing import (
 )
 
 from ..base.basics import _nothing
+from ..base.codec import Buffer
 from ..base.errors import (
     CompareFailed,
     DirNotEmpty,
@@ -55,7 +58,10 @@ from .watchers import EventHistory, StoreStats, TtlHeap, Watcher, WatcherHub
 
 EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
 SNAPSHOT_PROGRESS_NODES = 20_000    # read between two reports of progress
+EXPIRED_KEY_NODES = 8               # removed nodes that take as long as one event of an expired key
+SNAPSHOT_BLOCK_BYTES = 1 << 15      # of a snapshot's JSON, decoded at once: 0.3 ms
 _READ_ONLY = frozenset(("/", "/0", "/1"))
+_PERMANENT_BYTES = _PERMANENT.encode()
 
 
 def _number(members: Mapping[str, Any], name: str) -> int:
@@ -66,36 +72,42 @@ def _number(members: Mapping[str, Any], name: str) -> int:
     return value
 
 
-_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_STRING = rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
 _SNAPSHOT_NODE = re.compile(
-    rf'[}},]*(?:{_STRING}:)?{{"Path":{_STRING},"CreatedIndex":([0-9]+),"ModifiedIndex":([0-9]+),'
-    rf'"ExpireTime":{_STRING},(?:"(?!Value")\w+":{_STRING},)*"Value":{_STRING},'
-    r'"Children":(?:null\}|(\{))'
+    rb'[}},]*(?:%b:)?{"Path":%b,"CreatedIndex":([0-9]+),"ModifiedIndex":([0-9]+),'
+    rb'"ExpireTime":%b,(?:"(?!Value")\w+":%b,)*"Value":%b,'
+    rb'"Children":(?:null\}|(\{))' % ((_STRING,) * 5)
 )
+_FILE_END = b'"Children":null}'
+_FILE_FIELDS = operator.itemgetter(
+    "Path", "Value", "CreatedIndex", "ModifiedIndex", "ExpireTime", "Children"
+)
+_raw_decode = json.JSONDecoder().raw_decode
 
 
-def _unquote(string: str) -> str:
-    return as_unicode(load_json(f'"{string}"')) if "\\" in string else string
+def _unquote(string: bytes) -> str:
+    text = string.decode("utf-8", "replace")
+    return as_unicode(load_json(f'"{text}"')) if "\\" in text else text
 
 
 def _read_tree(
-    text: str, progress: Callable[[float, int], None]
+    data: Buffer, progress: Callable[[float, int], None]
 ) -> Tuple[Dict[str, Node], int]:
-    """Return the nodes of a snapshot by path, and the end of their JSON in `text`.
+    """Return the nodes of a snapshot by path, and the end of their JSON in `data`.
 
-    Reads node after node, as Go writes their members in one order, instead of the nested objects:
-    keys may be deeper than json.loads goes, and its 100,000 dicts would take four times the memory
-    of the nodes.  A quote inside a string is escaped, so no string looks like a node.
+    Reads directories one by one, as Go writes their members in one order, instead of the nested
+    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four times
+    the memory of the nodes.  A quote inside a string is escaped, so no string looks like a node.
     """
     nodes: Dict[str, Node] = {}
-    end = len('{"Root":')
-    match = _SNAPSHOT_NODE.match(text, end)
+    end, plain_from, reported = len('{"Root":'), 0, 0
+    match = _SNAPSHOT_NODE.match(data, end)
     while match is not None:
         end = match.end()
-        _, path, created, modified, expires, _, value, children = match.groups()
-        path, created_index = _unquote(path), int(created)
+        _, key, created, modified, expires, _, value, children = match.groups()
+        path, created_index = _unquote(key), int(created)
         modified_index = created_index if modified == created else int(modified)    # share the int
-        expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
+        expires_ns = 0 if expires == _PERMANENT_BYTES else parse_time(_unquote(expires))
         if children is None:
             nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
         else:
@@ -105,10 +117,51 @@ def _read_tree(
             raise ValueError(f"{path} is in a file")
         if path != "/":
             siblings[path] = None
-        if not len(nodes) % SNAPSHOT_PROGRESS_NODES:
-            progress(end / len(text), len(nodes))
-        match = _SNAPSHOT_NODE.match(text, end)
+        while children is None and end >= plain_from and bytes(data[end:end + 1]) == b",":
+            size, tried = _read_files(data, end, parent_path(path), nodes, siblings)
+            end += size
+            if not size:
+                plain_from = end + tried    # until there node by node
+        if len(nodes) >= reported + SNAPSHOT_PROGRESS_NODES:
+            reported = len(nodes)
+            progress(end / len(data), reported)
+        match = _SNAPSHOT_NODE.match(data, end)
     return nodes, end
+
+
+def _read_files(
+    data: Buffer, start: int, parent: str, nodes: Dict[str, Node], siblings: Dict[str, None]
+) -> Tuple[int, int]:
+    """Read a block of files of one directory, from the comma before the first on.
+
+    Returns how many bytes were read, and tried.  Reads nothing of a block with a directory in it,
+    or of another form.  The C code of json is quicker than the expression.
+    """
+    block = bytes(data[start + 1:start + SNAPSHOT_BLOCK_BYTES])
+    tried = block.rfind(_FILE_END) + len(_FILE_END)
+    try:
+        text = block[:tried].decode()
+        files, end = _raw_decode("{" + text + "}")
+        rows = map(_FILE_FIELDS, files.values())
+        paths, values, created, modified, expires, children = zip(*rows)
+        if (
+            set(children) != {None} or set(map(type, paths + values)) != {str}
+            or {path[:path.rfind("/")] for path in paths} != {parent.rstrip("/")}
+            or set(map(type, created + modified)) != {int} or min(created + modified) < 0
+        ):
+            return 0, tried
+        if not text.isascii() or "\\" in text:      # perhaps with half of a surrogate pair
+            paths, values = tuple(map(as_unicode, paths)), tuple(map(as_unicode, values))
+        found = [
+            file_node(value, c, c if c == m else m, 0 if e == _PERMANENT else parse_time(e))
+            for value, c, m, e in zip(values, created, modified, expires)
+        ]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0, tried
+    nodes.update(zip(paths, found))
+    siblings.update(dict.fromkeys(paths))
+    whole = end == len(text) + 2
+    return 1 + (tried if whole else len(text[:end - 2].encode())), tried
 
 
 def _read_event(members: Mapping[str, Any]) -> Event:
@@ -151,13 +204,13 @@ class StoreState(NamedTuple):
 
     @classmethod
     def read(
-        cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+        cls, data: Buffer, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> StoreState:
         """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
-            text = data.decode("utf-8", "replace")
-            nodes, end = _read_tree(text, progress)
-            slots, rest = _read_slots(text, end)
+            nodes, end = _read_tree(data, progress)
+            text = bytes(data[end:]).decode("utf-8", "replace")
+            slots, rest = _read_slots(text, 0)
             state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
@@ -436,19 +489,36 @@ class Store(NodeTree):
         """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
         self.collect_garbage()
+        if self._expiring_ns and not self._detached:
+            self.expire(self._expiring_ns)
 
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
         """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
-        events: List[Event] = []
+        return list(self._expirations(cutoff_ns))
+
+    def expire(self, cutoff_ns: int) -> None:
+        """Do delete_expired() in slices; the next turns remove what is beyond this turn's budget.
+
+        Until then no other change is accepted, and no snapshot may begin, as an entry of the log
+        is half applied.  A leader of Go expires any number of keys with one entry.
+        """
+        self._expiring_ns = cutoff_ns
+        for _ in self._expirations(cutoff_ns):
+            self._budget -= EXPIRED_KEY_NODES
+            if self._budget <= 0:
+                return
+        self._expiring_ns = 0
+
+    def _expirations(self, cutoff_ns: int) -> Iterator[Event]:
         while True:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
-                return events
+                return
             if path.startswith(self._detached):
                 self._ttl.set(path, 0)
                 continue
             self.stats.expire_count += 1
-            events.append(self._remove("expire", path, self._nodes[path], cutoff_ns))
+            yield self._remove("expire", path, self._nodes[path], cutoff_ns)
 
     @property
     def has_ttl(self) -> bool:
@@ -501,7 +571,7 @@ class Store(NodeTree):
             self._put_node(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
-        self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+        self, data: Buffer, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
         """Install the snapshot `data`.  Raises ValueError, before any change, if it is not one.
 

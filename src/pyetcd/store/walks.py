@@ -91,7 +91,8 @@ class TreeWalk:
         node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
         if path in self._kept:
-            paths = list(dict.fromkeys(paths + self._kept[path]))
+            known = node.children if node is not None and node.children is not None else {}
+            paths += [kept for kept in dict.fromkeys(self._kept[path]) if kept not in known]
         return paths
 
 
