@@ -14141,34 +14141,48 @@ def report_leader_wait(
     )
 
 
-def publish(
-    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
-    done: Callable[[], None],
-) -> None:
-    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+class Publication:
+    """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
-    def applied(result: "Any") -> None:
-        if isinstance(result, ServerStopped):
+    def __init__(
+        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
+        propose: Propose, done: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._member_id = member_id
+        self._reactor = reactor
+        self._propose = propose
+        self._done = done
+        self._is_applied = False
+
+    def propose(self) -> None:
+        """Propose it unless it is applied; one more proposal is harmless."""
+        if self._is_applied:
+            return
+        config = self._config
+        member = Member(
+            self._member_id, config.initial_advertise_peer_urls, config.name,
+            config.advertise_client_urls, FEATURES,
+        )
+        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        self._propose(
+            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+
+    def _applied(self, result: Any) -> None:
+        if self._is_applied or isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
             SERVER_LOG.error("publish error: %s", result.cause)
-            reactor.call_later(
-                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
-            )
+            self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
-        _check_peer_urls(config, cluster.members.get(member_id))
+        self._is_applied = True
+        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
         SERVER_LOG.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
-            " ".join(config.advertise_client_urls), format_id(cluster.id),
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
+            " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
         )
-        done()
-
-    member = Member(
-        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
-        FEATURES,
-    )
-    path = f"/0/members/{format_id(member_id)}/attributes"
-    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+        self._done()
 
 
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
@@ -14436,12 +14450,13 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
+        self.publication = Publication(
+            config, self.cluster, self.member_id, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # of their data
         self._changes: List[ConfChange] = []    # proposed changes of members, likewise
@@ -14489,11 +14504,7 @@ class EtcdServer:
             (self._data_dir.snap, ".snap", config.max_snapshots),
             (self._data_dir.wal, ".wal", config.max_wals),
         ))
-        self.publish(self._published)
-
-    def publish(self, done: Callable[[], None]) -> None:
-        """Tell the cluster this member's name and client URLs; done() when it knows them."""
-        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+        self.publication.propose()
 
     def leave(self, done: Callable[[], None]) -> None:
         """Prepare a planned stop: done() when another member leads, and no request waits here."""
@@ -14828,6 +14839,7 @@ class EtcdServer:
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+        self.publication.propose()      # the snapshot may hold the first one, without an answer
 
 
 # ============================================================================
@@ -16821,6 +16833,7 @@ dd { margin: 0; }
 #rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
 .row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
 .row:hover { background: var(--raised); }
+.row.fresh { background: var(--good-bg); }
 .row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
 .row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
 .row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
@@ -17200,18 +17213,28 @@ const charts = [
 
 // ---- the tree: the document has the rows that can be seen
 
+/** Where a key is in the sorted children of a directory, or belongs. */
+function place(kids, key) {
+  let low = 0;
+  for (let high = kids.length; low < high;) {
+    const middle = (low + high) >> 1;
+    if (kids[middle].key < key) low = middle + 1; else high = middle;
+  }
+  return low;
+}
 const tree = {
   root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
 
   /** Load the children of a directory; rows appear while they come. */
   async load(node) {
     if (node.loading) node.loading.abort();
-    const {signal} = node.loading = new AbortController(), kids = [];
-    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const {signal} = node.loading = new AbortController(), kids = [], late = node.late = [];
+    const known = new Map((node.kids || []).filter(kid => kid.open).map(kid => [kid.key, kid]));
     const prefix = node.key === "/" ? "/" : node.key + "/";
     try {
       for await (const line of lines(
         `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.index) node.seen = line.index;
         if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
         if (!Array.isArray(line)) continue;
         for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
@@ -17224,7 +17247,49 @@ const tree = {
     }
     node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
     node.loading = null;
+    late.forEach(event => this.take(event));
     this.drawSoon(true);
+    for (const kid of kids) if (kid.open) await this.load(kid);
+  },
+  /** Follow what all clients change, while the keys are shown. */
+  async follow() {
+    if (this.followed) this.followed.abort();
+    if (current !== "keys" || document.hidden || !state) return;
+    const {signal} = this.followed = new AbortController(), told = text => {
+      if (!/missed/.test(text) || this.again) return;
+      this.again = setTimeout(() => { this.again = 0; this.load(this.root); }, 500);
+    };
+    this.since = this.since || state.index + 1;
+    for await (const event of changes("/", {since: this.since, recursive: true, signal, told})) {
+      this.since = event.node.modifiedIndex + 1;
+      this.take(event);
+    }
+  },
+  /** Show a change, if the directory is loaded in which it was made. */
+  take(event) {
+    const {action, prevNode, node: {key, dir, value = "", expiration, modifiedIndex}} = event;
+    const gone = /delete|expire/i.test(action), expires = expiration ? Date.parse(expiration) / 1000 : 0;
+    for (let node = this.root; ;) {
+      if (node.loading) return node.late.push(event);
+      if (!node.kids || modifiedIndex <= node.seen) return;
+      const end = key.indexOf("/", node.level && node.key.length + 1 || 1), {kids} = node;
+      const path = end < 0 ? key : key.slice(0, end), at = place(kids, path);
+      const kid = kids[at] && kids[at].key === path && kids[at];
+      this.drawSoon(true);
+      if (path !== key && kid) {
+        if (!kid.kids && parentOf(key) === path) kid.bytes += gone ? -1 : prevNode ? 0 : 1;
+        node = kid;
+        continue;
+      }
+      node.bytes += gone ? -!!kid : !kid;
+      if (gone) return kid && kids.splice(at, 1);
+      const row = this.node([0, dir || path !== key, value.slice(0, 60), path !== key ? 1 : value.length,
+        expires, modifiedIndex], path, node.level + 1);
+      row.fresh = Date.now();
+      if (!kid) kids.splice(at, 0, row);
+      else Object.assign(kid, row, kid.dir && dir && {kids: kid.kids, open: kid.open, bytes: kid.bytes});
+      return;
+    }
   },
   node([, dir, preview, bytes, expires, index], key, level, known) {
     const {kids, open} = known && known.get(key) || {};
@@ -17265,18 +17330,21 @@ const tree = {
   },
   draw() {
     this.frame = null;
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     if (this.changed) {
-      const before = this.flat[this.at];
+      const before = this.flat[this.at], above = Math.floor(box.scrollTop / this.high), top = this.flat[above];
       this.flat = this.flatten();
       if (before && this.flat[this.at] !== before)
         this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      $("space").style.height = `${this.flat.length * this.high}px`;
+      // What the reader looks at stays where it is.
+      const now = above && top !== this.flat[above] ? this.flat.indexOf(top) : -1;
+      if (now >= 0) box.scrollTop += (now - above) * this.high;
       this.changed = false;
     }
-    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
-    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
     const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
-    $("space").style.height = `${this.flat.length * this.high}px`;
     $("rows").style.transform = `translateY(${first * this.high}px)`;
     fill($("rows"), some.map((node, at) => this.row(node, first + at)),
       !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
@@ -17285,8 +17353,8 @@ const tree = {
       (busy || (this.found && this.more ? ", and more" : ""));
   },
   row(node, at) {
-    const {key, dir, expires} = node;
-    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+    const {key, dir, expires, fresh} = node;
+    const line = h("div", {class: fresh > Date.now() - 1500 ? "row fresh" : "row", role: "treeitem", id: `row${at}`, "data-key": key,
       "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
       "aria-selected": String(at === this.at)},
     h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
@@ -17760,6 +17828,7 @@ function go(view) {
   }
   clearTimeout(timer);
   if (discovery) discovery.abort();
+  tree.follow();
   if (!state) return;
   if (view === "overview") showState();
   if (view === "keys" && !tree.root.kids) tree.load(tree.root);
@@ -17853,6 +17922,7 @@ on("token", "click", guarded(async () => {
 on("logfilter", "input", drawLog);
 addEventListener("hashchange", route);
 addEventListener("keydown", keyboard);
+document.addEventListener("visibilitychange", () => tree.follow());
 addEventListener("resize", () => tree.drawSoon());
 theme(0);
 route();
@@ -24125,7 +24195,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self.set_ready)
+        etcd.publication.propose()
 
     def _start_work(self) -> None:
         assert self.etcd is not None
