@@ -19985,6 +19985,11 @@ def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
 class FlagError(ValueError):
     """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
+    def line(self, command: str = "pyetcd") -> str:
+        """Return the text as a sentence that names the help of `command`."""
+        text = str(self)
+        return f"{text}{'' if text.endswith('?') else '.'} See '{command} -help'.\n"
+
 
 class Flag(NamedTuple):
     """One flag.
@@ -22158,6 +22163,7 @@ class Settings:
         self._flags = {flag.name: flag for flag in flags} or _all_flags()
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
+        self._flags_end = False         # -- has come: the rest are words
         while not self.help and self._next_flag():
             pass
 
@@ -22185,10 +22191,12 @@ class Settings:
 
     def _next_flag(self) -> bool:
         """Take one flag off the command line; return False at the end of the flags."""
-        if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
+        rest = self._rest
+        if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
-        word = self._rest.pop(0)
+        word = rest.pop(0)
         if word == "--":
+            self._flags_end = True
             return False
         name, has_value, text = word[2 if word.startswith("--") else 1:].partition("=")
         if not name or name.startswith("-"):
@@ -22208,12 +22216,25 @@ class Settings:
             else:
                 raise FlagError(f"flag needs an argument: -{name}; if there was a variable behind"
                                 f" it, that is empty")
+        before = self.values.get(name)
         self._set(flag, text, f"-{name}")
+        if before is not None and before != self.values[name]:
+            self.warn(f"-{name} is given more than once: only the last, {text}, counts")
         return True
 
-    def take_word(self) -> str:
-        """Take the first word after the flags; return "" if there is none."""
-        return self._rest.pop(0) if self._rest else ""
+    def take_words(self) -> List[str]:
+        """Take all words that are no flags; flags may stand before, between and behind them."""
+        words: List[str] = []
+        while not self.help and (self._next_flag() or self._rest):
+            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
+                               or self._rest[0] == "-"):
+                word = self._rest[0]
+                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                    self.check_leftover()
+                words.append(self._rest.pop(0))
+                self._switch = ""
+        return words
 
     def check_leftover(self) -> None:
         """Raise FlagError if a word follows the flags."""
@@ -22237,8 +22258,11 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
+        if word in COMMANDS:
             return f"; write `pyetcd {word}` first and its flags behind it"
+        meant = difflib.get_close_matches(word.lower(), COMMANDS, 1, _LIKENESS_MIN)
+        if meant and not switch:
+            return f"; did you mean the command `pyetcd {meant[0]}`?"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _suggestion(self, prefix: str, name: str) -> str:
@@ -22344,6 +22368,7 @@ class Settings:
         self.lines.append((level, "flags", text))
 
 
+COMMANDS = ("dev", "backup", "restore", "check", "dump", "export", "import")
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
@@ -22390,7 +22415,8 @@ def url_advice(text: str, name: str) -> str:
         if usable_urls([url]):
             continue
         if not url:
-            return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
+            is_gap = not item.strip() and len(text) > 1
+            return "; there is a comma too many" if is_gap else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
@@ -24783,9 +24809,7 @@ DEV_USAGE = (
 
 
 def dev_size(word: str) -> int:
-    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
-    if not word:
-        return 0
+    """Return the number of members that a word asks for.  Raises FlagError."""
     sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
     if not (word.isascii() and word.isdecimal()):
         raise FlagError(f"'{word}' is not a number of members; use {sizes}")
@@ -25303,22 +25327,20 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     """Run a command with the words behind its name; return the exit code."""
     logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
     line, tool = ProgressLine(name), TOOLS[name]
-    first = list(words)
-    named: List[str] = []
-    while first and not first[0].startswith("-"):
-        named.append(first.pop(0))
     try:
-        settings = Settings(first, os.environ, tool.flags)
+        settings = Settings(words, os.environ, tool.flags)
+        named = settings.take_words()
         if settings.help:
             _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
                    *flag_lines(tool.flags))
             return 0
-        named += filter(None, [settings.take_word() if not named else ""])
-        settings.check_leftover()
         settings.read_environment()
-        return tool.run(named, settings, line)
+        try:
+            return tool.run(named, settings, line)
+        finally:
+            write_warnings(settings, name)
     except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd {name} -help'.\n")
+        sys.stderr.write(error.line(f"pyetcd {name}"))
     except BackupError as error:
         line.clear()
         sys.stderr.write(f"{name}: {error}\n")
@@ -25327,13 +25349,20 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     return EXIT_FAILED
 
 
+def write_warnings(settings: Settings, name: str) -> None:
+    """Write what is odd about the flags of a command; variables of a member are not its flags."""
+    for level, package, text in settings.lines:
+        if level >= logging.WARNING and package == "etcd":
+            sys.stderr.write(f"{name}: {text}\n")
+
+
 def _print(*lines: str) -> None:
     sys.stdout.write("".join(line + "\n" for line in lines))
 
 
 def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
     """Return the only word.  Raises FlagError."""
-    if not words:
+    if not words or not words[0]:
         raise FlagError(f"{name} is missing: {meaning}")
     if len(words) > 1:
         raise FlagError(f"'{words[1]}' is one word too many")
@@ -25453,17 +25482,39 @@ dry-run  bool  read everything, count, and write nothing.
 
 
 def _access(settings: Settings) -> Access:
+    if settings["username"] and ":" not in settings["username"]:
+        raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
+    if settings["key-file"] and not settings["cert-file"]:
+        raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
     return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
                   settings["key-file"], settings["username"])
 
 
+def _refuse(settings: Settings, why: str, *names: str) -> None:
+    """Raise FlagError for flags without effect; a variable may be there for something else."""
+    for name in names:
+        if settings.is_set(name) and settings.where(name).startswith("-"):
+            raise FlagError(f"-{name} has no effect {why}; leave it out")
+
+
 def _run_export(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
-    source = _one_word(words, "DIR", "") if words else ""
+    source = _one_word(words, "DIR", "a data directory, or a URL of a cluster") if words else ""
     access = _access(settings)
     if "://" in source:
-        access, source = access._replace(urls=parse_urls(source)), ""
+        if access.urls:
+            raise FlagError(f"'{source}' and -endpoints: name one source")
+        try:
+            access, source = access._replace(urls=parse_urls(source)), ""
+        except ValueError as error:
+            raise FlagError(f"{error}{url_advice(source, 'endpoints')}") from None
     if bool(source) == bool(access.urls):
         raise FlagError("name one source: a data directory, or a cluster with -endpoints")
+    if source:
+        _refuse(settings, "with a data directory", "ca-file", "cert-file", "username")
+    else:
+        _refuse(settings, "with a cluster", "wal-dir")
+    if settings["format"] == "json":
+        _refuse(settings, "with -format json, which keeps times to live", "ttl")
     report = export_keys(
         source, access, form=settings["format"], target=settings["output"],
         key_map=settings["map"], leases=settings["ttl"] == "lease", wal_dir=settings["wal-dir"],
@@ -25533,7 +25584,6 @@ TOOLS: Dict[str, Tool] = {
 
 
 DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
-_SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
@@ -25701,21 +25751,22 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 def run_dev_words(words: Sequence[str]) -> int:
     """Run `pyetcd dev` with the words behind it; return the exit code."""
-    is_first = bool(words) and not words[0].startswith("-")
     try:
-        size = dev_size(words[0] if is_first else "")
-        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
+        named = settings.take_words()
         if settings.help:
             sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
             return 0
-        size = size or dev_size(settings.take_word())
-        settings.check_leftover()
+        size = dev_size(named[0]) if named else 0
+        if named[1:]:
+            raise FlagError(f"'{named[1]}' is one word too many")
+        write_warnings(settings, "dev")
         set_up_logging(settings)
         if not settings["debug"] and not settings["log-package-levels"]:
             logging.getLogger("pyetcd").setLevel(logging.WARNING)
         return run_dev(settings, size)
     except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+        sys.stderr.write(error.line("pyetcd dev"))
     except StartError as error:
         sys.stderr.write(f"dev: {error}\n")
     return 1
@@ -25751,7 +25802,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         settings.complete()
         config = make_config(settings)
     except FlagError as error:
-        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
+        sys.stderr.write(error.line())
         return 1
     set_up_logging(settings)
     for level, package, text in settings.lines:

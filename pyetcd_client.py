@@ -1412,16 +1412,32 @@ def _base_url(text: str, protocol: str = "http") -> str:
     if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # a bare IPv6 address
         url = f"[{url}]"
     url = url if "://" in url else f"{protocol}://{url}"
-    parts = urlsplit(url)
     try:
-        valid = parts.port != 0
-    except ValueError:                              # not a number, or above 65535
-        valid = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not valid:
-        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT")
+        parts = urlsplit(url)
+        valid = parts.port != 0 and not parts.netloc.endswith(":")
+    except ValueError:                  # not a number, above 65535, or not an IPv6 address
+        parts, valid = urlsplit(""), False
+    if (parts.scheme not in ("http", "https") or not valid
+            or not re.fullmatch(r"[^\s\"'{}<>$]+", parts.hostname or "")):
+        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT"
+                         f"{_endpoint_advice(text)}")
     if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
         raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _endpoint_advice(text: str) -> str:
+    """Return what is probably wrong with an endpoint; "" if that is unknown."""
+    if not text.strip():
+        return "; it is empty, or there is a comma too many"
+    if re.search(r"[\"'\u2018-\u201f]", text):
+        return "; the quotes are part of it: write it without them"
+    if re.search(r"[${}<>]", text):
+        return "; a variable or placeholder was not filled in"
+    if " " in text.strip():
+        return "; separate endpoints by commas"
+    bare = text.count(":") > 2 and "[" not in text
+    return "; an IPv6 address needs brackets: http://[::1]:2379" if bare else ""
 
 
 def _listed_urls(host: "_Address | Sequence[_Address]", port: int, protocol: str) -> "list[str]":
@@ -6095,7 +6111,14 @@ class _Options:
         name, value = flag.names[0], _flag_value(flag, text)
         if self._forms.setdefault(name, form) != form:
             raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
-        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
+        if flag.kind is list:
+            value = [*self.texts(name), value]
+        elif self._values.get(name, value) != value and flag not in _GLOBAL_FLAGS:
+            # A global one behind that of an alias or a script overrides it on purpose.
+            _print_error(f"pyetcdctl: {flag.dashed} is given twice: only the last counts")
+        elif form and text == "":
+            _print_error(f"pyetcdctl: {flag.dashed} is empty, as if it were not there")
+        self._values[name] = value
 
     def on(self, name: str) -> bool:
         return bool(self._values.get(name, False))
@@ -6131,8 +6154,9 @@ def _flag_value(flag: _Flag, text: str) -> Any:
             parse(repaired)                         # 5s for 5, or 5 for 5s
             hint = f"; did you mean {repaired}?"
         raise _MisuseError(f'{flag.dashed} takes {expected}, not "{text}"{hint}') from None
-    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
-        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
+    is_text = isinstance(value, str)
+    if flag.least is not None and (len(text) if is_text else value) < flag.least:
+        limit = "must not be empty" if is_text else f"is {flag.least} or more"
         raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
     return value
 
@@ -6144,13 +6168,14 @@ def _parse_integer(text: str) -> int:
         raise ValueError(text)
     digits = match[2]
     value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
-    if value >= 1 << 63:
+    if value >= (1 << 63) + (match[1] == "-"):
         raise ValueError(text)
     return -value if match[1] == "-" else value
 
 
 def _parse_duration(text: str) -> float:
     """Parse a Go duration such as 500ms or 1m30s; return seconds."""
+    text = text.replace("\u03bc", "\u00b5")          # the Greek letter, and the sign on keyboards
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
     if text in ("0", "+0", "-0"):
@@ -6275,7 +6300,8 @@ class _Access(NamedTuple):
         if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
         if key and not certificate:
-            raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
+            flag = "--cert-file" if environment else "--dest-cert"
+            raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
             _check_readable(path)                   # also for http, which would not read it
         name, password = _split_user(user, "Password: ") if user else (None, None)
@@ -6488,7 +6514,9 @@ def _command(
     """Add the decorated function to the table of commands."""
     def enter(function: "_CommandFunction") -> "_CommandFunction":
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
-        _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
+        accepted = tuple(flag._replace(least=1) if own and flag.kind in (str, list) else flag
+                         for flag in flags)
+        _COMMANDS[name] = _Command(usage, help, accepted, function, formats, wrong, own, mixed)
         return function
     return enter
 
@@ -6572,11 +6600,17 @@ def _check_line(name: str, command: _Command, run: _Run) -> None:
     """Raise _ExitError for words that the command would ignore."""
     least, most = command.words()
     surplus = run.args[int(most):] if most < math.inf else []
-    if command.wrong and (surplus or len(run.args) < least):
+    given = run.args[:least]
+    if name.split()[0] in ("user", "role") and given:
+        given = [text for text in given if text.partition(":")[0] not in ("", ".", "..")]
+    if command.wrong and (surplus or len(list(filter(None, given))) < least):
         too_many = f'; "{surplus[0]}" is one word too many' if surplus and least else ""
         raise _ExitError(command.wrong + too_many)
     if surplus:
         quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
+        if surplus[0] in _BOOLEANS and any(run.options.on(flag.names[0]) for flag in command.flags
+                                           if flag.kind is bool):
+            quoting = f" (a switch takes {surplus[0]} behind =)"
         raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
                          f"usage: pyetcdctl {command.usage}")
     # etcdctl reports an unknown format, but only after the request.
@@ -6621,8 +6655,10 @@ def _dispatch(argv: "Sequence[str]") -> int:
 def _unknown_command(group: str, word: str) -> int:
     _print(f"No help topic for '{word}'")
     names = [name for name, _ in _command_names(group)]
-    other = _OTHER_NAMES.get(word, word)
-    hint = f"; did you mean {other}?" if other in names else _did_you_mean(word, names)
+    other = _OTHER_NAMES.get(word.lower(), word.lower())
+    hint = f"; did you mean {other}?" if other in names else _did_you_mean(other, names)
+    if word in ("true", "false"):
+        hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
     return EXIT_MISUSE
 
@@ -6678,7 +6714,7 @@ _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
 _AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
                      least=0)
-_ROLES = _Flag(("roles",), list, "name of a role; may be repeated")
+_ROLES = _Flag(("roles",), list, "name of a role; may be repeated", 1)
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
 _A_USER = "Please provide a username"
@@ -6869,6 +6905,9 @@ def _cmd_member_list(run: _Run) -> None:
           wrong="Provide a name and a single member peerURL")
 def _cmd_member_add(run: _Run) -> None:
     name, url = run.args
+    if re.search("[=,]", name):
+        raise _ExitError(f'the name "{name}" cannot stand in ETCD_INITIAL_CLUSTER, where = and , '
+                         "separate names and URLs: choose another")
     client = run.client
     with _one_line_errors(shown=(400, 409)):
         added = client.member_add([url])

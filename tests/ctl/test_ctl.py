@@ -459,15 +459,73 @@ def test_ctl_every_output_format_is_used_or_refused(_ctl_seen, name):
     ("import --snap f --keep", 1, "pyetcdctl: --keep has no effect with --snap"),
     ("import --snap f g", 1, 'pyetcdctl import: "g" has no effect with --snap'),
     ("-o json --no-sync ls / -p", 1, "pyetcdctl: -p has no effect with --output json"),
+    ("--no-sync true get /k", 0, 'pyetcdctl: there is no command "true"; a switch takes true '
+                                 "behind ="),
+    ("get /k --quorum false", 1, 'pyetcdctl get: "false" is one word too many (a switch takes '
+                                 "false behind =); usage: pyetcdctl get [options] <key>"),
+    ("GTE /k", 0, 'pyetcdctl: there is no command "GTE"; did you mean get?'),
+    ("Delete /k", 0, 'pyetcdctl: there is no command "Delete"; did you mean rm?'),
+    *((f"{line} EMPTY", 1, complaint) for line, complaint in (
+        ("user get", "Please provide a username"), ("user remove", "Please provide a username"),
+        ("role get", "Please provide a role name"), ("role add", "Please provide a role name"),
+        ("member remove", "Provide a single member ID"),
+        ("mirror", "Provide the endpoints of the target, comma between"),
+        ("export --hidden", "pyetcdctl: --hidden must not be empty"),
+        ("bench --prefix", "pyetcdctl: --prefix must not be empty"),
+        ("import - --dest-prefix", "pyetcdctl: --dest-prefix must not be empty"),
+        ("user grant u --roles", "pyetcdctl: --roles must not be empty"))),
+    ("user add :pw", 1, "Please provide a username"),
+    ("user get .", 1, "Please provide a username"),
+    ("role get ..", 1, "Please provide a role name"),
+    ("member add EMPTY http://h:1", 1, "Provide a name and a single member peerURL"),
+    ("member add a,b http://h:1", 1, 'the name "a,b" cannot stand in ETCD_INITIAL_CLUSTER, where = '
+                                     "and , separate names and URLs: choose another"),
+    ("mirror http://h:1 --dest-key k", 1,
+     "pyetcdctl: the key k is of no use without --dest-cert"),
     ("--key-file k --no-sync get /k", 1, "pyetcdctl: the key k is of no use without --cert-file"),
 ])
 def test_ctl_says_what_is_wrong_with_a_line(line, status, complaint):
     """On stderr; the exit code is that of etcdctl 2.3.8, and 1 for what only pyetcdctl refuses."""
     dead = "" if "endpoint" in line else f"--endpoints {_client_dead_url()} "
-    code, out, err = _client_main(*(dead + line).replace("= ", "=").split(" ") if "= " not in line
-                                  else [*dead.split(), *line.split(" ")])
+    words = (dead + line).replace("= ", "=").split(" ") if "= " not in line else [
+        *dead.split(), *line.split(" ")]
+    code, out, err = _client_main(*("" if word == "EMPTY" else word for word in words))
     assert (code, err) == (status, complaint + "\n")
     assert not status or out.startswith("Incorrect Usage.") or out == ""
+
+
+@pytest.mark.parametrize("line, told", [
+    ("set --ttl 60 K v --ttl 70", "pyetcdctl: --ttl is given twice: only the last counts\n"),
+    ("-o json -o simple set K v", ""),
+    ("set --ttl 60 K v --ttl=60", ""),
+    ("--cert-file EMPTY set K v", "pyetcdctl: --cert-file is empty, as if it were not there\n"),
+])
+def test_ctl_tells_of_an_option_that_does_not_count(_client_server, _client_dir, line, told):
+    """2.3.8 takes the last one, and an empty text for none, without a word."""
+    words = [{"K": _client_dir + "/k", "EMPTY": ""}.get(word, word) for word in line.split()]
+    assert _client_main("--endpoints", _client_server.url, *words) == (0, "v\n", told)
+
+
+@pytest.mark.parametrize("url, advice", [
+    ("::1:21379", "; an IPv6 address needs brackets"), ("http://::1:1", "; an IPv6 address needs"),
+    ("'http://h:1'", "; the quotes are part of it"), ("\u201chttp://h:1\u201d", "; the quotes are"),
+    ("http://h:1,", "; it is empty, or there is a comma too many"), ("http://h:", ""),
+    ("http://${IP}:1", "; a variable or placeholder"), ("http://a:1 http://b:1", "; separate"),
+    ("http://a b:1", "; separate endpoints by commas"), ("http://[::g]:1", ""),
+])
+def test_ctl_says_what_is_wrong_with_an_endpoint(url, advice):
+    for words in (["get", "/k"], ["member", "list"], ["export"]):
+        code, out, err = _client_main("--endpoints", url, *words)
+        assert (code, out) == (1, "") and err.count("\n") == 1
+        assert " is not http://HOST:PORT or https://HOST:PORT" + advice in err, err
+
+
+def test_ctl_numbers_and_times_are_those_of_go():
+    assert pyetcd_client._parse_integer("-9223372036854775808") == -1 << 63
+    assert pyetcd_client._parse_duration("5\u03bcs") == pyetcd_client._parse_duration("5\u00b5s")
+    for text in ("9223372036854775808", "-9223372036854775809", "1_0", " 5", "\u0665"):
+        with pytest.raises(ValueError):
+            pyetcd_client._parse_integer(text)
 
 
 def test_ctl_options_behind_arguments_do_what_they_say(_client_server, _client, _client_dir):

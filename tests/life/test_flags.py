@@ -63,6 +63,13 @@ def test_flags_unsigned_integers(text: str, value: int) -> None:
     assert pyetcd.parse_uint(text) == value
 
 
+def test_flags_value_that_another_one_replaces_is_told() -> None:
+    settings = pyetcd.Settings(["-name", "a", "-debug", "-name=b", "--debug"], {})
+    assert settings["name"] == "b"
+    assert [text for _, _, text in settings.lines] == [
+        "-name is given more than once: only the last, b, counts"]
+
+
 def test_flags_value_may_look_like_a_flag() -> None:
     assert _flags_config(["-name", "-debug"]).name == "-debug"
 
@@ -205,6 +212,7 @@ def test_flags_url_that_is_none_is_answered_with_the_one_that_was_meant(
 @pytest.mark.parametrize("text, told", [
     ("=http://h:1", "Empty name given for http://h:1 in '=http://h:1': write name=url; perhaps a"),
     ("default=", 'Empty URL given for "default" in \'default=\': write name=url'),
+    ("default=", "; write http://HOST:PORT"),
     ("default,b", 'Empty URL given for "default" in \'default\': write name=url'),
     ("http://h:1", 'Empty URL given for "http://h:1"'),
     ("default=http://::1:2380", "; write http://[::1]:2380"),
@@ -285,6 +293,7 @@ def test_flags_variables_of_links_between_containers_get_no_suggestion(variable:
     (["-config", "x.yml"], "; a configuration file is given with -config-file FILE"),
     (["-debug", "backup"], "; write `pyetcd backup` first and its flags behind it"),
     (["-debug", "x"], "; x stands behind the switch -debug"),
+    (["chek", "d"], "; did you mean the command `pyetcd check`?"),
 ])
 def test_flags_word_that_is_none_is_explained(argv: List[str], told: str) -> None:
     settings = pyetcd.Settings(argv, {})

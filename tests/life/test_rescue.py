@@ -193,6 +193,68 @@ def test_rescue_wrong_words_are_answered_in_a_line(tmp_path, words, text):
     assert code == 1 and out == "" and text in err and err.count("\n") == 1
 
 
+_RESCUE_URL = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize("line, text", [
+    ("backup x -data-dir d", "'x' is no flag: name directories with -data-dir and -backup-dir."),
+    ("backup -data-dir d -dry-run true", "'true' is not a valid flag; -dry-run is a switch: write"),
+    ("backup -data-dri d", "-data-dri; did you mean -data-dir? See 'pyetcd backup -help'."),
+    ("backup -data-dir d x -bogus", "flag provided but not defined: -bogus."),
+    ("restore -name r S -bogus", "flag provided but not defined: -bogus."),
+    ("restore -name r a -dry-run b", "'b' is one word too many."),
+    ("restore -dry-run -- S -name", "'-name' is one word too many."),
+    ("restore —name r S", "it begins with a typographic dash, write -name."),
+    ("restore EMPTY -name r", "SOURCE is missing: a snapshot file, or a data directory."),
+    ("check EMPTY", "DIR is missing: a data directory."),
+    ("check d -json yes", "'yes' is not a valid flag; -json is a switch: write -json, or"),
+    ("dump - -json", "- does not exist; name the data directory of a member"),
+    ("dump d -json extra -wal-dir x", "'extra' is one word too many."),
+    ("export EMPTY", "DIR is missing: a data directory, or a URL of a cluster."),
+    ("export http://::1:1", "; write http://[::1]:1."),
+    (f"export {_RESCUE_URL} -endpoints {_RESCUE_URL}", "name one source."),
+    (f"export {_RESCUE_URL} -wal-dir x", "-wal-dir has no effect with a cluster; leave it out."),
+    ("export d -username a:b", "-username has no effect with a data directory; leave it out."),
+    ("export d -ca-file a", "-ca-file has no effect with a data directory; leave it out."),
+    (f"export {_RESCUE_URL} -ttl lease", "-ttl has no effect with -format json, which keeps times"),
+    (f"export {_RESCUE_URL} -username a", "-username has no password: write NAME:PASSWORD."),
+    (f"import -endpoints {_RESCUE_URL} f -bogus", "flag provided but not defined: -bogus."),
+    (f"import -endpoints {_RESCUE_URL} f -key-file k", "-key-file is of no use without -cert-file"),
+    (f"import - -endpoints {_RESCUE_URL} x", "'x' is one word too many."),
+    ("bakup -data-dir d", "; did you mean the command `pyetcd backup`? See 'pyetcd -help'."),
+    ("Restore x", "; did you mean the command `pyetcd restore`? See 'pyetcd -help'."),
+    ("devv 3", "; did you mean the command `pyetcd dev`? See 'pyetcd -help'."),
+])
+def test_tools_word_that_would_be_ignored_is_answered(line, text, capsys, flags_logging):
+    """In a line on stderr, with exit code 1, wherever the word stands."""
+    words = ["" if word == "EMPTY" else word for word in line.split()]
+    assert pyetcd.main(words) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and text in err and err.count("\n") == 1
+
+
+def test_tools_take_flags_before_between_and_behind_the_words(
+    _rescue_dir, capsys, flags_logging
+):
+    lines = set()
+    source, name = str(_rescue_dir), ["-name", "r"]
+    for words in ([source, *name, "-dry-run"], [*name, source, "-dry-run"],
+                  ["-dry-run", *name, source], ["-dry-run", *name, "--", source]):
+        assert pyetcd.main(["restore", *words]) == 0, words
+        lines.add(capsys.readouterr())
+    assert len(lines) == 1
+
+
+def test_tools_tell_what_is_odd_about_their_flags(_rescue_dir, capsys, flags_logging):
+    for words, told in ((["-name", "'r'"], "quotes are part of it"),
+                        (["-name", "q", "-name", "r"], "-name is given more than once: only"),
+                        (["-name", "r", "-initial-cluster", "r=http://0.0.0.0:1"],
+                         "nobody can connect to it")):
+        assert pyetcd.main(["restore", str(_rescue_dir), "-dry-run", *words]) == 0
+        err = capsys.readouterr().err
+        assert err.startswith("restore: ") and told in err and err.count("\n") == 1
+
+
 # -- export and import
 
 

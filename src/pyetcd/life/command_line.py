@@ -25,10 +25,9 @@ from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
 from .logs import JsonFormatter, LogFormatter, RepeatHandler
 from .proxy import ProxyServer
 from .settings import Settings
-from .tools import TOOLS, flag_lines, run_tool
+from .tools import TOOLS, flag_lines, run_tool, write_warnings
 
 DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
-_SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
@@ -196,21 +195,22 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 def run_dev_words(words: Sequence[str]) -> int:
     """Run `pyetcd dev` with the words behind it; return the exit code."""
-    is_first = bool(words) and not words[0].startswith("-")
     try:
-        size = dev_size(words[0] if is_first else "")
-        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
+        named = settings.take_words()
         if settings.help:
             sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
             return 0
-        size = size or dev_size(settings.take_word())
-        settings.check_leftover()
+        size = dev_size(named[0]) if named else 0
+        if named[1:]:
+            raise FlagError(f"'{named[1]}' is one word too many")
+        write_warnings(settings, "dev")
         set_up_logging(settings)
         if not settings["debug"] and not settings["log-package-levels"]:
             logging.getLogger("pyetcd").setLevel(logging.WARNING)
         return run_dev(settings, size)
     except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+        sys.stderr.write(error.line("pyetcd dev"))
     except StartError as error:
         sys.stderr.write(f"dev: {error}\n")
     return 1
@@ -246,7 +246,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         settings.complete()
         config = make_config(settings)
     except FlagError as error:
-        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
+        sys.stderr.write(error.line())
         return 1
     set_up_logging(settings)
     for level, package, text in settings.lines:

@@ -75,9 +75,7 @@ DEV_USAGE = (
 
 
 def dev_size(word: str) -> int:
-    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
-    if not word:
-        return 0
+    """Return the number of members that a word asks for.  Raises FlagError."""
     sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
     if not (word.isascii() and word.isdecimal()):
         raise FlagError(f"'{word}' is not a number of members; use {sizes}")

@@ -20,6 +20,11 @@ from .discovery import check_discovery_url, check_proxy_url
 class FlagError(ValueError):
     """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
+    def line(self, command: str = "pyetcd") -> str:
+        """Return the text as a sentence that names the help of `command`."""
+        text = str(self)
+        return f"{text}{'' if text.endswith('?') else '.'} See '{command} -help'.\n"
+
 
 class Flag(NamedTuple):
     """One flag.

@@ -51,6 +51,7 @@ class Settings:
         self._flags = {flag.name: flag for flag in flags} or _all_flags()
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
+        self._flags_end = False         # -- has come: the rest are words
         while not self.help and self._next_flag():
             pass
 
@@ -78,10 +79,12 @@ class Settings:
 
     def _next_flag(self) -> bool:
         """Take one flag off the command line; return False at the end of the flags."""
-        if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
+        rest = self._rest
+        if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
-        word = self._rest.pop(0)
+        word = rest.pop(0)
         if word == "--":
+            self._flags_end = True
             return False
         name, has_value, text = word[2 if word.startswith("--") else 1:].partition("=")
         if not name or name.startswith("-"):
@@ -101,12 +104,25 @@ class Settings:
             else:
                 raise FlagError(f"flag needs an argument: -{name}; if there was a variable behind"
                                 f" it, that is empty")
+        before = self.values.get(name)
         self._set(flag, text, f"-{name}")
+        if before is not None and before != self.values[name]:
+            self.warn(f"-{name} is given more than once: only the last, {text}, counts")
         return True
 
-    def take_word(self) -> str:
-        """Take the first word after the flags; return "" if there is none."""
-        return self._rest.pop(0) if self._rest else ""
+    def take_words(self) -> List[str]:
+        """Take all words that are no flags; flags may stand before, between and behind them."""
+        words: List[str] = []
+        while not self.help and (self._next_flag() or self._rest):
+            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
+                               or self._rest[0] == "-"):
+                word = self._rest[0]
+                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                    self.check_leftover()
+                words.append(self._rest.pop(0))
+                self._switch = ""
+        return words
 
     def check_leftover(self) -> None:
         """Raise FlagError if a word follows the flags."""
@@ -130,8 +146,11 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
+        if word in COMMANDS:
             return f"; write `pyetcd {word}` first and its flags behind it"
+        meant = difflib.get_close_matches(word.lower(), COMMANDS, 1, _LIKENESS_MIN)
+        if meant and not switch:
+            return f"; did you mean the command `pyetcd {meant[0]}`?"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _suggestion(self, prefix: str, name: str) -> str:
@@ -237,6 +256,7 @@ class Settings:
         self.lines.append((level, "flags", text))
 
 
+COMMANDS = ("dev", "backup", "restore", "check", "dump", "export", "import")
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
@@ -283,7 +303,8 @@ def url_advice(text: str, name: str) -> str:
         if usable_urls([url]):
             continue
         if not url:
-            return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
+            is_gap = not item.strip() and len(text) > 1
+            return "; there is a comma too many" if is_gap else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):

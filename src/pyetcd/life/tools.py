@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 from ..base.urls import parse_urls
 from ..net.workers import SYSTEM_CLOCK
@@ -16,7 +16,7 @@ from .exchange import FORMATS, Access, export_keys, import_keys
 from .flags import Flag, FlagError, flag_rows, one_of
 from .inspection import inspect_dir
 from .records import parse_key_map
-from .settings import Settings
+from .settings import Settings, url_advice
 from .sources import BackupError
 from .verdicts import check_json, check_lines, dump_json, dump_lines, verdicts
 
@@ -76,22 +76,20 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     """Run a command with the words behind its name; return the exit code."""
     logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
     line, tool = ProgressLine(name), TOOLS[name]
-    first = list(words)
-    named: List[str] = []
-    while first and not first[0].startswith("-"):
-        named.append(first.pop(0))
     try:
-        settings = Settings(first, os.environ, tool.flags)
+        settings = Settings(words, os.environ, tool.flags)
+        named = settings.take_words()
         if settings.help:
             _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
                    *flag_lines(tool.flags))
             return 0
-        named += filter(None, [settings.take_word() if not named else ""])
-        settings.check_leftover()
         settings.read_environment()
-        return tool.run(named, settings, line)
+        try:
+            return tool.run(named, settings, line)
+        finally:
+            write_warnings(settings, name)
     except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd {name} -help'.\n")
+        sys.stderr.write(error.line(f"pyetcd {name}"))
     except BackupError as error:
         line.clear()
         sys.stderr.write(f"{name}: {error}\n")
@@ -100,13 +98,20 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     return EXIT_FAILED
 
 
+def write_warnings(settings: Settings, name: str) -> None:
+    """Write what is odd about the flags of a command; variables of a member are not its flags."""
+    for level, package, text in settings.lines:
+        if level >= logging.WARNING and package == "etcd":
+            sys.stderr.write(f"{name}: {text}\n")
+
+
 def _print(*lines: str) -> None:
     sys.stdout.write("".join(line + "\n" for line in lines))
 
 
 def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
     """Return the only word.  Raises FlagError."""
-    if not words:
+    if not words or not words[0]:
         raise FlagError(f"{name} is missing: {meaning}")
     if len(words) > 1:
         raise FlagError(f"'{words[1]}' is one word too many")
@@ -226,17 +231,39 @@ dry-run  bool  read everything, count, and write nothing.
 
 
 def _access(settings: Settings) -> Access:
+    if settings["username"] and ":" not in settings["username"]:
+        raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
+    if settings["key-file"] and not settings["cert-file"]:
+        raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
     return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
                   settings["key-file"], settings["username"])
 
 
+def _refuse(settings: Settings, why: str, *names: str) -> None:
+    """Raise FlagError for flags without effect; a variable may be there for something else."""
+    for name in names:
+        if settings.is_set(name) and settings.where(name).startswith("-"):
+            raise FlagError(f"-{name} has no effect {why}; leave it out")
+
+
 def _run_export(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
-    source = _one_word(words, "DIR", "") if words else ""
+    source = _one_word(words, "DIR", "a data directory, or a URL of a cluster") if words else ""
     access = _access(settings)
     if "://" in source:
-        access, source = access._replace(urls=parse_urls(source)), ""
+        if access.urls:
+            raise FlagError(f"'{source}' and -endpoints: name one source")
+        try:
+            access, source = access._replace(urls=parse_urls(source)), ""
+        except ValueError as error:
+            raise FlagError(f"{error}{url_advice(source, 'endpoints')}") from None
     if bool(source) == bool(access.urls):
         raise FlagError("name one source: a data directory, or a cluster with -endpoints")
+    if source:
+        _refuse(settings, "with a data directory", "ca-file", "cert-file", "username")
+    else:
+        _refuse(settings, "with a cluster", "wal-dir")
+    if settings["format"] == "json":
+        _refuse(settings, "with -format json, which keeps times to live", "ttl")
     report = export_keys(
         source, access, form=settings["format"], target=settings["output"],
         key_map=settings["map"], leases=settings["ttl"] == "lease", wal_dir=settings["wal-dir"],

@@ -59,7 +59,7 @@ _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
 _AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
                      least=0)
-_ROLES = _Flag(("roles",), list, "name of a role; may be repeated")
+_ROLES = _Flag(("roles",), list, "name of a role; may be repeated", 1)
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
 _A_USER = "Please provide a username"
@@ -250,6 +250,9 @@ def _cmd_member_list(run: _Run) -> None:
           wrong="Provide a name and a single member peerURL")
 def _cmd_member_add(run: _Run) -> None:
     name, url = run.args
+    if re.search("[=,]", name):
+        raise _ExitError(f'the name "{name}" cannot stand in ETCD_INITIAL_CLUSTER, where = and , '
+                         "separate names and URLs: choose another")
     client = run.client
     with _one_line_errors(shown=(400, 409)):
         added = client.member_add([url])

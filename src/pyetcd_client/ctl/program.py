@@ -72,7 +72,14 @@ class _Options:
         name, value = flag.names[0], _flag_value(flag, text)
         if self._forms.setdefault(name, form) != form:
             raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
-        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
+        if flag.kind is list:
+            value = [*self.texts(name), value]
+        elif self._values.get(name, value) != value and flag not in _GLOBAL_FLAGS:
+            # A global one behind that of an alias or a script overrides it on purpose.
+            _print_error(f"pyetcdctl: {flag.dashed} is given twice: only the last counts")
+        elif form and text == "":
+            _print_error(f"pyetcdctl: {flag.dashed} is empty, as if it were not there")
+        self._values[name] = value
 
     def on(self, name: str) -> bool:
         return bool(self._values.get(name, False))
@@ -108,8 +115,9 @@ def _flag_value(flag: _Flag, text: str) -> Any:
             parse(repaired)                         # 5s for 5, or 5 for 5s
             hint = f"; did you mean {repaired}?"
         raise _MisuseError(f'{flag.dashed} takes {expected}, not "{text}"{hint}') from None
-    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
-        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
+    is_text = isinstance(value, str)
+    if flag.least is not None and (len(text) if is_text else value) < flag.least:
+        limit = "must not be empty" if is_text else f"is {flag.least} or more"
         raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
     return value
 
@@ -121,13 +129,14 @@ def _parse_integer(text: str) -> int:
         raise ValueError(text)
     digits = match[2]
     value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
-    if value >= 1 << 63:
+    if value >= (1 << 63) + (match[1] == "-"):
         raise ValueError(text)
     return -value if match[1] == "-" else value
 
 
 def _parse_duration(text: str) -> float:
     """Parse a Go duration such as 500ms or 1m30s; return seconds."""
+    text = text.replace("\u03bc", "\u00b5")          # the Greek letter, and the sign on keyboards
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
     if text in ("0", "+0", "-0"):
@@ -252,7 +261,8 @@ class _Access(NamedTuple):
         if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
         if key and not certificate:
-            raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
+            flag = "--cert-file" if environment else "--dest-cert"
+            raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
             _check_readable(path)                   # also for http, which would not read it
         name, password = _split_user(user, "Password: ") if user else (None, None)
@@ -465,7 +475,9 @@ def _command(
     """Add the decorated function to the table of commands."""
     def enter(function: _CommandFunction) -> _CommandFunction:
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
-        _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
+        accepted = tuple(flag._replace(least=1) if own and flag.kind in (str, list) else flag
+                         for flag in flags)
+        _COMMANDS[name] = _Command(usage, help, accepted, function, formats, wrong, own, mixed)
         return function
     return enter
 
@@ -549,11 +561,17 @@ def _check_line(name: str, command: _Command, run: _Run) -> None:
     """Raise _ExitError for words that the command would ignore."""
     least, most = command.words()
     surplus = run.args[int(most):] if most < math.inf else []
-    if command.wrong and (surplus or len(run.args) < least):
+    given = run.args[:least]
+    if name.split()[0] in ("user", "role") and given:
+        given = [text for text in given if text.partition(":")[0] not in ("", ".", "..")]
+    if command.wrong and (surplus or len(list(filter(None, given))) < least):
         too_many = f'; "{surplus[0]}" is one word too many' if surplus and least else ""
         raise _ExitError(command.wrong + too_many)
     if surplus:
         quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
+        if surplus[0] in _BOOLEANS and any(run.options.on(flag.names[0]) for flag in command.flags
+                                           if flag.kind is bool):
+            quoting = f" (a switch takes {surplus[0]} behind =)"
         raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
                          f"usage: pyetcdctl {command.usage}")
     # etcdctl reports an unknown format, but only after the request.
@@ -598,8 +616,10 @@ def _dispatch(argv: Sequence[str]) -> int:
 def _unknown_command(group: str, word: str) -> int:
     _print(f"No help topic for '{word}'")
     names = [name for name, _ in _command_names(group)]
-    other = _OTHER_NAMES.get(word, word)
-    hint = f"; did you mean {other}?" if other in names else _did_you_mean(word, names)
+    other = _OTHER_NAMES.get(word.lower(), word.lower())
+    hint = f"; did you mean {other}?" if other in names else _did_you_mean(other, names)
+    if word in ("true", "false"):
+        hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
     return EXIT_MISUSE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Union, cast
@@ -19,16 +20,32 @@ def _base_url(text: str, protocol: str = "http") -> str:
     if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # a bare IPv6 address
         url = f"[{url}]"
     url = url if "://" in url else f"{protocol}://{url}"
-    parts = urlsplit(url)
     try:
-        valid = parts.port != 0
-    except ValueError:                              # not a number, or above 65535
-        valid = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not valid:
-        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT")
+        parts = urlsplit(url)
+        valid = parts.port != 0 and not parts.netloc.endswith(":")
+    except ValueError:                  # not a number, above 65535, or not an IPv6 address
+        parts, valid = urlsplit(""), False
+    if (parts.scheme not in ("http", "https") or not valid
+            or not re.fullmatch(r"[^\s\"'{}<>$]+", parts.hostname or "")):
+        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT"
+                         f"{_endpoint_advice(text)}")
     if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
         raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _endpoint_advice(text: str) -> str:
+    """Return what is probably wrong with an endpoint; "" if that is unknown."""
+    if not text.strip():
+        return "; it is empty, or there is a comma too many"
+    if re.search(r"[\"'\u2018-\u201f]", text):
+        return "; the quotes are part of it: write it without them"
+    if re.search(r"[${}<>]", text):
+        return "; a variable or placeholder was not filled in"
+    if " " in text.strip():
+        return "; separate endpoints by commas"
+    bare = text.count(":") > 2 and "[" not in text
+    return "; an IPv6 address needs brackets: http://[::1]:2379" if bare else ""
 
 
 def _listed_urls(host: _Address | Sequence[_Address], port: int, protocol: str) -> list[str]:
