@@ -16838,6 +16838,7 @@ dd { margin: 0; }
 #rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
 .row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
 .row:hover { background: var(--raised); }
+.row.fresh { background: var(--good-bg); }
 .row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
 .row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
 .row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
@@ -17217,18 +17218,28 @@ const charts = [
 
 // ---- the tree: the document has the rows that can be seen
 
+/** Where a key is in the sorted children of a directory, or belongs. */
+function place(kids, key) {
+  let low = 0;
+  for (let high = kids.length; low < high;) {
+    const middle = (low + high) >> 1;
+    if (kids[middle].key < key) low = middle + 1; else high = middle;
+  }
+  return low;
+}
 const tree = {
   root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
 
   /** Load the children of a directory; rows appear while they come. */
   async load(node) {
     if (node.loading) node.loading.abort();
-    const {signal} = node.loading = new AbortController(), kids = [];
-    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const {signal} = node.loading = new AbortController(), kids = [], late = node.late = [];
+    const known = new Map((node.kids || []).filter(kid => kid.open).map(kid => [kid.key, kid]));
     const prefix = node.key === "/" ? "/" : node.key + "/";
     try {
       for await (const line of lines(
         `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.index) node.seen = line.index;
         if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
         if (!Array.isArray(line)) continue;
         for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
@@ -17241,7 +17252,49 @@ const tree = {
     }
     node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
     node.loading = null;
+    late.forEach(event => this.take(event));
     this.drawSoon(true);
+    for (const kid of kids) if (kid.open) await this.load(kid);
+  },
+  /** Follow what all clients change, while the keys are shown. */
+  async follow() {
+    if (this.followed) this.followed.abort();
+    if (current !== "keys" || document.hidden || !state) return;
+    const {signal} = this.followed = new AbortController(), told = text => {
+      if (!/missed/.test(text) || this.again) return;
+      this.again = setTimeout(() => { this.again = 0; this.load(this.root); }, 500);
+    };
+    this.since = this.since || state.index + 1;
+    for await (const event of changes("/", {since: this.since, recursive: true, signal, told})) {
+      this.since = event.node.modifiedIndex + 1;
+      this.take(event);
+    }
+  },
+  /** Show a change, if the directory is loaded in which it was made. */
+  take(event) {
+    const {action, prevNode, node: {key, dir, value = "", expiration, modifiedIndex}} = event;
+    const gone = /delete|expire/i.test(action), expires = expiration ? Date.parse(expiration) / 1000 : 0;
+    for (let node = this.root; ;) {
+      if (node.loading) return node.late.push(event);
+      if (!node.kids || modifiedIndex <= node.seen) return;
+      const end = key.indexOf("/", node.level && node.key.length + 1 || 1), {kids} = node;
+      const path = end < 0 ? key : key.slice(0, end), at = place(kids, path);
+      const kid = kids[at] && kids[at].key === path && kids[at];
+      this.drawSoon(true);
+      if (path !== key && kid) {
+        if (!kid.kids && parentOf(key) === path) kid.bytes += gone ? -1 : prevNode ? 0 : 1;
+        node = kid;
+        continue;
+      }
+      node.bytes += gone ? -!!kid : !kid;
+      if (gone) return kid && kids.splice(at, 1);
+      const row = this.node([0, dir || path !== key, value.slice(0, 60), path !== key ? 1 : value.length,
+        expires, modifiedIndex], path, node.level + 1);
+      row.fresh = Date.now();
+      if (!kid) kids.splice(at, 0, row);
+      else Object.assign(kid, row, kid.dir && dir && {kids: kid.kids, open: kid.open, bytes: kid.bytes});
+      return;
+    }
   },
   node([, dir, preview, bytes, expires, index], key, level, known) {
     const {kids, open} = known && known.get(key) || {};
@@ -17282,18 +17335,21 @@ const tree = {
   },
   draw() {
     this.frame = null;
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     if (this.changed) {
-      const before = this.flat[this.at];
+      const before = this.flat[this.at], above = Math.floor(box.scrollTop / this.high), top = this.flat[above];
       this.flat = this.flatten();
       if (before && this.flat[this.at] !== before)
         this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      $("space").style.height = `${this.flat.length * this.high}px`;
+      // What the reader looks at stays where it is.
+      const now = above && top !== this.flat[above] ? this.flat.indexOf(top) : -1;
+      if (now >= 0) box.scrollTop += (now - above) * this.high;
       this.changed = false;
     }
-    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
-    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
     const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
-    $("space").style.height = `${this.flat.length * this.high}px`;
     $("rows").style.transform = `translateY(${first * this.high}px)`;
     fill($("rows"), some.map((node, at) => this.row(node, first + at)),
       !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
@@ -17302,8 +17358,8 @@ const tree = {
       (busy || (this.found && this.more ? ", and more" : ""));
   },
   row(node, at) {
-    const {key, dir, expires} = node;
-    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+    const {key, dir, expires, fresh} = node;
+    const line = h("div", {class: fresh > Date.now() - 1500 ? "row fresh" : "row", role: "treeitem", id: `row${at}`, "data-key": key,
       "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
       "aria-selected": String(at === this.at)},
     h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
@@ -17777,6 +17833,7 @@ function go(view) {
   }
   clearTimeout(timer);
   if (discovery) discovery.abort();
+  tree.follow();
   if (!state) return;
   if (view === "overview") showState();
   if (view === "keys" && !tree.root.kids) tree.load(tree.root);
@@ -17870,6 +17927,7 @@ on("token", "click", guarded(async () => {
 on("logfilter", "input", drawLog);
 addEventListener("hashchange", route);
 addEventListener("keydown", keyboard);
+document.addEventListener("visibilitychange", () => tree.follow());
 addEventListener("resize", () => tree.drawSoon());
 theme(0);
 route();
