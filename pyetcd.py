@@ -11409,6 +11409,11 @@ class Cluster:
             member = self.members[member.id]._replace(peer_urls=member.peer_urls)
         self.members[member.id] = member
         self._log("added", member.id, " ".join(member.peer_urls), "to")
+        if member.is_learner:
+            SERVER_LOG.warning(
+                "member %s is a learner, which gets the log from a leader of etcd only: let a"
+                " member of etcd lead, or remove it and add it without --learner",
+                format_id(member.id))
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
         """Apply: a member leaves, and its id can never come back.  Two store indexes."""

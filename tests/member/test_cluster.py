@@ -294,8 +294,8 @@ def test_cluster_strict_refusal_is_logged_like_etcd(cluster_log):
     ]
 
 
-def test_cluster_learner_of_etcd_3_4_gets_its_vote_by_promotion():
-    """The store holds what 3.4 writes, and only the promotion makes a voter."""
+def test_cluster_learner_of_etcd_3_4_gets_its_vote_by_promotion(cluster_log):
+    """The store holds what 3.4 writes, and only the promotion makes a voter; the log warns."""
     cluster, store, applier = _cluster_of(1)
     path = "/0/members/7/raftAttributes"
     context = json.dumps({"id": 7, "peerURLs": [_cluster_url(7)], "isLearner": True}).encode()
@@ -304,6 +304,7 @@ def test_cluster_learner_of_etcd_3_4_gets_its_vote_by_promotion():
     assert json.loads(store.value(path)) == {"peerURLs": [_cluster_url(7)], "isLearner": True}
     _apply_publish(applier, 7)
     assert cluster.members[7].is_learner
+    assert "member 7 is a learner, which gets the log from a leader of etcd" in cluster_log.text
 
     index = store.current_index
     promotion = b'{"id":7,"peerURLs":null,"isPromote":true}'
