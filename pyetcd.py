@@ -14141,34 +14141,48 @@ def report_leader_wait(
     )
 
 
-def publish(
-    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
-    done: Callable[[], None],
-) -> None:
-    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+class Publication:
+    """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
-    def applied(result: "Any") -> None:
-        if isinstance(result, ServerStopped):
+    def __init__(
+        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
+        propose: Propose, done: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._member_id = member_id
+        self._reactor = reactor
+        self._propose = propose
+        self._done = done
+        self._is_applied = False
+
+    def propose(self) -> None:
+        """Propose it unless it is applied; one more proposal is harmless."""
+        if self._is_applied:
+            return
+        config = self._config
+        member = Member(
+            self._member_id, config.initial_advertise_peer_urls, config.name,
+            config.advertise_client_urls, FEATURES,
+        )
+        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        self._propose(
+            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+
+    def _applied(self, result: Any) -> None:
+        if self._is_applied or isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
             SERVER_LOG.error("publish error: %s", result.cause)
-            reactor.call_later(
-                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
-            )
+            self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
-        _check_peer_urls(config, cluster.members.get(member_id))
+        self._is_applied = True
+        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
         SERVER_LOG.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
-            " ".join(config.advertise_client_urls), format_id(cluster.id),
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
+            " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
         )
-        done()
-
-    member = Member(
-        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
-        FEATURES,
-    )
-    path = f"/0/members/{format_id(member_id)}/attributes"
-    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+        self._done()
 
 
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
@@ -14436,12 +14450,13 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
+        self.publication = Publication(
+            config, self.cluster, self.member_id, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # of their data
         self._changes: List[ConfChange] = []    # proposed changes of members, likewise
@@ -14489,11 +14504,7 @@ class EtcdServer:
             (self._data_dir.snap, ".snap", config.max_snapshots),
             (self._data_dir.wal, ".wal", config.max_wals),
         ))
-        self.publish(self._published)
-
-    def publish(self, done: Callable[[], None]) -> None:
-        """Tell the cluster this member's name and client URLs; done() when it knows them."""
-        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+        self.publication.propose()
 
     def leave(self, done: Callable[[], None]) -> None:
         """Prepare a planned stop: done() when another member leads, and no request waits here."""
@@ -14828,6 +14839,7 @@ class EtcdServer:
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+        self.publication.propose()      # the snapshot may hold the first one, without an answer
 
 
 # ============================================================================
@@ -24177,7 +24189,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self.set_ready)
+        etcd.publication.propose()
 
     def _start_work(self) -> None:
         assert self.etcd is not None
