@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import runpy
@@ -13,8 +12,6 @@ from typing import Iterator
 import pytest
 
 if os.environ.get("PYETCD_TEST_SYSTEM"):        # before any of our modules, and for children too
-    with contextlib.suppress(ImportError):      # its plugin loads trio, which is built for Linux
-        import hypothesis  # noqa: F401
     _lacking = Path(__file__).parent / "kit" / os.environ["PYETCD_TEST_SYSTEM"]
     runpy.run_path(str(_lacking / "sitecustomize.py"))
     os.environ["PYTHONPATH"] = os.pathsep.join(

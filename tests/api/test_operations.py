@@ -366,8 +366,10 @@ def test_ops_health_check_of_the_container_file_asks_the_member(http_server):
     words = json.loads(re.search(r"^HEALTHCHECK .*CMD (\[.*\])$", text, re.M)[1])
     assert words.pop(0) == "python"
     port = http_server.client_urls[0].rpartition(":")[2]
-    for url, code in ((f"http://0.0.0.0:{port}", 0), (f"http://127.0.0.1:{free_port()}", 1)):
-        environ = {**os.environ, "ETCD_LISTEN_CLIENT_URLS": f"{url},http://10.0.0.1:1"}
+    for url, code in ((f"http://0.0.0.0:{port}", 0), (f"http://127.0.0.1:{free_port()}", 1),
+                      (f"http://127.0.0.1:{port}/", 0)):
+        environ = {**os.environ, "ETCD_LISTEN_CLIENT_URLS": f"{url},http://10.0.0.1:1",
+                   "http_proxy": "http://127.0.0.1:1"}      # a proxy is not for this
         assert subprocess.run([sys.executable, *words], env=environ, timeout=60,
                               stderr=subprocess.DEVNULL).returncode == code
     for name in ("pyetcd.py", "pyetcd_client.py"):

@@ -180,7 +180,7 @@ def test_page_samples_count_what_happens(http_server):
         _http_keys(http_server, "PUT", f"/a/{number}", "value=1")
         _http_keys(http_server, "GET", f"/a/{number}")
     eventually(lambda: sum(sample[2] for sample in samples()) > 20)
-    assert samples()[-1][7] == 31                   # the keys, and their directory
+    eventually(lambda: samples()[-1][7] == 31)      # the keys, and their directory
     busiest = max(samples(), key=lambda sample: sample[1])
     assert 0 < busiest[3] <= busiest[4] and busiest[5] > 0
     last = samples()[-1][0]
@@ -439,7 +439,7 @@ def test_page_in_a_browser_shows_scripts_as_text_and_bytes_as_hex(browser, membe
     assert any("<img src=x" in row for row in _rows_shown(page))
     page.run("location.hash = '#/watch/'")
     page.shows("Watching /")
-    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers) == 2)
+    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers) == 1)
     _put(member, "/plain", evil + "2")
     page.shows("<script>", "#watch")
     page.run("location.hash = '#/keys/raw'")
@@ -553,6 +553,108 @@ def test_page_in_a_browser_shows_100000_keys_of_a_directory(browser, member):
     page.shows("11 found", "#count")
     page.run("tree.open(0)")
     page.holds("value 9999")
+
+
+def test_page_in_a_browser_tree_follows_other_clients(browser, member):
+    """In what is loaded; a directory that is closed counts its children."""
+    for key in ("/a", "/m", "/open/x", "/closed/x", "/z"):
+        _put(member, key, "1")
+    page = Page(browser, member.client_url, "keys/open")
+    page.run("tree.open(tree.flat.findIndex(node => node.key === '/open'))")
+    eventually(lambda: any("x" in row for row in _rows_shown(page)[3:]), what="the open directory")
+    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers), what="the stream")
+    _put(member, "/a", "changed", ttl=500)
+    _put(member, "/b/c/d", "1")                     # two new directories
+    _put(member, "/open/w", "first")
+    _put(member, "/closed/y", "2")
+    for key in ("/m", "/open/x"):
+        assert requests.delete(f"{member.client_url}/v2/keys{key}", timeout=30).ok
+    _put(member, "/open/sub", dir="true")
+    for text in ("changed", "b/", "first", "sub/"):
+        eventually(lambda text=text: any(text in row for row in _rows_shown(page)), what=text)
+    rows = page.run("return tree.flat.map(node => [node.key, Number(node.bytes)])")
+    assert rows == [["/a", 7], ["/b", 1], ["/closed", 2], ["/open", 2], ["/open/sub", 0],
+                    ["/open/w", 5], ["/z", 1]]
+    assert any("min" in row and "changed" in row for row in _rows_shown(page))
+    page.run("location.hash = '#/log'")
+    eventually(lambda: not member.call(lambda etcd: etcd.store.stats.watchers), what="no stream")
+    for number in range(1100):                      # more than the history holds
+        member.call(lambda etcd, number=number: etcd.store.set(
+            f"/1/open/sub/{number}", value="", now_ns=1))
+    _put(member, "/aa", "late")
+    page.run("location.hash = '#/keys'")
+    eventually(lambda: page.run("return tree.flat.map(node => node.key)")[:2] == ["/a", "/aa"])
+    eventually(lambda: ["/open/sub", 1100] in page.run(
+        "return tree.flat.map(node => [node.key, node.bytes])"), what="the count")
+    assert not page.complaints()
+
+
+def test_page_in_a_browser_keeps_the_rows_in_view_where_they_are(browser, member):
+    for number in range(200):
+        _put(member, f"/k{number:03}", "1")
+    page = Page(browser, member.client_url, "keys")
+    page.shows("200 rows", "#count")
+    eventually(lambda: member.call(lambda etcd: etcd.store.stats.watchers), what="the stream")
+    where = ("const row = [...document.querySelectorAll('.row')].find(row =>"
+             " row.innerText.includes('k100')); return row && row.getBoundingClientRect().top")
+    page.run("document.getElementById('tree').scrollTop = 98 * tree.high")
+    before = page.until(where)
+    _put(member, "/a", "new")
+    page.shows("201 rows", "#count")
+    assert page.run(where) == before
+
+
+@pytest.mark.parametrize("value, formatted", [
+    ('{"id":12345678901234567890,"x":1.10,"d":1,"d":2}',
+     '{\n  "id": 12345678901234567890,\n  "x": 1.10,\n  "d": 1,\n  "d": 2\n}'),
+    (' [ { } , [ ] , "a: {b}, \\" c" , [ null,\n-1e3 ] ] ',
+     '[\n  {},\n  [],\n  "a: {b}, \\" c",\n  [\n    null,\n    -1e3\n  ]\n]'),
+    ("7", "7"),
+], ids=["numbers", "brackets", "scalar"])
+def test_page_in_a_browser_formats_json_without_a_change(browser, member, value, formatted):
+    """JavaScript's own way rounds long numbers, and keeps one of two equal names."""
+    _put(member, "/j", value)
+    page = Page(browser, member.client_url, "keys/j")
+    page.shows("valid JSON", "#kind")
+    page.click("#detail button", "Format")
+    page.holds(formatted)
+    assert json.loads(formatted) == json.loads(value)
+
+
+def test_page_in_a_browser_keeps_the_ends_of_lines(browser, member):
+    """A text area turns CR LF into LF; where it is mixed, no edit could keep it."""
+    _put(member, "/crlf", "a\r\nb\r\n")
+    _put(member, "/mixed", "a\r\nb\n")
+    page = Page(browser, member.client_url, "keys/crlf")
+    page.holds("a\nb\n")
+    assert page.run("return document.getElementById('save').disabled")
+    page.type("#value", "a\nc\n")
+    page.click("#save")
+    eventually(lambda: _value(member, "/crlf") == "a\r\nc\r\n", what="the save")
+    page.run("visit('/mixed')")
+    page.shows("61 0d 0a 62 0a", "#detail")
+
+
+def test_page_in_a_browser_needs_few_connections(browser, member):
+    """A browser has six to a server for all its windows: streams end with what they are for."""
+    for key in ("/0", "/a", "/b"):
+        _put(member, key, "1")
+
+    def watchers():
+        return member.call(lambda etcd: etcd.store.stats.watchers)
+
+    page = Page(browser, member.client_url, "keys")
+    page.shows("3 rows", "#count")
+    page.run("location.hash = '#/keys/a'")
+    page.holds("1")
+    page.until("return tree.flat[tree.at].key === '/a'")
+    eventually(lambda: watchers() == 2, what="the streams of the tree and of the key")
+    page.run("location.hash = '#/log'")
+    eventually(lambda: watchers() == 0, what="no stream")
+    _put(member, "/a", "2")
+    page.press("/")                                 # search: the key is still open
+    page.shows("was changed elsewhere", "#changed")
+    assert page.run("return location.hash") == "#/keys/a"
 
 
 def test_page_in_a_browser_is_dark_when_the_reader_wants_it(browser, member):

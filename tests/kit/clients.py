@@ -209,9 +209,11 @@ def _client_python(*arguments, **options):
 
 
 def _client_etcdctl(url, *arguments, stdin=b""):
+    """Run etcdctl; it waits 20 s for a head instead of 2, which a busy machine may need."""
     result = subprocess.run(
-        ["etcdctl", "--endpoints", url, *arguments], input=stdin, capture_output=True,
-        timeout=_CLIENT_WAIT_S, check=False, env={**os.environ, "ETCDCTL_API": "2"})
+        ["etcdctl", "--timeout", "20s", "--total-timeout", "60s", "--endpoints", url, *arguments],
+        input=stdin, capture_output=True, timeout=_CLIENT_WAIT_S, check=False,
+        env={**os.environ, "ETCDCTL_API": "2"})
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 

@@ -20,6 +20,8 @@ EXCHANGE_SECONDS = float(os.environ.get("PYETCD_EXCHANGE_SECONDS", "8"))
 _QUICK = ("-heartbeat-interval", "50", "-election-timeout", "500")
 
 needs_etcd = pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd 3.4 is not installed")
+needs_etcd23 = pytest.mark.skipif(
+    "PYETCD_ETCD23" not in os.environ, reason="PYETCD_ETCD23 names no etcd 2.3.8")
 
 
 class ActingAs34(Process):
@@ -181,7 +183,10 @@ class MixedCluster(StaticCluster):
 
 
 class Writer:
-    """Writes new keys through all members at once, and remembers what is acknowledged."""
+    """Writes new keys through all members at once, and remembers what is acknowledged.
+
+    As clients do, a thread goes on to the next member when one does not answer.
+    """
 
     THREADS = 3
 
@@ -215,15 +220,18 @@ class Writer:
 
     def _run(self, thread):
         session = requests.Session()
+        turn = thread
         for number in itertools.count():
             if self._stopped.wait(0.01):
                 return
             members = list(self.cluster.members)
-            member, key = members[(thread + number // 50) % len(members)], f"/w/{thread}-{number}"
+            turn += number % 50 == 0
+            member, key = members[turn % len(members)], f"/w/{thread}-{number}"
             try:
                 answer = session.put(
                     f"{member.client}/v2/keys{key}", {"value": number}, timeout=1)
             except requests.RequestException:
+                turn += 1
                 continue
             if answer.status_code in (200, 201):
                 with self._lock:

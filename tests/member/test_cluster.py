@@ -426,3 +426,26 @@ def test_cluster_v3_database_is_written_beside_snapshots_unless_it_holds_data(tm
     mark.write_database(9)
     mark.remove_database()
     assert mark.is_set and pyetcd.holds_v3_data(open(database, "rb"))
+
+
+def test_cluster_member_publishes_again_until_it_is_applied(cluster_log):
+    """After a snapshot, which may have swallowed the first proposal; and after an error."""
+    cluster, _, _ = _cluster_of(1)
+    proposed, later, done = [], [], []
+
+    class Reactor:
+        call_later = staticmethod(lambda delay_s, callback: later.append(callback))
+
+    publication = pyetcd.Publication(
+        pyetcd.ServerConfig(name="m1"), cluster, 1, Reactor(),
+        lambda request, answer: proposed.append(answer), lambda: done.append(1))
+    publication.propose()
+    publication.propose()
+    first, second = proposed
+    first(pyetcd.RequestTimeout("lost"))
+    later.pop()()
+    second(None)
+    proposed[2](pyetcd.RequestTimeout("late"))
+    publication.propose()
+    assert (done, later, len(proposed)) == ([1], [], 3)
+    assert sum("published {Name:m1" in line for line in cluster_log.messages) == 1

@@ -419,6 +419,8 @@ def test_server_full_disk_refuses_writes_until_there_is_space(tmp_path, monkeypa
 
 def test_server_keeps_descriptors_for_files_and_peers(tmp_path):
     """Connections beyond get 503 or are closed; snapshots, writes and peers go on meanwhile."""
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("no other process can be given a limit without Linux's prlimit")
     with StaticCluster(tmp_path, 1, "-snapshot-count", "20") as cluster, (
         contextlib.ExitStack()
     ) as stack, requests.Session() as session:

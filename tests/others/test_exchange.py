@@ -6,7 +6,14 @@ import time
 
 import pytest
 
-from tests.kit.exchange import EXCHANGE_SECONDS, MixedCluster, Writer, etcdctl3, needs_etcd
+from tests.kit.exchange import (
+    EXCHANGE_SECONDS,
+    MixedCluster,
+    Writer,
+    etcdctl3,
+    needs_etcd,
+    needs_etcd23,
+)
 
 _OFTEN = ("-snapshot-count", "40")      # the logs are compacted soon
 _PAUSE_SECONDS_MAX = 10                 # of writes: mostly below 2, on a machine that is not busy
@@ -20,9 +27,13 @@ def _check(cluster, writer):
     assert writer.pause_s < _PAUSE_SECONDS_MAX
 
 
-@needs_etcd
-@pytest.mark.parametrize("kinds", [("etcd", "3.4", "etcd"), ("3.4", "etcd", "3.4")], ids=",".join)
-def test_exchange_members_are_killed_and_come_back(tmp_path, kinds):
+@pytest.mark.parametrize("kinds, version", [
+    pytest.param(("etcd", "3.4", "etcd"), "3.4.0", marks=needs_etcd),
+    pytest.param(("3.4", "etcd", "3.4"), "3.4.0", marks=needs_etcd),
+    pytest.param(("2.3", "pyetcd", "2.3"), "2.3.0", marks=needs_etcd23),
+    pytest.param(("pyetcd", "2.3", "pyetcd"), "2.3.0", marks=needs_etcd23),
+], ids=lambda value: ",".join(value) if isinstance(value, tuple) else None)
+def test_exchange_members_are_killed_and_come_back(tmp_path, kinds, version):
     """A static cluster with one or two members of pyetcd: each takes writes, dies, catches up."""
     with MixedCluster(tmp_path, kinds, *_OFTEN) as cluster:
         written = {}
@@ -37,20 +48,39 @@ def test_exchange_members_are_killed_and_come_back(tmp_path, kinds):
                 cluster.put_through(others[number % 2], f"{member.name}-{number}", str(number), 20)
             cluster.start(member)
             cluster.wait_served(member)
-        cluster.wait_version("3.4.0")
+        cluster.wait_version(version)
         cluster.check_equal(written)
 
 
-@needs_etcd
-def test_exchange_killed_leaders_lose_no_acknowledged_write(tmp_path):
+@pytest.mark.parametrize("kinds", [
+    pytest.param(("etcd", "3.4", "3.4"), marks=needs_etcd),
+    pytest.param(("2.3", "pyetcd", "pyetcd"), marks=needs_etcd23),
+], ids=",".join)
+def test_exchange_killed_leaders_lose_no_acknowledged_write(tmp_path, kinds):
     """Leaders of both programs die again and again under a writer."""
-    with MixedCluster(tmp_path, ("etcd", "3.4", "3.4"), *_OFTEN) as cluster:
+    with MixedCluster(tmp_path, kinds, *_OFTEN) as cluster:
         with Writer(cluster) as writer:
             until = time.monotonic() + EXCHANGE_SECONDS
             while time.monotonic() < until:
                 cluster.wait_served(cluster.kill_leader())
                 writer.wait_more(100)
         _check(cluster, writer)
+
+
+@needs_etcd23
+def test_exchange_snapshots_go_both_ways_between_2_3_and_pyetcd(tmp_path):
+    """A new member gets the compacted part of the log as a snapshot, whichever program leads."""
+    with MixedCluster(tmp_path, ("pyetcd",), *_OFTEN) as cluster:
+        written = {}
+        for kind, line in (("2.3", "incoming snapshot"), ("pyetcd", "recovered from incoming")):
+            first = cluster.members[0]
+            for number in range(60):
+                written[f"/{first.name}-{number}"] = str(number)
+                cluster.put_through(first, f"{first.name}-{number}", str(number))
+            cluster.add(kind).process.wait_log(line)
+            cluster.remove(first)
+        cluster.kill_leader()           # it starts on the directory that came with the snapshot
+        cluster.check_equal(written)
 
 
 @needs_etcd
@@ -82,15 +112,17 @@ def test_exchange_snapshots_go_both_ways(tmp_path):
         cluster.check_equal(written)
 
 
-@needs_etcd
+@pytest.mark.parametrize("etcd", [
+    pytest.param("etcd", marks=needs_etcd), pytest.param("2.3", marks=needs_etcd23),
+])
 @pytest.mark.parametrize("way, count", [
     (MixedCluster.restart_as, 3), (MixedCluster.exchange, _EXCHANGES),
 ], ids=["in-place", "new-members"])
-def test_exchange_of_members_under_load(tmp_path, way, count):
-    """Members of etcd 3.4 become members of pyetcd, and again of etcd."""
-    with MixedCluster(tmp_path, ("etcd",) * 3, *_OFTEN) as cluster:
+def test_exchange_of_members_under_load(tmp_path, way, count, etcd):
+    """Members of etcd become members of pyetcd, and again of etcd."""
+    with MixedCluster(tmp_path, (etcd,) * 3, *_OFTEN) as cluster:
         with Writer(cluster) as writer:
-            for kind in ("pyetcd", "etcd"):
+            for kind in ("pyetcd", etcd):
                 for member in cluster.members[-count:]:
                     way(cluster, member, kind)
         _check(cluster, writer)

@@ -135,6 +135,7 @@ def test_programs_start_it_with_a_data_directory_alone(tmp_path: Path, programs_
         pytest.skip("no network namespace can be made here")
     output = _run([*alone, """
         ip link set lo up
+        : >"$0.log"
         etcd --enable-v2=true --data-dir "$0" 2>"$0.log" & etcd=$!
         until grep -q "ready to serve client requests" "$0.log"; do
             kill -0 $etcd || { cat "$0.log"; exit 1; }

@@ -50,9 +50,9 @@ def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _without_indent(text: str) -> str:
-    """Return a file of the page as it is sent: 2 KB less."""
-    return re.sub("(?m)^ +", "", text)
+def _shortened(text: str) -> str:
+    """Return a file of the page as it is sent, without lines of comment too: 4 KB less."""
+    return re.sub(r"(?m)^ *(?://.*\n|/\*\*.*\*/\n)*", "", text)
 
 
 def make_page() -> Tuple[bytes, str]:
@@ -60,8 +60,8 @@ def make_page() -> Tuple[bytes, str]:
 
     Trusted types make the browser refuse every way from text to HTML, script included.
     """
-    style, script = _without_indent(PAGE_CSS), _without_indent(PAGE_JS)
-    page = _without_indent(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
+    style, script = _shortened(PAGE_CSS), _shortened(PAGE_JS)
+    page = _shortened(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
     policy = (
         f"default-src 'none'; script-src {_source_hash(script)}; style-src"
         f" {_source_hash(style)}; connect-src 'self'; img-src data:; base-uri 'none';"

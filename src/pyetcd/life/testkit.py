@@ -134,7 +134,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self.set_ready)
+        etcd.publication.propose()
 
     def _start_work(self) -> None:
         assert self.etcd is not None

@@ -89,8 +89,8 @@ from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats, Traffic
 from .upkeep import (
     LEADER_WAIT_SECONDS,
     ExpirySync,
+    Publication,
     VersionMonitor,
-    publish,
     purge_periodically,
     report_leader_wait,
 )
@@ -153,12 +153,13 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
+        self.publication = Publication(
+            config, self.cluster, self.member_id, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # of their data
         self._changes: List[ConfChange] = []    # proposed changes of members, likewise
@@ -206,11 +207,7 @@ class EtcdServer:
             (self._data_dir.snap, ".snap", config.max_snapshots),
             (self._data_dir.wal, ".wal", config.max_wals),
         ))
-        self.publish(self._published)
-
-    def publish(self, done: Callable[[], None]) -> None:
-        """Tell the cluster this member's name and client URLs; done() when it knows them."""
-        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+        self.publication.propose()
 
     def leave(self, done: Callable[[], None]) -> None:
         """Prepare a planned stop: done() when another member leads, and no request waits here."""
@@ -545,3 +542,4 @@ class EtcdServer:
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+        self.publication.propose()      # the snapshot may hold the first one, without an answer

@@ -46,34 +46,48 @@ def report_leader_wait(
     )
 
 
-def publish(
-    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
-    done: Callable[[], None],
-) -> None:
-    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+class Publication:
+    """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
-    def applied(result: Any) -> None:
-        if isinstance(result, ServerStopped):
+    def __init__(
+        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
+        propose: Propose, done: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._member_id = member_id
+        self._reactor = reactor
+        self._propose = propose
+        self._done = done
+        self._is_applied = False
+
+    def propose(self) -> None:
+        """Propose it unless it is applied; one more proposal is harmless."""
+        if self._is_applied:
+            return
+        config = self._config
+        member = Member(
+            self._member_id, config.initial_advertise_peer_urls, config.name,
+            config.advertise_client_urls, FEATURES,
+        )
+        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        self._propose(
+            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+
+    def _applied(self, result: Any) -> None:
+        if self._is_applied or isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
             SERVER_LOG.error("publish error: %s", result.cause)
-            reactor.call_later(
-                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
-            )
+            self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
-        _check_peer_urls(config, cluster.members.get(member_id))
+        self._is_applied = True
+        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
         SERVER_LOG.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
-            " ".join(config.advertise_client_urls), format_id(cluster.id),
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
+            " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
         )
-        done()
-
-    member = Member(
-        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
-        FEATURES,
-    )
-    path = f"/0/members/{format_id(member_id)}/attributes"
-    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+        self._done()
 
 
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:

@@ -100,6 +100,12 @@ if os.environ.get("PYETCD_TEST_SYSTEM") == "macos" and hasattr(select, "epoll"):
     for module, patterns in _LINUX_ONLY.items():
         for each in [name for name in vars(module) if any(_matches(name, p) for p in patterns)]:
             delattr(module, each)
+            if each in getattr(module, "__all__", ()):
+                module.__all__.remove(each)
+    if "selectors" in sys.modules:
+        selectors = sys.modules["selectors"]
+        del selectors.EpollSelector
+        selectors.DefaultSelector = selectors.PollSelector
     if "tempfile" in sys.modules:
         sys.modules["tempfile"]._O_TMPFILE_WORKS = False
     _hide_proc()
