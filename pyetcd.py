@@ -14150,34 +14150,48 @@ def report_leader_wait(
     )
 
 
-def publish(
-    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
-    done: Callable[[], None],
-) -> None:
-    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+class Publication:
+    """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
-    def applied(result: "Any") -> None:
-        if isinstance(result, ServerStopped):
+    def __init__(
+        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
+        propose: Propose, done: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._member_id = member_id
+        self._reactor = reactor
+        self._propose = propose
+        self._done = done
+        self._is_applied = False
+
+    def propose(self) -> None:
+        """Propose it unless it is applied; one more proposal is harmless."""
+        if self._is_applied:
+            return
+        config = self._config
+        member = Member(
+            self._member_id, config.initial_advertise_peer_urls, config.name,
+            config.advertise_client_urls, FEATURES,
+        )
+        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        self._propose(
+            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+
+    def _applied(self, result: Any) -> None:
+        if self._is_applied or isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
             SERVER_LOG.error("publish error: %s", result.cause)
-            reactor.call_later(
-                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
-            )
+            self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
-        _check_peer_urls(config, cluster.members.get(member_id))
+        self._is_applied = True
+        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
         SERVER_LOG.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
-            " ".join(config.advertise_client_urls), format_id(cluster.id),
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
+            " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
         )
-        done()
-
-    member = Member(
-        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
-        FEATURES,
-    )
-    path = f"/0/members/{format_id(member_id)}/attributes"
-    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+        self._done()
 
 
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
@@ -14445,12 +14459,13 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
+        self.publication = Publication(
+            config, self.cluster, self.member_id, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # of their data
         self._changes: List[ConfChange] = []    # proposed changes of members, likewise
@@ -14498,11 +14513,7 @@ class EtcdServer:
             (self._data_dir.snap, ".snap", config.max_snapshots),
             (self._data_dir.wal, ".wal", config.max_wals),
         ))
-        self.publish(self._published)
-
-    def publish(self, done: Callable[[], None]) -> None:
-        """Tell the cluster this member's name and client URLs; done() when it knows them."""
-        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+        self.publication.propose()
 
     def leave(self, done: Callable[[], None]) -> None:
         """Prepare a planned stop: done() when another member leads, and no request waits here."""
@@ -14837,6 +14848,7 @@ class EtcdServer:
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+        self.publication.propose()      # the snapshot may hold the first one, without an answer
 
 
 # ============================================================================
@@ -16859,6 +16871,7 @@ dd { margin: 0; }
 #rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
 .row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
 .row:hover { background: var(--raised); }
+.row.fresh { background: var(--good-bg); }
 .row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
 .row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
 .row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
@@ -17238,18 +17251,28 @@ const charts = [
 
 // ---- the tree: the document has the rows that can be seen
 
+/** Where a key is in the sorted children of a directory, or belongs. */
+function place(kids, key) {
+  let low = 0;
+  for (let high = kids.length; low < high;) {
+    const middle = (low + high) >> 1;
+    if (kids[middle].key < key) low = middle + 1; else high = middle;
+  }
+  return low;
+}
 const tree = {
   root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
 
   /** Load the children of a directory; rows appear while they come. */
   async load(node) {
     if (node.loading) node.loading.abort();
-    const {signal} = node.loading = new AbortController(), kids = [];
-    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const {signal} = node.loading = new AbortController(), kids = [], late = node.late = [];
+    const known = new Map((node.kids || []).filter(kid => kid.open).map(kid => [kid.key, kid]));
     const prefix = node.key === "/" ? "/" : node.key + "/";
     try {
       for await (const line of lines(
         `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.index) node.seen = line.index;
         if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
         if (!Array.isArray(line)) continue;
         for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
@@ -17262,7 +17285,50 @@ const tree = {
     }
     node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
     node.loading = null;
+    late.forEach(event => this.take(event));
     this.drawSoon(true);
+    for (const kid of kids) if (kid.open) await this.load(kid);
+  },
+  /** Follow what all clients change, while the keys are shown: a browser has six connections. */
+  async follow() {
+    for (const each of [this, opened]) if (each && each.followed) each.followed.abort();
+    if (current !== "keys" || document.hidden || !state) return;
+    if (opened && opened.follow) opened.follow();
+    const {signal} = this.followed = new AbortController(), told = text => {
+      if (!/missed/.test(text) || this.again) return;
+      this.again = setTimeout(() => { this.again = 0; this.load(this.root); }, 500);
+    };
+    this.since = this.since || state.index + 1;
+    for await (const event of changes("/", {since: this.since, recursive: true, signal, told})) {
+      this.since = event.node.modifiedIndex + 1;
+      this.take(event);
+    }
+  },
+  /** Show a change, if the directory is loaded in which it was made. */
+  take(event) {
+    const {action, prevNode, node: {key, dir, value = "", expiration, modifiedIndex}} = event;
+    const gone = /delete|expire/i.test(action), expires = expiration ? Date.parse(expiration) / 1000 : 0;
+    for (let node = this.root; ;) {
+      if (node.loading) return node.late.push(event);
+      if (!node.kids || modifiedIndex <= node.seen) return;
+      const end = key.indexOf("/", node.level && node.key.length + 1 || 1), {kids} = node;
+      const path = end < 0 ? key : key.slice(0, end), at = place(kids, path);
+      const kid = kids[at] && kids[at].key === path && kids[at];
+      this.drawSoon(true);
+      if (path !== key && kid) {
+        if (!kid.kids && parentOf(key) === path) kid.bytes += gone ? -1 : prevNode ? 0 : 1;
+        node = kid;
+        continue;
+      }
+      node.bytes += gone ? -!!kid : !kid;
+      if (gone) return kid && kids.splice(at, 1);
+      const row = this.node([0, dir || path !== key, value.slice(0, 60), path !== key ? 1 : value.length,
+        expires, modifiedIndex], path, node.level + 1);
+      row.fresh = Date.now();
+      if (!kid) kids.splice(at, 0, row);
+      else Object.assign(kid, row, kid.dir && dir && {kids: kid.kids, open: kid.open, bytes: kid.bytes});
+      return;
+    }
   },
   node([, dir, preview, bytes, expires, index], key, level, known) {
     const {kids, open} = known && known.get(key) || {};
@@ -17303,18 +17369,21 @@ const tree = {
   },
   draw() {
     this.frame = null;
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     if (this.changed) {
-      const before = this.flat[this.at];
+      const before = this.flat[this.at], above = Math.floor(box.scrollTop / this.high), top = this.flat[above];
       this.flat = this.flatten();
       if (before && this.flat[this.at] !== before)
         this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      $("space").style.height = `${this.flat.length * this.high}px`;
+      // What the reader looks at stays where it is.
+      const now = above && top !== this.flat[above] ? this.flat.indexOf(top) : -1;
+      if (now >= 0) box.scrollTop += (now - above) * this.high;
       this.changed = false;
     }
-    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
-    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
     const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
-    $("space").style.height = `${this.flat.length * this.high}px`;
     $("rows").style.transform = `translateY(${first * this.high}px)`;
     fill($("rows"), some.map((node, at) => this.row(node, first + at)),
       !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
@@ -17323,15 +17392,15 @@ const tree = {
       (busy || (this.found && this.more ? ", and more" : ""));
   },
   row(node, at) {
-    const {key, dir, expires} = node;
-    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+    const {key, dir, expires, fresh} = node;
+    const line = h("div", {class: fresh > Date.now() - 1500 ? "row fresh" : "row", role: "treeitem", id: `row${at}`, "data-key": key,
       "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
       "aria-selected": String(at === this.at)},
     h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
     h("span", {class: dir ? "name dir" : "name"}, (this.found ? key : nameOf(key)) + (dir ? "/" : "")),
     h("span.dim", dir ? number(node.bytes) : BINARY.test(node.preview) ? "binary"
       : node.preview || size(node.bytes)),
-    expires > 0 && h("span.ttl", {title: "until it expires"}, "⏱ " + span(expires - clock())));
+    expires > 0 && h("span.ttl", {title: "until it expires"}, "◷ " + span(expires - clock())));
     line.style.paddingLeft = `${4 + (this.found ? 0 : node.level - 1) * 17}px`;
     return line;
   },
@@ -17394,7 +17463,7 @@ const tree = {
 
 // ---- one key
 
-let opened = null;              // {key, node, stop: of its events}
+let opened = null;              // {key, node, stop: of its requests, followed: of its events}
 const BINARY = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffd]/;
 const SHOWN_MAX = 1 << 18, UNDO_MAX = 4 << 20;
 
@@ -17407,6 +17476,15 @@ function hex(text) {
       String.fromCharCode(...some).replace(/[^ -~]/g, "·"));
   }
   return out.join("\n");
+}
+/** Indent JSON.  Its tokens stay as they are: JavaScript would round long numbers. */
+function indent(text) {
+  let depth = 0;
+  const line = step => "\n" + "  ".repeat(depth += step);
+  return text.replace(/"(?:[^"\\]|\\.)*"|\s+|[{[]\s*[}\]]|[{}[\]:,]/g, token =>
+    /^\s/.test(token) ? "" : token === "," ? token + line(0) : token === ":" ? ": "
+      : token[0] === '"' ? token : token.length > 1 ? token.replace(/\s+/, "")
+      : /[{[]/.test(token) ? token + line(1) : line(-1) + token);
 }
 /** Tell without reading a directory: it may be large. */
 async function isDirectory(key, signal) {
@@ -17422,7 +17500,7 @@ async function isDirectory(key, signal) {
   } finally { stop.abort(); }
 }
 const openKey = guarded(async key => {
-  if (opened) opened.stop.abort();
+  if (opened) [opened.stop, opened.followed].forEach(each => each && each.abort());
   const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
   const parts = key.split("/").slice(1);
   $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
@@ -17439,7 +17517,8 @@ const openKey = guarded(async key => {
     return;
   }
   if (opened !== mine) return;
-  if (!tree.found && !tree.flat.some(node => node.key === key)) tree.reveal(key);
+  const row = tree.flat.findIndex(node => node.key === key);
+  if (row >= 0) tree.move(row); else if (!tree.found) tree.reveal(key);
   (mine.dir ? showDirectory : showFile)(mine);
 });
 const common = (mine, value) => [gap(), button("Copy as …", "", () => copyAs(mine.key, value())),
@@ -17454,17 +17533,19 @@ function showDirectory(mine) {
 function showFile(mine) {
   const {node} = mine, {value} = node;
   mine.expires = node.expiration ? Date.parse(node.expiration) / 1000 : 0;
-  const binary = BINARY.test(value), large = value.length > SHOWN_MAX;
+  const crlf = value.includes("\r");           // which a text area makes \n
+  const binary = BINARY.test(value) || crlf && /[^\r]\n|^\n|\r(?!\n)/.test(value), large = value.length > SHOWN_MAX;
   const area = h("textarea", {id: "value", "aria-label": "Value",
     readonly: large || state.ui === "readonly"});
   area.value = value.slice(0, SHOWN_MAX);
+  const before = area.value, edited = () => crlf ? area.value.replace(/\n/g, "\r\n") : area.value;
   const kind = h("span", {id: "kind"});
   const ttl = h("input", {type: "number", min: 1, id: "ttl", placeholder: mine.expires ? "as it is" : "never"});
   const format = button("Format", "write", () => {
-    area.value = JSON.stringify(JSON.parse(area.value), null, 2);
+    area.value = indent(area.value);
     judge();
   });
-  const save = button("Save", "primary write", () => saveValue(mine, area.value, ttl.value));
+  const save = button("Save", "primary write", () => saveValue(mine, edited(), ttl.value));
   function judge() {
     let text = large ? "only the beginning is shown" : "text", rank = "";
     if (!large) try {
@@ -17476,7 +17557,7 @@ function showFile(mine) {
     kind.textContent = text;
     kind.className = "badge " + rank;
     format.disabled = rank !== "good";
-    save.disabled = large || area.value === value && !ttl.value;
+    save.disabled = large || area.value === before && !ttl.value;
   }
   save.id = "save";
   area.addEventListener("input", judge);
@@ -17497,16 +17578,19 @@ function showFile(mine) {
     ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
   h("pre.hex", hex(value))] : area,
   h("div.bar", !binary && [save, format,
-    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : edited())),
   h("h3", "History"), history);
   judge();
   tick();
-  follow(mine, area, history, changed);
+  mine.follow = () => follow(mine, area, history, changed);
+  mine.follow();
 }
 /** The history of a key as far as it goes, and then what happens to it. */
 async function follow(mine, area, history, changed) {
-  for await (const {action, node} of changes(mine.key, {
-    since: Math.max(1, state.history), signal: mine.stop.signal})) {
+  const {signal} = mine.followed = new AbortController();
+  mine.since = mine.since || Math.max(1, state.history);
+  for await (const {action, node} of changes(mine.key, {since: mine.since, signal})) {
+    mine.since = node.modifiedIndex + 1;
     const value = node.value, index = number(node.modifiedIndex);
     history.prepend(h("li", h("span.at", index), badge(action),
       h("code", shorten(value)), value != null && button("Use", "quiet write", () => {
@@ -17798,6 +17882,7 @@ function go(view) {
   }
   clearTimeout(timer);
   if (discovery) discovery.abort();
+  tree.follow();
   if (!state) return;
   if (view === "overview") showState();
   if (view === "keys" && !tree.root.kids) tree.load(tree.root);
@@ -17845,7 +17930,11 @@ function keyboard(event) {
   const {key, target, ctrlKey, metaKey, altKey} = event;
   if ($("dialog").open || ctrlKey || metaKey || altKey || /INPUT|TEXTAREA|SELECT/.test(target.tagName)) return;
   if (VIEWS[key - 1]) location.hash = "#/" + VIEWS[key - 1];
-  else if (key === "/") { go("keys"); $("query").focus(); }
+  else if (key === "/") {
+    if (current !== "keys") visit(opened ? opened.key : "/");
+    go("keys");
+    $("query").focus();
+  }
   else if (key === "n" && state && state.ui === "true") createHere();
   else if (key === "r" && current === "keys") reload();
   else if (key === "t") theme(1);
@@ -17891,6 +17980,7 @@ on("token", "click", guarded(async () => {
 on("logfilter", "input", drawLog);
 addEventListener("hashchange", route);
 addEventListener("keydown", keyboard);
+document.addEventListener("visibilitychange", () => tree.follow());
 addEventListener("resize", () => tree.drawSoon());
 theme(0);
 route();
@@ -18309,9 +18399,9 @@ def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _without_indent(text: str) -> str:
-    """Return a file of the page as it is sent: 2 KB less."""
-    return re.sub("(?m)^ +", "", text)
+def _shortened(text: str) -> str:
+    """Return a file of the page as it is sent, without lines of comment too: 4 KB less."""
+    return re.sub(r"(?m)^ *(?://.*\n|/\*\*.*\*/\n)*", "", text)
 
 
 def make_page() -> Tuple[bytes, str]:
@@ -18319,8 +18409,8 @@ def make_page() -> Tuple[bytes, str]:
 
     Trusted types make the browser refuse every way from text to HTML, script included.
     """
-    style, script = _without_indent(PAGE_CSS), _without_indent(PAGE_JS)
-    page = _without_indent(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
+    style, script = _shortened(PAGE_CSS), _shortened(PAGE_JS)
+    page = _shortened(PAGE_HTML).replace("@STYLE@", style).replace("@SCRIPT@", script)
     policy = (
         f"default-src 'none'; script-src {_source_hash(script)}; style-src"
         f" {_source_hash(style)}; connect-src 'self'; img-src data:; base-uri 'none';"
@@ -24137,7 +24227,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self.set_ready)
+        etcd.publication.propose()
 
     def _start_work(self) -> None:
         assert self.etcd is not None
