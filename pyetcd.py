@@ -8087,12 +8087,21 @@ class StreamReply:
             self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
         return True
 
-    def end(self) -> None:
-        """Finish the body; the connection serves the next request."""
-        if not self.closed:
-            self.closed = True
-            self.on_close = None
-            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+    def end(self, last: Sequence[bytes] = ()) -> None:
+        """Finish the body, with the pieces of a last chunk; the connection serves the next request.
+
+        A short chunk and the end are one piece, for one `send`.
+        """
+        if self.closed:
+            return
+        size, end = sum(map(len, last)), b"0\r\n\r\n" if self._chunked else b""
+        if last and self._chunked and size < OUTPUT_SHARED_BYTES_MIN:
+            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))
+        elif last:
+            self.write(last[0], last[1:])
+        self.closed = True
+        self.on_close = None
+        self._connection.finish(end, self._keep_alive)
 
     def abort(self) -> None:
         """Drop the connection without finishing the body; on_close is not called."""
@@ -15325,11 +15334,10 @@ class KeyWatch:
         data = event.client_pieces()
         if self._stream and not reply.pending:
             self._unsent.clear()
-        if reply.write(data[0], data[1:]):
-            if not self._stream:
-                self._unregister()
-                reply.end()
-                return
+        if not self._stream:
+            self._unregister()
+            reply.end(data)
+        elif reply.write(data[0], data[1:]):
             self._unsent.append(sum(map(len, data)))
             if len(self._unsent) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
@@ -15915,6 +15923,10 @@ class Listings:
 # ============================================================================
 
 
+KEPT_ANSWERS_MAX = 1_000            # to GETs; above: made anew for each request
+KEPT_ANSWER_BYTES_MAX = 4_096       # of a longer one nothing is kept
+
+
 class KeysApi:
     """/v2/keys: reads from the local store, writes through consensus, watches.
 
@@ -15953,6 +15965,8 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
+        self._answers: Dict[str, bytes] = {}    # to GETs of files, by path; see _get
+        self._answers_at: Tuple[int, int, str] = (0, 0, "")
         self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self.count_puts
 
@@ -15993,8 +16007,23 @@ class KeysApi:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
-        """GET and HEAD from the local store.  A hot path."""
+        """GET and HEAD from the local store.  A hot path.
+
+        The answer to a GET of a file is kept until the store, the log or the Date header changes:
+        such GETs at 64 connections take 0.79 of the processor time, that of the client included.
+        """
         started = self._now()
+        state = self._store.current_index, self._server.raft_index, self._reactor.http_date
+        if state != self._answers_at:
+            self._answers_at = state
+            self._answers.clear()
+        elif path in self._answers and request.head.takes_raw and not recursive:
+            self._stats.gets_fail += 1      # as below
+            self._stats.gets_success += 1
+            self._received.inc("GET")
+            request.reply_raw(self._answers[path])
+            self._get_durations.observe(self._now() - started)
+            return
         # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
@@ -16007,7 +16036,11 @@ class KeysApi:
         if not body:
             self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
-        self._send(request, 200, self._store.current_index, body[0], body[1:])
+        answer = self._send(request, 200, self._store.current_index, body[0], body[1:])
+        if len(answer) < KEPT_ANSWER_BYTES_MAX and len(self._answers) < KEPT_ANSWERS_MAX and (
+            answer and b'"expiration"' not in answer    # its ttl changes with the clock
+        ):
+            self._answers[path] = answer
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
@@ -16157,22 +16190,27 @@ class KeysApi:
     def _send(
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
-    ) -> None:
-        """Answer with an event; most requests take the short way, a ready-made head."""
+    ) -> bytes:
+        """Answer with an event; most requests take the short way, a ready-made head.
+
+        Returns the bytes of a whole answer in one piece, else b"".
+        """
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
             request.reply(status, body, "application/json", headers, more)
-            return
+            return b""
         if more or size > OUTPUT_JOIN_BYTES_MAX:
             body, more = b"", (body, *more)
             size = sum(map(len, more))
         server = self._server
-        request.reply_raw(
+        data = (
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
             f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
-            f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
+            f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body
         )
+        request.reply_raw(data, more)
+        return b"" if more else data
 
 
 # ============================================================================

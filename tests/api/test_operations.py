@@ -553,3 +553,40 @@ def test_ops_livez_needs_no_leader_and_readyz_does(tmp_path):
         assert _http_ask(waiting, "GET", "/readyz?exclude=linearizable_read")[0] == 200
     finally:
         waiting.stop()
+
+
+# -- answers to GETs that are kept -----------------------------------------------------
+
+
+def _ops_lines(headers):
+    return {name: headers[name] for name in
+            ("Content-Type", "Content-Length", "X-Etcd-Index", "X-Raft-Term", "X-Etcd-Cluster-Id")}
+
+
+def test_ops_a_kept_answer_is_the_one_made_anew(http_server):
+    """The way without a kept answer is that of a request whose connection closes."""
+    for value in ("first", "second", "%C3%A9%22", "x" * 8_000):
+        assert _http_keys(http_server, "PUT", "/kept", f"value={value}")[0] in (200, 201)
+        plain = _http_ask(http_server, "GET", "/v2/keys/kept", headers={"Connection": "close"})
+        for target in ("/v2/keys/kept", "/v2/keys/kept", "/v2/keys/kept?sorted=true"):
+            answer = _http_ask(http_server, "GET", target)
+            assert answer[0] == plain[0] == 200
+            assert answer[2] == plain[2]
+            assert _ops_lines(answer[1]) == _ops_lines(plain[1])
+    status, headers, body = _http_ask(http_server, "HEAD", "/v2/keys/kept")
+    assert (status, body) == (200, b"")
+    assert headers["Content-Length"] == plain[1]["Content-Length"]
+    assert _http_keys(http_server, "DELETE", "/kept")[0] == 200
+    assert _http_ask(http_server, "GET", "/v2/keys/kept")[0] == 404
+
+
+def test_ops_a_kept_answer_is_counted_as_any_other(http_server):
+    def counts():
+        stats = json.loads(_http_ask(http_server, "GET", "/v2/stats/store")[2])
+        return stats["getsSuccess"], stats["getsFail"]
+
+    _http_keys(http_server, "PUT", "/kept", "value=1")
+    success, fail = counts()
+    for _ in range(10):
+        _http_ask(http_server, "GET", "/v2/keys/kept")
+    assert counts() == (success + 10, fail + 10)

@@ -407,11 +407,10 @@ class KeyWatch:
         data = event.client_pieces()
         if self._stream and not reply.pending:
             self._unsent.clear()
-        if reply.write(data[0], data[1:]):
-            if not self._stream:
-                self._unregister()
-                reply.end()
-                return
+        if not self._stream:
+            self._unregister()
+            reply.end(data)
+        elif reply.write(data[0], data[1:]):
             self._unsent.append(sum(map(len, data)))
             if len(self._unsent) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Generator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple, Union
 
 from ..base.codec import encode_plain, encode_request_steps
 from ..base.errors import EtcdError, EventIndexCleared, Unauthorized
@@ -19,6 +19,9 @@ from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
 from .listings import ListingRequest, Listings
+
+KEPT_ANSWERS_MAX = 1_000            # to GETs; above: made anew for each request
+KEPT_ANSWER_BYTES_MAX = 4_096       # of a longer one nothing is kept
 
 
 class KeysApi:
@@ -59,6 +62,8 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
+        self._answers: Dict[str, bytes] = {}    # to GETs of files, by path; see _get
+        self._answers_at: Tuple[int, int, str] = (0, 0, "")
         self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self.count_puts
 
@@ -99,8 +104,23 @@ class KeysApi:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
-        """GET and HEAD from the local store.  A hot path."""
+        """GET and HEAD from the local store.  A hot path.
+
+        The answer to a GET of a file is kept until the store, the log or the Date header changes:
+        such GETs at 64 connections take 0.79 of the processor time, that of the client included.
+        """
         started = self._now()
+        state = self._store.current_index, self._server.raft_index, self._reactor.http_date
+        if state != self._answers_at:
+            self._answers_at = state
+            self._answers.clear()
+        elif path in self._answers and request.head.takes_raw and not recursive:
+            self._stats.gets_fail += 1      # as below
+            self._stats.gets_success += 1
+            self._received.inc("GET")
+            request.reply_raw(self._answers[path])
+            self._get_durations.observe(self._now() - started)
+            return
         # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
@@ -113,7 +133,11 @@ class KeysApi:
         if not body:
             self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
-        self._send(request, 200, self._store.current_index, body[0], body[1:])
+        answer = self._send(request, 200, self._store.current_index, body[0], body[1:])
+        if len(answer) < KEPT_ANSWER_BYTES_MAX and len(self._answers) < KEPT_ANSWERS_MAX and (
+            answer and b'"expiration"' not in answer    # its ttl changes with the clock
+        ):
+            self._answers[path] = answer
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
@@ -263,19 +287,24 @@ class KeysApi:
     def _send(
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
-    ) -> None:
-        """Answer with an event; most requests take the short way, a ready-made head."""
+    ) -> bytes:
+        """Answer with an event; most requests take the short way, a ready-made head.
+
+        Returns the bytes of a whole answer in one piece, else b"".
+        """
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
             request.reply(status, body, "application/json", headers, more)
-            return
+            return b""
         if more or size > OUTPUT_JOIN_BYTES_MAX:
             body, more = b"", (body, *more)
             size = sum(map(len, more))
         server = self._server
-        request.reply_raw(
+        data = (
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
             f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
-            f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
+            f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body
         )
+        request.reply_raw(data, more)
+        return b"" if more else data

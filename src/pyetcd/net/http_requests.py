@@ -163,12 +163,21 @@ class StreamReply:
             self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
         return True
 
-    def end(self) -> None:
-        """Finish the body; the connection serves the next request."""
-        if not self.closed:
-            self.closed = True
-            self.on_close = None
-            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+    def end(self, last: Sequence[bytes] = ()) -> None:
+        """Finish the body, with the pieces of a last chunk; the connection serves the next request.
+
+        A short chunk and the end are one piece, for one `send`.
+        """
+        if self.closed:
+            return
+        size, end = sum(map(len, last)), b"0\r\n\r\n" if self._chunked else b""
+        if last and self._chunked and size < OUTPUT_SHARED_BYTES_MIN:
+            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))
+        elif last:
+            self.write(last[0], last[1:])
+        self.closed = True
+        self.on_close = None
+        self._connection.finish(end, self._keep_alive)
 
     def abort(self) -> None:
         """Drop the connection without finishing the body; on_close is not called."""
