@@ -7050,8 +7050,7 @@ def _run_parallel(
                 stop.set()                          # start Ctrl-C interrupted: it gets no item
                 futures = [pool.submit(serve) for _ in range(max(1, workers))]
                 stop.clear()
-            for future in futures:
-                future.result()
+            for future in futures: future.result()
         finally:
             stop.set()
 
