@@ -124,6 +124,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -4629,6 +4630,17 @@ class NodeTree:
             if not nodes and not len(ttl):
                 del self._replaced[0]
 
+    def count_files(self, directory: str) -> int:
+        """Return the number of files below `directory`, at any depth; reads every node."""
+        below = directory + "/"
+        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
+
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def count_children(self, path: str) -> int:
         """Return how many children a directory has, hidden ones too; 0 if there is none."""
         node = self._reachable(path)
@@ -5214,17 +5226,6 @@ class Store(NodeTree):
 
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
-
-    def count_files(self, directory: str) -> int:
-        """Return the number of files below `directory`, at any depth; reads every node."""
-        below = directory + "/"
-        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
-
-    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
-        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
-        below = directory + "/"
-        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
-                      key=lambda item: item[0])
 
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
@@ -25782,6 +25783,8 @@ def start_server(config: ServerConfig, kind: str) -> ServerThread:
 def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
     signals = SignalStop()
+    with contextlib.suppress(OSError, RuntimeError):    # stderr is closed, or no file
+        faulthandler.enable()           # a mapped file that cannot be read ends us: say where
     kind = check_data_dir(config)
     raise_descriptor_limit()
     server = start_server(config, kind)

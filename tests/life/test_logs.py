@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import signal
 import threading
 from datetime import datetime
 from typing import Any, Dict, Iterator, List
@@ -146,6 +147,16 @@ def test_log_of_a_process_is_json_line_by_line(tmp_path: Any) -> None:
     (read,) = [line for line in lines if line["message"].startswith("[GET] /v2/keys/none ")]
     assert (read["level"], read["package"], read["status"]) == ("debug", "etcdhttp", 404)
     assert read["duration_ms"] > 0
+
+
+def test_log_says_where_a_member_was_when_the_system_ends_it(tmp_path: Any) -> None:
+    """As with a mapped file that the disk does not give back."""
+    member = ClusterMember(tmp_path, "a")
+    member.start("-initial-cluster", f"a={member.peer}")
+    eventually(lambda: member.put("a", "1"), what="a write")
+    assert member.process.kill(signal.SIGBUS) == -signal.SIGBUS
+    log = member.process.log()
+    assert "Fatal Python error: Bus error" in log and "most recent call first" in log
 
 
 # -- repeated lines --------------------------------------------------------------------

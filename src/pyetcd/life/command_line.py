@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -183,6 +185,8 @@ def start_server(config: ServerConfig, kind: str) -> ServerThread:
 def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
     signals = SignalStop()
+    with contextlib.suppress(OSError, RuntimeError):    # stderr is closed, or no file
+        faulthandler.enable()           # a mapped file that cannot be read ends us: say where
     kind = check_data_dir(config)
     raise_descriptor_limit()
     server = start_server(config, kind)

@@ -70,6 +70,17 @@ class NodeTree:
             if not nodes and not len(ttl):
                 del self._replaced[0]
 
+    def count_files(self, directory: str) -> int:
+        """Return the number of files below `directory`, at any depth; reads every node."""
+        below = directory + "/"
+        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
+
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def count_children(self, path: str) -> int:
         """Return how many children a directory has, hidden ones too; 0 if there is none."""
         node = self._reachable(path)

@@ -549,17 +549,6 @@ class Store(NodeTree):
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
 
-    def count_files(self, directory: str) -> int:
-        """Return the number of files below `directory`, at any depth; reads every node."""
-        below = directory + "/"
-        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
-
-    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
-        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
-        below = directory + "/"
-        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
-                      key=lambda item: item[0])
-
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
