@@ -272,8 +272,14 @@ def _go_escape(match: re.Match[str]) -> str:
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?(.*)", re.DOTALL)
 _NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f]")
-_NOT_IN_HOSTS = re.compile(r"[^A-Za-z0-9._\x80-\U0010ffff-]")
+_NOT_IN_HOSTS = re.compile(r"[\x00-,/:-@\[-^`{-\x7f]")      # of ASCII; [^...] compiles in 5 ms
 HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refused
+
+
+def most_like(word: str, words: Iterable[str], likeness: float = 0.6) -> str:
+    """Return the one of `words` that looks most like `word`; "" if none is as like as `likeness`."""
+    import difflib  # not at the top: a start without an error takes 2 ms less
+    return next(iter(difflib.get_close_matches(word, list(words), 1, likeness)), "")
 
 
 def is_ip(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import re
@@ -13,7 +12,7 @@ from ..base.basics import TlsFiles
 from ..base.errors import StartError
 from ..base.ids import LOG_PACKAGES
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, ELECTION_MS_MAX
-from ..base.text import go_quote
+from ..base.text import go_quote, most_like
 from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
@@ -75,8 +74,8 @@ def _check_log_packages(settings: Settings) -> None:
     """Warn of packages that never log; etcd accepts them without a word."""
     for package in settings["log-package-levels"]:
         if package and package.partition(".")[0] not in LOG_PACKAGES:
-            near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            near = most_like(package, LOG_PACKAGES)
+            meant = f"; did you mean {near}?" if near else ""
             settings.warn(
                 f"{settings.where('log-package-levels')} has {package}, which logs nothing here;"
                 f" the packages are {', '.join(LOG_PACKAGES)}, and * is all of them{meant}"

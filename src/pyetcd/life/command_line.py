@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import logging
 import os
-import platform
 import signal
 import socket
 import sys
@@ -56,6 +55,7 @@ def usage() -> str:
 
 
 def version_text() -> str:
+    import platform  # not at the top: 3 ms
     machine = platform.machine().lower()
     machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
     python = f"{platform.python_implementation()} {platform.python_version()}"

@@ -6,7 +6,6 @@ Threads: the caller's, and the one it starts, `reactor`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import queue
 import threading
@@ -19,6 +18,7 @@ from ..base.errors import ServerStopped, StartError
 from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.system import check_system
+from ..base.text import most_like
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
@@ -46,8 +46,8 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
     checked = dict(settings)
     for name, value in settings.items():
         if name not in ServerConfig._fields:
-            near = difflib.get_close_matches(name, ServerConfig._fields, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            near = most_like(name, ServerConfig._fields)
+            meant = f"; did you mean {near}?" if near else ""
             raise TypeError(f"there is no setting {name}{meant}")
         if type(ServerConfig._field_defaults[name]) is tuple:
             if isinstance(value, str):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import logging
 import re
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
-from ..base.text import is_ip, load_json, split_address
+from ..base.text import is_ip, load_json, most_like, split_address
 from ..base.urls import check_advertised_url, parse_urls, usable_urls
 from .addresses import default_route_address
 from .cloud_config import etcd2_section
@@ -148,9 +147,9 @@ class Settings:
             return "; write a list as one word, its parts separated by commas without spaces"
         if word in COMMANDS:
             return f"; write `pyetcd {word}` first and its flags behind it"
-        meant = difflib.get_close_matches(word.lower(), COMMANDS, 1, _LIKENESS_MIN)
+        meant = most_like(word.lower(), COMMANDS, _LIKENESS_MIN)
         if meant and not switch:
-            return f"; did you mean the command `pyetcd {meant[0]}`?"
+            return f"; did you mean the command `pyetcd {meant}`?"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _suggestion(self, prefix: str, name: str) -> str:
@@ -160,10 +159,10 @@ class Settings:
             if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
         ]
         wanted = name.lower().replace("_", "-")
-        found = difflib.get_close_matches(wanted, known, 1, _LIKENESS_MIN)
+        found = most_like(wanted, known, _LIKENESS_MIN)
         if not found:
             return ""
-        shown = found[0] if prefix != "ETCD_" else found[0].upper().replace("-", "_")
+        shown = found if prefix != "ETCD_" else found.upper().replace("-", "_")
         return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
