@@ -277,7 +277,7 @@ HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refus
 
 
 def most_like(word: str, words: Iterable[str], likeness: float = 0.6) -> str:
-    """Return the one of `words` that looks most like `word`; "" if none is as like as `likeness`."""
+    """Return the word that looks most like `word`; "" if none is as like as `likeness`."""
     import difflib  # not at the top: a start without an error takes 2 ms less
     return next(iter(difflib.get_close_matches(word, list(words), 1, likeness)), "")
 
