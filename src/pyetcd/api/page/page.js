@@ -74,7 +74,9 @@ async function ask(method, path, {form, signal} = {}) {
   const text = await reply.text();
   let said = {message: text.trim()};
   try { said = JSON.parse(text); } catch { /* it is plain */ }
-  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
+  if (reply.status === 401 && account)
+    said.message = `${account.user} may not do this, or the password is wrong`;
+  else if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
   throw new Refused(reply.status, said);
 }
 const json = async (...request) => (await ask(...request)).json();
@@ -309,6 +311,7 @@ const tree = {
   /** Load the children of a directory; rows appear while they come. */
   async load(node) {
     if (node.loading) node.loading.abort();
+    node.failed = "";
     const {signal} = node.loading = new AbortController(), kids = [], late = node.late = [];
     const known = new Map((node.kids || []).filter(kid => kid.open).map(kid => [kid.key, kid]));
     const prefix = node.key === "/" ? "/" : node.key + "/";
@@ -324,6 +327,7 @@ const tree = {
       }
     } catch (error) {
       if (signal.aborted) return;
+      node.failed = error instanceof Refused && error.message;
       guarded(() => { throw error; })();
     }
     node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
@@ -429,7 +433,8 @@ const tree = {
     const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
     $("rows").style.transform = `translateY(${first * this.high}px)`;
     fill($("rows"), some.map((node, at) => this.row(node, first + at)),
-      !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
+      !some.length && !busy && h("p.empty", this.found ? "Nothing found."
+        : this.root.failed ? `${this.root.failed}. A key can be opened by its address: #/keys/…` : "No keys yet."));
     box.setAttribute("aria-activedescendant", `row${this.at}`);
     $("count").textContent = number(this.flat.length) + (this.found ? " found" : " rows") +
       (busy || (this.found && this.more ? ", and more" : ""));
