@@ -74,7 +74,7 @@ class _Victim:
 
     def __init__(self, member, cluster=None):
         if not os.path.isdir("/proc/self/fd"):
-            pytest.skip("only Linux's /proc tells what another process has open, and how large it is")
+            pytest.skip("only Linux's /proc tells what another process has open")
         self.member, self.cluster = member, cluster
         self.process = member.process
         self.client = urllib.parse.urlsplit(member.client).netloc
