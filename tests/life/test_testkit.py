@@ -192,7 +192,11 @@ def test_aid_members_are_known_to_all_when_the_cluster_is_ready():
 
 def test_aid_publication_that_was_lost_is_made_again():
     with pyetcd.LocalMember() as member:
-        member.call(lambda etcd: member._server._ready.clear())
+        def lose(etcd):
+            etcd.publication._is_applied = False
+            member._server._ready.clear()
+
+        member.call(lose)
         assert not member.call(member._server.is_ready)
         member.wait_ready()
 
