@@ -609,7 +609,7 @@ class InvariantError(Exception):
 # ============================================================================
 
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with

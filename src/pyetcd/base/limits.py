@@ -5,7 +5,7 @@ Every limit says what happens when it is reached.
 
 from __future__ import annotations
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
