@@ -470,7 +470,7 @@ def test_server_unit_files_allow_our_own_limit_of_connections():
     """And the descriptors that are kept for files and calls."""
     limits = [
         int(limit) for path in (Path(pyetcd.__file__).parent / "contrib").iterdir()
-        for limit in re.findall(r"LimitNOFILE=(\d+)", path.read_text())
+        if path.is_file() for limit in re.findall(r"LimitNOFILE=(\d+)", path.read_text())
     ]
     assert len(limits) == 3
     assert min(limits) >= pyetcd.CONNECTIONS_MAX + pyetcd.DESCRIPTORS_KEPT
