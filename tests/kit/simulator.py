@@ -173,7 +173,8 @@ class SimDisk:
     def open_append(self, path):
         return self._open(path, self.live[path])
 
-    def write(self, handle, data):
+    def write(self, handle, *pieces):
+        data = b"".join(pieces)
         path, file = self.handles[handle]
         if len(data) > 1 and (self.crash_after == 1 or self.is_full):
             file.data += data[:self.rng.randrange(len(data))]

@@ -384,7 +384,8 @@ def test_server_full_disk_refuses_writes_until_there_is_space(tmp_path, monkeypa
     """Half a record was written: it is cut off, reads go on, and the next write finds space."""
     write = pyetcd.OsDisk.write
 
-    def full(disk, handle, data):
+    def full(disk, handle, *pieces):
+        data = b"".join(pieces)
         write(disk, handle, data[:len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -478,7 +479,7 @@ def test_server_unit_files_allow_our_own_limit_of_connections():
 
 def test_server_full_disk_does_not_keep_it_from_stopping(tmp_path, monkeypatch):
     """What waits for space was never acknowledged: it is given up."""
-    def full(disk, handle, data):
+    def full(disk, handle, *pieces):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     with pyetcd.Server(data_dir=str(tmp_path / "d")) as server:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
 from ..base.errors import DiskFull
@@ -57,11 +57,17 @@ class OsDisk:
             file.seek(0)
             return file.read()
 
-    def write(self, handle: int, data: bytes) -> None:
-        written = os.write(handle, data)
-        while written < len(data):
-            data = data[written:]
-            written = os.write(handle, data)
+    def write(self, handle: int, *data: bytes) -> None:
+        """Append pieces, many in one call: each call lets another thread run in between."""
+        left = [*data]
+        while left:
+            written, whole = _write_some(handle, left[:_WRITE_PIECES_MAX]), 0
+            while whole < len(left) and written >= len(left[whole]):
+                written -= len(left[whole])
+                whole += 1
+            del left[:whole]
+            if written:
+                left[0] = left[0][written:]
 
     def fdatasync(self, handle: int) -> None:
         _fdatasync(handle)
@@ -130,5 +136,11 @@ def disk_full_as_error(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
+def _write_joined(handle: int, pieces: Sequence[bytes]) -> int:
+    return os.write(handle, b"".join(pieces))
+
+
+_WRITE_PIECES_MAX = 1_024               # as many as Linux and macOS take
+_write_some: Callable[[int, Sequence[bytes]], int] = getattr(os, "writev", _write_joined)
 _fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()

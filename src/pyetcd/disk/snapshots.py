@@ -73,8 +73,7 @@ class Snapshotter:
             handle = disk.create(temporary)
         try:
             with disk_full_as_error(path, lambda: disk.unlink(temporary)):
-                for piece in (file.head, *file.pieces):
-                    disk.write(handle, piece)
+                disk.write(handle, file.head, *file.pieces)
             disk.fsync(handle)
         finally:
             disk.close(handle)

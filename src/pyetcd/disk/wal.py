@@ -242,8 +242,7 @@ class Wal:
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
         with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
-            for piece in data:
-                self._disk.write(handle, piece)
+            self._disk.write(handle, *data)
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
