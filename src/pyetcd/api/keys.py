@@ -157,8 +157,10 @@ class KeysApi:
     def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
-        if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
-            b"%" in body or b"+" in body or b"&" in body or b";" in body
+        find = body.find                # `in` first raises a TypeError, looking for a number: 2 us
+        if (
+            target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES
+            and find(b"%") < 0 and find(b"+") < 0 and find(b"&") < 0 and find(b";") < 0
         ):
             value, known = body[6:], target.command
             try:
