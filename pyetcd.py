@@ -7695,6 +7695,14 @@ class Reactor:
         self._urgent.close()
         self._wake_in.close()
 
+    @property
+    def is_quiet(self) -> bool:
+        """True if this turn has served one socket at most, and nobody waits for its end."""
+        return self.ready_sockets < 2 and not (
+            self._flushes or self._client_flushes or self._posted or self._client_calls
+            or self._late
+        )
+
     def stop(self) -> None:
         """End run() after the current turn.  Thread: any."""
         self._stopping = True
@@ -13391,12 +13399,14 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if self._may_sync_inline(job):
-            # In the next turn: messages to followers leave at the end of this one.
-            self._deferred = job
-            self._reactor.call_soon(self._sync_inline)
-        else:
+        if not self._may_sync_inline(job):
             self._queue(job)
+            return
+        self._deferred = job
+        if self._reactor.is_quiet:
+            self._sync_inline()
+        else:                           # messages to followers leave at the end of this turn
+            self._reactor.call_soon(self._sync_alone)
 
     def _queue(self, job: WalJob) -> None:
         self._queued += 1
@@ -13416,12 +13426,17 @@ class WalWriter:
             and sum(map(len, job.data)) <= self.INLINE_BYTES_MAX
         )
 
-    def _sync_inline(self) -> None:
+    def _sync_alone(self) -> None:
         """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
-        if self._deferred is None or self._reactor.ready_sockets:
+        if self._reactor.ready_sockets:
             self._queue_deferred()
-            return
+        else:
+            self._sync_inline()
+
+    def _sync_inline(self) -> None:
         job = self._deferred
+        if job is None:
+            return
         try:
             self._write_frames(job.data)
         except DiskFull:
@@ -13592,7 +13607,7 @@ class Journal:
                 self._batch = Batch()
             if batch.must_sync:
                 self._write_batch(batch)
-                return
+                continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
             batch.hard_state = None
@@ -14502,7 +14517,7 @@ def purge_periodically(
 #     Journal.submit                  one batch at a time
 #       :
 #       :  thread `wal`               WalWriter._run: one write, one fdatasync; a small write on a
-#       :                             quick disk: WalWriter._sync_inline, in the reactor's next turn
+#       :                             quick disk: WalWriter._sync_inline, in the reactor's turn
 #       :
 #     EtcdServer._durable             followers: their answers may leave
 #     RawNode.persisted
@@ -14898,7 +14913,8 @@ class EtcdServer:
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
             self.journal.sync_commit(HardState(raft.term, raft.vote, raft.log.commit))
-            return False
+            if self.journal.durable_commit < entry.index:
+                return False
         change = read_change(entry)
         error = self.applier.apply_conf_change(change)
         self.node.apply_conf_change(change if error is None else change._replace(node_id=0))

@@ -18,6 +18,7 @@ class _Reactor:
         self.time = 0.0
         self.posted = []
         self.ready_sockets = 0
+        self.is_quiet = False
 
     def now(self):
         return self.time
@@ -104,6 +105,18 @@ def test_journal_reactor_syncs_after_a_run_of_quick_syncs(rig):
     assert rig.warm_up() == pyetcd.WalWriter.QUICK_SYNCS_MIN
     assert {rig.write() for _ in range(20)} == {threading.current_thread().name}
     assert rig.writer.inline_syncs == 21
+
+
+def test_journal_quiet_turn_syncs_at_once(rig):
+    """Where nobody waits for the end of the turn, the answer leaves in the same one."""
+    rig.warm_up()
+    rig.reactor.is_quiet = True
+    done = []
+    rig.writer.submit(pyetcd.WalJob(b"", None, (b"x",), None, 0, lambda: done.append(1)))
+    assert done and rig.wal.threads[-1] == threading.current_thread().name
+    rig.wal.seconds = pyetcd.WalWriter.INLINE_SLOW_SECONDS
+    rig.write()
+    assert rig.write() == "wal"
 
 
 @pytest.mark.parametrize("job", [
@@ -228,3 +241,35 @@ def _put_without_waiting(member, number):
 
 def _leads(member):
     return member.leading_term() > 0
+
+
+@pytest.fixture(name="inline")
+def _inline_fixture(monkeypatch):
+    """Every small write is synced on the reactor where its turn allows that."""
+    monkeypatch.setattr(pyetcd.WalWriter, "QUICK_SYNCS_MIN", 0)
+    monkeypatch.setattr(pyetcd.WalWriter, "INLINE_MEAN_SECONDS", 30.0)
+    monkeypatch.setattr(pyetcd.WalWriter, "INLINE_SLOW_SECONDS", 30.0)
+
+
+def test_journal_write_alone_takes_one_turn(inline, tmp_path):
+    """A lone client gets its answer from the turn that read its request; a restart finds it."""
+    with pyetcd.LocalMember(directory=str(tmp_path)) as member:
+        with pyetcd_client.Client([member.client_url]) as client:
+            before = member.call(lambda etcd: etcd.journal.writer.inline_syncs)
+            for number in range(200):
+                assert client.set("/n", str(number)).value == str(number)
+            inline_syncs = member.call(lambda etcd: etcd.journal.writer.inline_syncs) - before
+            assert inline_syncs > 100
+            member.restart()
+            assert client.get("/n").value == "199"
+
+
+def test_journal_membership_changes_are_durable_before_they_apply(inline):
+    """Also where the sync of their commit ends before it is waited for."""
+    with pyetcd.LocalCluster(3) as cluster:
+        with pyetcd_client.Client(cluster.client_urls) as client:
+            for number in range(5):
+                added = client.member_add(f"http://127.0.0.1:{2 + number}")
+                client.set("/with", str(number))
+                client.member_remove(added.id)
+            assert len(client.member_list()) == 3

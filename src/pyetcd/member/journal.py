@@ -97,12 +97,14 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if self._may_sync_inline(job):
-            # In the next turn: messages to followers leave at the end of this one.
-            self._deferred = job
-            self._reactor.call_soon(self._sync_inline)
-        else:
+        if not self._may_sync_inline(job):
             self._queue(job)
+            return
+        self._deferred = job
+        if self._reactor.is_quiet:
+            self._sync_inline()
+        else:                           # messages to followers leave at the end of this turn
+            self._reactor.call_soon(self._sync_alone)
 
     def _queue(self, job: WalJob) -> None:
         self._queued += 1
@@ -122,12 +124,17 @@ class WalWriter:
             and sum(map(len, job.data)) <= self.INLINE_BYTES_MAX
         )
 
-    def _sync_inline(self) -> None:
+    def _sync_alone(self) -> None:
         """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
-        if self._deferred is None or self._reactor.ready_sockets:
+        if self._reactor.ready_sockets:
             self._queue_deferred()
-            return
+        else:
+            self._sync_inline()
+
+    def _sync_inline(self) -> None:
         job = self._deferred
+        if job is None:
+            return
         try:
             self._write_frames(job.data)
         except DiskFull:
@@ -298,7 +305,7 @@ class Journal:
                 self._batch = Batch()
             if batch.must_sync:
                 self._write_batch(batch)
-                return
+                continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
             batch.hard_state = None

@@ -23,7 +23,7 @@ The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
     Journal.submit                  one batch at a time
       :
       :  thread `wal`               WalWriter._run: one write, one fdatasync; a small write on a
-      :                             quick disk: WalWriter._sync_inline, in the reactor's next turn
+      :                             quick disk: WalWriter._sync_inline, in the reactor's turn
       :
     EtcdServer._durable             followers: their answers may leave
     RawNode.persisted
@@ -474,7 +474,8 @@ class EtcdServer:
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
             self.journal.sync_commit(HardState(raft.term, raft.vote, raft.log.commit))
-            return False
+            if self.journal.durable_commit < entry.index:
+                return False
         change = read_change(entry)
         error = self.applier.apply_conf_change(change)
         self.node.apply_conf_change(change if error is None else change._replace(node_id=0))

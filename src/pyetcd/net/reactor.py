@@ -219,6 +219,14 @@ class Reactor:
         self._urgent.close()
         self._wake_in.close()
 
+    @property
+    def is_quiet(self) -> bool:
+        """True if this turn has served one socket at most, and nobody waits for its end."""
+        return self.ready_sockets < 2 and not (
+            self._flushes or self._client_flushes or self._posted or self._client_calls
+            or self._late
+        )
+
     def stop(self) -> None:
         """End run() after the current turn.  Thread: any."""
         self._stopping = True
