@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -25,17 +24,6 @@ from tests.kit.processes import PROCESS_TYPES, ClusterMember
 
 _CLIENT_KINDS = ("etcd", "pyetcd")
 _CLIENT_WAIT_S = 60.0
-
-
-def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
-    """Return the first true value of `condition()`; fail when `timeout_s` have passed."""
-    pause, deadline = threading.Event(), time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        pause.wait(0.01)
-    raise AssertionError(f"not true within {timeout_s} s")
 
 
 def _client_member(kind, directory):
