@@ -8,31 +8,8 @@ import pytest
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually
+from tests.kit.reactors import FakeReactor
 from tests.kit.simulator import _sim_scenario, _SimWalWriter
-
-
-class _Reactor:
-    """Collects what was posted; time moves only when the disk takes some."""
-
-    def __init__(self):
-        self.time = 0.0
-        self.posted = []
-        self.ready_sockets = 0
-
-    def now(self):
-        return self.time
-
-    def call_soon(self, callback, *args):
-        self.posted.append((callback, args))
-
-    call_soon_threadsafe = call_soon
-
-    def turn(self, ready_sockets=0):
-        """Run what is posted, as one turn with so many ready sockets."""
-        self.ready_sockets = ready_sockets
-        posted, self.posted[:] = self.posted[:], []
-        for callback, args in posted:
-            callback(*args)
 
 
 class _Wal:
@@ -66,7 +43,7 @@ def _rig_fixture(monkeypatch):
 
     class Rig:
         def __init__(self):
-            self.reactor = _Reactor()
+            self.reactor = FakeReactor()
             self.wal = _Wal(self.reactor)
             self.failed = []
             self.writer = pyetcd.WalWriter(

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import heapq
 import http.client
 import http.server
 import itertools
@@ -44,6 +43,7 @@ from pyetcd import (
 )
 from tests.kit.basics import TESTDATA, eventually, free_port
 from tests.kit.links import _door_change, _door_entry
+from tests.kit.reactors import FakeReactor
 
 _LINK_CLUSTER = 0xC53239D6A4BED4F6
 _LINK_APP_RECORDINGS = ("leader-to-follower", "new-leader", "idle-heartbeats-only")
@@ -123,11 +123,11 @@ class _LinkNet:
 
     def until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
         """Turn until condition() is true."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
+        def turn() -> None:
             self.reactor.call_later(0.005, lambda: None)
             self.reactor._turn(self.reactor._poll())
+
+        eventually(condition, timeout_s, between=turn)
 
     def turn_for(self, seconds: float) -> None:
         """Turn for a while, to see that something does not happen."""
@@ -350,54 +350,6 @@ def _link_request(
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-class _LinkFakeTimer:
-    def __init__(self, callback: Optional[Callable[[], None]]) -> None:
-        self.callback = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class _LinkFakeReactor:
-    """Virtual time; what call_later() asked for happens in pass_time()."""
-
-    def __init__(self) -> None:
-        self.time = 1_000.0
-        self.heap: List[Tuple[float, int, _LinkFakeTimer]] = []
-        self.order = itertools.count()
-
-    def now(self) -> float:
-        return self.time
-
-    def wall_ns(self) -> int:
-        return int(self.time * pyetcd.NS)
-
-    def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Any:
-        timer = _LinkFakeTimer(lambda: callback(*args))
-        self.call_at(self.time + delay_s, timer)
-        return timer
-
-    def every(self, period_s: float, callback: Callable[[], None]) -> Any:
-        def call() -> None:
-            self.call_at(self.time + period_s, timer)
-            callback()
-
-        timer = _LinkFakeTimer(call)
-        self.call_at(self.time + period_s, timer)
-        return timer
-
-    def call_at(self, when: float, timer: _LinkFakeTimer) -> None:
-        heapq.heappush(self.heap, (when, next(self.order), timer))
-
-    def pass_time(self, seconds: float) -> None:
-        end = self.time + seconds
-        while self.heap and self.heap[0][0] <= end:
-            self.time, _, timer = heapq.heappop(self.heap)
-            if timer.callback is not None:
-                timer.callback()
-        self.time = end
-
-
 class _LinkFakeReply:
     """A StreamReply whose other end takes nothing until it is told to."""
 
@@ -430,7 +382,7 @@ class _LinkFakes:
     """A LinkContext of fakes, and what it was told."""
 
     def __init__(self) -> None:
-        self.reactor = _LinkFakeReactor()
+        self.reactor = FakeReactor()
         self.unreachable: List[int] = []
         self.errors: List[str] = []
         self.snapshots: List[Tuple[int, bool]] = []
@@ -1839,7 +1791,7 @@ def test_link_status_tells_changes_only(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_link_repeated_errors_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """The same text is logged again only after 30 s."""
-    reactor = _LinkFakeReactor()
+    reactor = FakeReactor()
     log = pyetcd.ThrottledLog("rafthttp", reactor.now)
 
     for _ in range(100):
