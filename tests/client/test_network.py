@@ -647,7 +647,7 @@ class _NetStore(_ClientRawServer):
         self.holds_heads = holds_heads
         self.watches = []                           # the index of each
         self.life = 0                               # of the process: a watch does not survive it
-        super().__init__(b"")
+        super().__init__()
 
     def become(self, **what):
         with self.change:
@@ -661,13 +661,8 @@ class _NetStore(_ClientRawServer):
         self.become(stopped=True)
         super().__exit__()
 
-    def _answer(self, connection, stream):
-        line = stream.readline().decode()
-        for _ in iter(stream.readline, b"\r\n" if line else b""):
-            pass
-        if not line:
-            return False
-        target = line.split()[1]
+    def _answer(self, connection, request):
+        target = request[1]
         with self.change:
             self.requests.append(target)
             self.change.wait_for(lambda: self.stopped or not self.frozen)

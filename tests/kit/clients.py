@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import free_port
 from tests.kit.processes import PROCESS_TYPES, ClusterMember
+from tests.kit.servers import RawServer
 
 _CLIENT_KINDS = ("etcd", "pyetcd")
 _CLIENT_WAIT_S = 60.0
@@ -113,7 +113,7 @@ _CLIENT_TIMED_OUT = _client_reply(
      "index": 0}, status=500)
 
 
-class _ClientRawServer:
+class _ClientRawServer(RawServer):
     """Answers each request with the next of `replies`, the last one for ever.
 
     A reply is bytes (sent, connection kept), bytes in a tuple (sent, then closed), or a callable
@@ -122,49 +122,25 @@ class _ClientRawServer:
 
     def __init__(self, *replies):
         self._replies = list(replies)
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()           # guards what follows
         self.requests = []                      # (method, target, body)
-        self.connections = 0
-        self.closed = threading.Semaphore(0)    # released for every connection we closed
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, name="client-raw", daemon=True).start()
+        super().__init__(self._answer_all)
 
-    def __enter__(self):
-        return self
+    def _answer_all(self, connection):
+        with connection.makefile("rb") as stream:
+            while line := stream.readline().decode():
+                length = 0
+                for header in iter(stream.readline, b"\r\n"):
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                request = (*line.split()[:2], stream.read(length).decode())
+                if not self._answer(connection, request):
+                    return
 
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.connections += 1
-                threading.Thread(
-                    target=self._serve, args=(connection,), name="client-raw-connection",
-                    daemon=True).start()
-
-    def _serve(self, connection):
-        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
-            while self._answer(connection, stream):
-                pass
-            connection.shutdown(socket.SHUT_RDWR)
-        self.closed.release()
-
-    def _answer(self, connection, stream):
-        """Serve one request; False when the connection is to be closed."""
-        line = stream.readline().decode()
-        if not line:
-            return False
-        length = 0
-        for header in iter(stream.readline, b"\r\n"):
-            if header.lower().startswith(b"content-length:"):
-                length = int(header.split(b":")[1])
-        body = stream.read(length).decode()
+    def _answer(self, connection, request):
+        """False when the connection is to be closed."""
         with self._lock:
-            self.requests.append((*line.split()[:2], body))
+            self.requests.append(request)
             reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
         if callable(reply):
             reply(connection)

@@ -1,6 +1,5 @@
 """The journal: which thread syncs, and what a disk that stalls can do."""
 
-import socket
 import threading
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually
+from tests.kit.http import _HttpSocket
 from tests.kit.reactors import FakeReactor
 from tests.kit.simulator import _sim_scenario, _SimWalWriter
 
@@ -197,10 +197,9 @@ def test_journal_disk_that_stalls_stops_its_leader_once(monkeypatch):
 
 def _put_without_waiting(member, number):
     """Send a PUT and close: a member whose reactor stands still cannot answer."""
-    host, port = member.client_url[len("http://"):].split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as sock:
-        sock.sendall(b"PUT /v2/keys/n?value=%d HTTP/1.1\r\nHost: x\r\n"
-                     b"Content-Length: 0\r\n\r\n" % number)
+    with _HttpSocket(member.client_url) as client:
+        client.send(b"PUT /v2/keys/n?value=%d HTTP/1.1\r\nHost: x\r\n"
+                    b"Content-Length: 0\r\n\r\n" % number)
 
 
 def _leads(member):
