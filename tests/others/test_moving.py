@@ -25,7 +25,7 @@ import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, manual
 from tests.kit.exchange import Etcd23, MixedCluster, Writer, needs_etcd
-from tests.kit.processes import ClusterMember, EtcdProcess, Process
+from tests.kit.processes import ClusterMember, EtcdProcess, Process, compiled
 
 _OFTEN = ("-snapshot-count", "40")
 
@@ -53,16 +53,15 @@ class Guide:
         self.given = {}                 # text of the page -> of this test
         self.bin = directory / "bin"
         self.bin.mkdir()
-        shutil.copy(pyetcd.__file__, directory / "pyetcd.py")
         self.python = sys.executable
         real = Path(os.environ.get("PYETCD_ETCD23", "none")).with_name("etcdctl")
-        ours = f"{self.python} {pyetcd_client.__file__}"
+        ours = f"{self.python} {compiled(pyetcd_client)}"
         etcdctl2 = str(real) if real.exists() else ours
         self._script("etcd", self._words(etcd.program) + ' "$@"')
         self._script("etcdctl", f'{etcdctl2} "$@"',
                      f'[ "$ETCDCTL_API" = 3 ] && exec {shutil.which("etcdctl")} "$@"')
         self._script("pyetcdctl", f'{ours} "$@"')
-        self._script("python3", f'{self.python} "$@"')
+        self._script("python3", f'{self.python} {compiled(pyetcd)} "$@"', "shift")
         self._script("sudo", '"$@"', "shift 2")
         self._script("systemctl", "kill -TERM $MEMBER")
 
@@ -163,7 +162,6 @@ def test_moving_from_2_3_to_3_4_and_back(tmp_path):
         (tmp_path / name).mkdir()
         guides[name] = Guide(tmp_path / name, program)
         guides[name].directory = tmp_path
-    shutil.copy(pyetcd.__file__, tmp_path / "pyetcd.py")
     with MixedCluster(tmp_path, ("2.3",) * 3, *_OFTEN) as cluster:
         cluster.wait_version("2.3.0")
         with Writer(cluster) as writer:
