@@ -53,7 +53,7 @@ from tests.kit.clients import (
     _client_running,
     _ClientRawServer,
 )
-from tests.kit.processes import StaticCluster, compiled
+from tests.kit.processes import compiled
 
 
 def manual_commands(page: str, chapter: str) -> List[str]:
@@ -807,8 +807,8 @@ def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):
     assert list(events) == []
 
 
-def test_client_api_members_come_and_go(tmp_path):
-    with StaticCluster(tmp_path) as cluster, Client([m.client for m in cluster.members]) as client:
+def test_client_api_members_come_and_go():
+    with pyetcd.LocalCluster(3, election_ms=500) as cluster, Client(cluster.client_urls) as client:
         url, other = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
         added = client.member_add(url)
         assert (added.name, added.peer_urls) == ("", (url,))

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,6 @@ import pyetcd
 from pyetcd import Snapshot
 from tests.kit.basics import eventually
 from tests.kit.http import _http_member
-from tests.kit.processes import StaticCluster
 from tests.kit.reactors import FakeReactor
 from tests.kit.users import _AUTH_ROOT, _auth_call, _auth_enable, _auth_key
 
@@ -460,8 +458,8 @@ def test_auth_snapshot_files_are_for_their_owner_alone(tmp_path):
 
 def test_auth_changes_count_at_once_on_every_member(tmp_path):
     """A changed password and a revoked role: the next request sees them, also after a restart."""
-    with StaticCluster(tmp_path) as cluster:
-        urls = [member.client for member in cluster.members]
+    with pyetcd.LocalCluster(3, str(tmp_path), election_ms=500) as cluster:
+        urls = cluster.client_urls
         eventually(lambda: "2.3.0" in requests.get(urls[0] + "/version", timeout=10).text)
         _auth_enable(urls[0])
         alice = _auth_add(urls[1], "alice", "a", read=["/*"], write=["/a/*"])
@@ -476,10 +474,8 @@ def test_auth_changes_count_at_once_on_every_member(tmp_path):
         change = {"user": "alice", "password": "b"}
         assert _auth_call(urls[0], "PUT", "users/alice", change)[0] == 200
         assert _auth_key(urls[0], "GET", "/", auth=alice) == 401
-        member = cluster.members[1]
-        member.process.kill(signal.SIGTERM)
-        cluster.start(member)
-        member.process.wait_log("published")
+        cluster.members[1].stop()
+        cluster.members[1].start()
         assert _auth_key(urls[1], "GET", "/", auth=("alice", "b")) == 200
         assert _auth_key(urls[1], "GET", "/", auth=alice) == 401
         assert _auth_key(urls[1], "GET", "/") == 401

@@ -7,6 +7,7 @@ import errno
 import gc
 import itertools
 import json
+import logging
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ import requests
 import pyetcd
 from pyetcd import Cluster, Entry, InvariantError, Message, MsgType, Request, Wal
 from tests.kit.basics import eventually, free_port
+from tests.kit.http import _http_ask, _http_keys
 from tests.kit.processes import ClusterMember, StaticCluster
 
 
@@ -78,25 +80,28 @@ def test_cluster_kill_of_all_loses_no_acknowledged_write(tmp_path):
             assert not missing, f"{member.name} lost {len(missing)} of {len(acknowledged)}"
 
 
-def test_cluster_member_catches_up_by_snapshot(tmp_path):
+def test_cluster_member_catches_up_by_snapshot(tmp_path, monkeypatch, caplog):
     """A follower that was away while the log was compacted is brought back by a snapshot."""
-    with StaticCluster(tmp_path, 3, "-snapshot-count", "1000") as cluster:
-        leader = cluster.leader()
+    def state(member):
+        return _http_ask(member, "GET", "/v2/keys/d?recursive=true&sorted=true")[2], member.call(
+            lambda etcd: etcd.store.current_index)
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(pyetcd, "SNAPSHOT_CATCHUP_ENTRIES", 100)
+    with pyetcd.LocalCluster(3, str(tmp_path), snapshot_count=50, election_ms=500) as cluster:
+        leader = cluster.wait_leader()
         away = next(m for m in cluster.members if m is not leader)
-        away.process.kill()
-        for start in range(0, 7000, 1000):
-            leader.put_many([(f"d/{i % 500}", str(i)) for i in range(start, start + 1000)])
-        leader.process.wait_log("compacted raft log at")
-        cluster.start(away)
-        away.process.wait_log("recovered from incoming snapshot")
-        eventually(lambda: away.index() == leader.index(), what="equal indexes")
-        assert away.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1] == (
-            leader.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1])
+        away.kill()
+        for number in range(350):
+            answer = _http_keys(leader, "PUT", f"/d/{number % 50}", f"value={number}")
+            assert answer[0] in (200, 201)
+        eventually(lambda: "compacted raft log at" in caplog.text)
+        away.start()
+        assert "recovered from incoming snapshot" in caplog.text
+        eventually(lambda: state(away) == state(leader), what="equal keys and indexes")
         # And it survives its own restart from that snapshot.
-        away.process.kill()
-        cluster.start(away)
-        away.process.wait_log("published")
-        eventually(lambda: away.index() == leader.index(), what="equal indexes after restart")
+        away.restart()
+        eventually(lambda: state(away) == state(leader), what="the same after restart")
 
 
 def test_cluster_grows_and_shrinks(tmp_path):
@@ -144,18 +149,15 @@ def test_cluster_sigterm_stops_in_order(tmp_path):
 
 def test_cluster_snapshots_segments_and_purge(tmp_path):
     """Snapshots come every -snapshot-count entries; a restart reads snapshot and tail."""
-    with StaticCluster(tmp_path, 1, "-snapshot-count", "100", "-max-snapshots", "2") as cluster:
-        only = cluster.members[0]
-        for i in range(450):
-            only.put(f"k{i % 7}", str(i))
-        snap = tmp_path / "n0.etcd" / "member" / "snap"
+    with pyetcd.LocalMember("n0", str(tmp_path), snapshot_count=100, max_snapshots=2) as only:
+        for number in range(450):
+            _http_keys(only, "PUT", f"/k{number % 7}", f"value={number}")
+        snap = tmp_path / "n0" / "member" / "snap"
         eventually(lambda: len(list(snap.glob("*.snap"))) >= 3, what="three snapshots")
-        index = only.index()
-        only.process.kill()
-        cluster.start(only)
-        only.process.wait_log("published")
-        assert only.index() == index + 1            # the new publication
-        assert only.value("k0") == "448"
+        index = only.call(lambda etcd: etcd.store.current_index)
+        only.restart()
+        assert only.call(lambda etcd: etcd.store.current_index) == index + 1    # its publication
+        assert _http_keys(only, "GET", "/k0")[1]["node"]["value"] == "448"
         eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 60, "purge at start")
 
 
