@@ -848,7 +848,7 @@ def _client_role_names(user):
 
 def test_client_api_users_and_roles(_client_own_server):
     """Who may do what, changed by methods of the client and felt by other clients."""
-    url, unauthorized = _client_own_server.url, pyetcd_client.Unauthorized
+    url, unauthorized = _client_own_server, pyetcd_client.Unauthorized
     with Client(url) as guest:
         eventually(lambda: guest.cluster_version != "not_decided")
         guest.set("/pub/x", "1")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import free_port
@@ -57,9 +58,13 @@ def _client_server_fixture(request, tmp_path_factory):
 
 @pytest.fixture(params=_CLIENT_KINDS, name="_client_own_server")
 def _client_own_server_fixture(request, tmp_path):
-    """A server for one test, which may lock everybody out."""
-    with _client_running(request.param, tmp_path) as member:
-        yield member
+    """The URL of a server for one test, which may lock everybody out."""
+    if request.param == "etcd":
+        with _client_running("etcd", tmp_path) as member:
+            yield member.url
+    else:
+        with pyetcd.LocalMember() as member:
+            yield member.client_url
 
 
 @pytest.fixture(name="_client_dir")

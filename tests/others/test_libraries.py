@@ -219,7 +219,7 @@ def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd):
 def test_lib_python_etcd_auth(_lib_etcd, _client_own_server):
     """Users, roles and the switch; a user reads and writes what the role allows."""
     auth = _lib_etcd.auth
-    host, port = _lib_address(_client_own_server.url)
+    host, port = _lib_address(_client_own_server)
     open_client = _lib_etcd.Client(host=host, port=port)
     open_client.write("/secret", "1")
     for name in ("root", "al"):
@@ -575,7 +575,7 @@ def test_lib_k3etcd_cluster(_lib_k3etcd):
 
 def test_lib_k3etcd_auth(_lib_k3etcd, _client_own_server):
     """root, one user and one role, made, used and removed."""
-    host, port = _lib_address(_client_own_server.url)
+    host, port = _lib_address(_client_own_server)
     client = _lib_k3etcd.Client(host=host, port=port)
     assert client.create_root("pw") == {"user": "root", "roles": ["root"]}
     client.create_role("r", "pw", {"read": ["/a/*"], "write": []})
