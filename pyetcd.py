@@ -3876,7 +3876,7 @@ class Event:
 
     @property
     def _is_long(self) -> bool:
-        return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
+        return LongNode in (self.node.__class__, self.prev.__class__)
 
     def client_pieces(self) -> Sequence[bytes]:
         """Return the line for clients, ending in a newline: encoded once, shared by all.
@@ -3884,7 +3884,7 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if self._is_long:
+            if LongNode in (self.node.__class__, self.prev.__class__):
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
             else:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
@@ -5054,7 +5054,7 @@ class Store(NodeTree):
         refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._to_change(path)
+        old = self._to_change(path) if self._detached else self._nodes.get(path)
         if old is None:
             if refresh:
                 raise self._count_failure("sets", self._not_found(path))
@@ -5268,6 +5268,13 @@ class Store(NodeTree):
     ) -> Event:
         """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
+        if (
+            old.__class__ is Node and value.__class__ is str and len(value) <= LONG_VALUE_CHARS
+            and not (expires_ns or old.expires_ns or self._walks)
+        ):                              # what most writes do
+            node = self._nodes[path] = Node(value, index, index, 0)
+            self.chars += len(value) - len(old.value or "")
+            return self._publish(Event(action, path, node, old, index, now_ns, refresh))
         if old is None:
             try:
                 self._make_parents(path, index)
@@ -5281,12 +5288,7 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if (old is None or self._walks or expires_ns or old.expires_ns
-                or node.__class__ is not Node or old.__class__ is not Node):
-            self._put_node(path, old, node)
-        else:                           # what most writes do
-            self._nodes[path] = node
-            self.chars += len(node.value or "") - len(old.value or "")
+        self._put_node(path, old, node)
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
@@ -11605,12 +11607,10 @@ class Applier:
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Decode a slice of a long entry; True when it is decoded, or is not long.
+        """Decode a slice of an entry of more than LONG_REQUEST_BYTES; True when it is decoded.
 
         10 MB take 40 ms, or 0.5 s.
         """
-        if len(entry.data) <= LONG_REQUEST_BYTES:
-            return True
         if self._long is not entry:
             self._long, self._steps = entry, decode_long_request(entry.data)
         try:
@@ -13953,12 +13953,12 @@ class Proposals:
 
         WORK_ENTRIES_MAX at most: then call again.
         """
-        deadlines, expired = self._deadlines, 0
+        callbacks, deadlines, expired = self._callbacks, self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
+            deadlines[0][1] not in callbacks or deadlines[0][0] <= now
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._callbacks.pop(request_id, None)
+            done = callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -14699,7 +14699,7 @@ class EtcdServer:
             self.proposals.add(request.id, done, self.reactor.now())
         ):
             done(TooManyRequests("etcdserver: too many requests"))
-        elif request.method == "QGET" and self.reads.enabled:
+        elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
             request = request if encoded else request.as_unicode()
@@ -14858,9 +14858,10 @@ class EtcdServer:
         if not entries:
             return
         del entries[first_part(entries):]
-        log = self.node.raft.log
+        log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
+            is_long = len(entry.data) > LONG_REQUEST_BYTES and not entry.type
+            if not store.accepts_changes or is_long and not prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -16075,12 +16076,17 @@ class KeysApi:
     def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
-        if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
-            b"%" in body or b"+" in body or b"&" in body or b";" in body
+        find = body.find                # `in` first raises a TypeError, looking for a number: 2 us
+        if (
+            target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES
+            and find(b"%") < 0 and find(b"+") < 0 and find(b"&") < 0 and find(b";") < 0
         ):
             value, known = body[6:], target.command
-            text = text_of(value)
-            if is_unicode(text):
+            try:
+                text = value.decode()
+            except UnicodeDecodeError:
+                pass
+            else:
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
                 self._submit(command, request, encode_plain(id, target.encoded, value))
@@ -16145,7 +16151,7 @@ class KeysApi:
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
-        status = 201 if result.is_created else 200
+        status = 201 if result.prev is None and result.is_created else 200
         self._send(request, status, result.index, body[0], body[1:])
         elapsed_s = self._now() - started
         if method == "PUT":

@@ -55,15 +55,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """Undo what a test that runs `main` does to the loggers: others look at the log."""
-    names = ["pyetcd", *(name for name in logging.root.manager.loggerDict
-                         if name.startswith("pyetcd."))]
-    before = {name: logging.getLogger(name).level for name in names}
+def _logging_as_imported() -> Iterator[None]:
+    """Undo what a test, or the thread of an earlier one, does to the loggers.
+
+    Others look at the log, so the levels are those of an import and not those found before.
+    """
     root = logging.getLogger("pyetcd")
     handlers, propagate = root.handlers[:], root.propagate
+    _reset_levels()
     yield
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("pyetcd"):
-            logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
+    _reset_levels()
     root.handlers[:], root.propagate = handlers, propagate
+
+
+def _reset_levels() -> None:
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("pyetcd")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)

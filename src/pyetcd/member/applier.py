@@ -60,12 +60,10 @@ class Applier:
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Decode a slice of a long entry; True when it is decoded, or is not long.
+        """Decode a slice of an entry of more than LONG_REQUEST_BYTES; True when it is decoded.
 
         10 MB take 40 ms, or 0.5 s.
         """
-        if len(entry.data) <= LONG_REQUEST_BYTES:
-            return True
         if self._long is not entry:
             self._long, self._steps = entry, decode_long_request(entry.data)
         try:

@@ -49,7 +49,7 @@ import random
 from typing import Any, Callable, List, Optional
 
 from ..base.basics import _nothing
-from ..base.codec import encode_request
+from ..base.codec import LONG_REQUEST_BYTES, encode_request
 from ..base.errors import (
     NoSpace,
     ProposalDropped,
@@ -275,7 +275,7 @@ class EtcdServer:
             self.proposals.add(request.id, done, self.reactor.now())
         ):
             done(TooManyRequests("etcdserver: too many requests"))
-        elif request.method == "QGET" and self.reads.enabled:
+        elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
             request = request if encoded else request.as_unicode()
@@ -434,9 +434,10 @@ class EtcdServer:
         if not entries:
             return
         del entries[first_part(entries):]
-        log = self.node.raft.log
+        log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
+            is_long = len(entry.data) > LONG_REQUEST_BYTES and not entry.type
+            if not store.accepts_changes or is_long and not prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)

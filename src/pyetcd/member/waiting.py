@@ -48,12 +48,12 @@ class Proposals:
 
         WORK_ENTRIES_MAX at most: then call again.
         """
-        deadlines, expired = self._deadlines, 0
+        callbacks, deadlines, expired = self._callbacks, self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
+            deadlines[0][1] not in callbacks or deadlines[0][0] <= now
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._callbacks.pop(request_id, None)
+            done = callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1

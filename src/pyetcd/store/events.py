@@ -199,7 +199,7 @@ class Event:
 
     @property
     def _is_long(self) -> bool:
-        return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
+        return LongNode in (self.node.__class__, self.prev.__class__)
 
     def client_pieces(self) -> Sequence[bytes]:
         """Return the line for clients, ending in a newline: encoded once, shared by all.
@@ -207,7 +207,7 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if self._is_long:
+            if LongNode in (self.node.__class__, self.prev.__class__):
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
             else:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)

@@ -41,6 +41,7 @@ from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX, NS
 from ..base.text import Value, as_unicode, in_pieces, json_string, load_json, parse_time
 from .events import (
     _PERMANENT,
+    LONG_VALUE_CHARS,
     Directory,
     Event,
     LongNode,
@@ -372,7 +373,7 @@ class Store(NodeTree):
         refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._to_change(path)
+        old = self._to_change(path) if self._detached else self._nodes.get(path)
         if old is None:
             if refresh:
                 raise self._count_failure("sets", self._not_found(path))
@@ -586,6 +587,13 @@ class Store(NodeTree):
     ) -> Event:
         """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
+        if (
+            old.__class__ is Node and value.__class__ is str and len(value) <= LONG_VALUE_CHARS
+            and not (expires_ns or old.expires_ns or self._walks)
+        ):                              # what most writes do
+            node = self._nodes[path] = Node(value, index, index, 0)
+            self.chars += len(value) - len(old.value or "")
+            return self._publish(Event(action, path, node, old, index, now_ns, refresh))
         if old is None:
             try:
                 self._make_parents(path, index)
@@ -599,12 +607,7 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if (old is None or self._walks or expires_ns or old.expires_ns
-                or node.__class__ is not Node or old.__class__ is not Node):
-            self._put_node(path, old, node)
-        else:                           # what most writes do
-            self._nodes[path] = node
-            self.chars += len(node.value or "") - len(old.value or "")
+        self._put_node(path, old, node)
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
