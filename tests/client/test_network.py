@@ -40,6 +40,7 @@ from tests.kit.clients import (
     _ClientRawServer,
 )
 from tests.kit.processes import ClusterMember, Process, StaticCluster
+from tests.kit.servers import RawServer
 
 
 def _net_drip(head, body, gap_s=0.05):
@@ -302,14 +303,10 @@ def test_client_net_plain_text_to_a_tls_port_says_so(tmp_path, certificates):
         with _ClientRawServer((said,)) as server, Client(server.url, retry=False) as client:
             with pytest.raises(pyetcd_client.EtcdError, match=text):
                 client.get("k")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with Client(url, retry=False) as client, _client_background(client.get, "k") as outcome:
-            connection = listener.accept()[0]
-            with connection:
-                connection.recv(65536)
-                connection.sendall(go)
-    assert isinstance(outcome[0], pyetcd_client.ConnectionFailed) and "http://" in str(outcome[0])
+    with RawServer(lambda sock: sock.recv(65536) and sock.sendall(go)) as server:
+        with Client(server.url.replace("http", "https"), retry=False) as client, pytest.raises(
+                pyetcd_client.ConnectionFailed, match="http://"):
+            client.get("k")
 
 
 @pytest.mark.parametrize("waits_for", ["lookup", "handshake"])

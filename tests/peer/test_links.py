@@ -7,8 +7,6 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import http.client
-import http.server
 import itertools
 import json
 import logging
@@ -42,6 +40,7 @@ from pyetcd import (
     Transport,
 )
 from tests.kit.basics import TESTDATA, eventually, free_port
+from tests.kit.http import _http_ask, _HttpSocket
 from tests.kit.links import _door_change, _door_entry
 from tests.kit.reactors import FakeReactor
 
@@ -1304,15 +1303,9 @@ class _DoorMember:
         body = message if isinstance(message, bytes) else pyetcd.encode_message(message)
         if path == "/raft/snapshot":
             body = len(body).to_bytes(8, "big") + body
-        connection = http.client.HTTPConnection(
-            *pyetcd.url_address(self.server.peer_urls[0]), timeout=20)
-        try:
-            connection.request("POST", path, body, {
-                "X-Etcd-Cluster-Id": self.cluster, "X-Server-From": f"{sender or self.peer:x}",
-                "X-Server-Version": "2.3.8", "X-Min-Cluster-Version": "2.2.0"})
-            return connection.getresponse().status
-        finally:
-            connection.close()
+        return _http_ask(self.server, "POST", path, body, {
+            "X-Etcd-Cluster-Id": self.cluster, "X-Server-From": f"{sender or self.peer:x}",
+            "X-Server-Version": "2.3.8", "X-Min-Cluster-Version": "2.2.0"}, peer=True)[0]
 
     def files(self) -> Dict[str, bytes]:
         """What is on disk, by name."""
@@ -1523,10 +1516,9 @@ def test_link_door_answers_by_the_head_whose_body_nobody_wants(
 ) -> None:
     """Bodies of 512 MB were kept until route, method, cluster and sender were looked at."""
     door_member.follow()
-    address = pyetcd.url_address(door_member.server.peer_urls[0])
-    with socket.create_connection(address, timeout=10) as client:
-        client.sendall(_door_head(door_member, method, path, **headers) + b"x" * 70_000)
-        assert client.recv(4_096).split()[1] == b"%d" % status
+    with _HttpSocket(door_member.server.peer_urls[0]) as client:
+        client.send(_door_head(door_member, method, path, **headers) + b"x" * 70_000)
+        assert client.until(b"\r\n").split()[1] == b"%d" % status
     assert [listener.held_bytes for listener in door_member.server._peer_listeners] == [0]
 
 
@@ -1535,23 +1527,22 @@ def test_link_door_bounds_all_bodies_together(door_member: _DoorMember) -> None:
     door_member.follow()
     (listener,) = door_member.server._peer_listeners
     listener.held_max = 3 << 20
-    address = pyetcd.url_address(door_member.server.peer_urls[0])
+    (url,) = door_member.server.peer_urls
     with contextlib.ExitStack() as cleanup:
         statuses = []
         for _ in range(5):
-            client = cleanup.enter_context(socket.create_connection(address, timeout=1))
+            client = cleanup.enter_context(_HttpSocket(url, timeout_s=1))
             with contextlib.suppress(OSError):
-                client.sendall(_door_head(door_member, "POST", "/raft") + b"\x08\3" * (1 << 19))
+                client.send(_door_head(door_member, "POST", "/raft") + b"\x08\3" * (1 << 19))
             with contextlib.suppress(OSError):
-                statuses.append(client.recv(4_096).split()[1])
+                statuses.append(client.until(b"\r\n").split()[1])
         assert statuses and set(statuses) == {b"413"}
         assert listener.held_bytes <= listener.held_max + 262_144
     eventually(lambda: listener.held_bytes == 0)
-    client = socket.create_connection(address, timeout=10)
-    with client, contextlib.suppress(OSError):
-        client.sendall(_door_head(door_member, "POST", "/raft"))
+    with _HttpSocket(url) as client, contextlib.suppress(OSError):
+        client.send(_door_head(door_member, "POST", "/raft"))
         for _ in range(20):
-            client.sendall(b"\x08\3" * (1 << 19))
+            client.send(b"\x08\3" * (1 << 19))
     eventually(lambda: listener.held_bytes == 0)
     assert door_member.post(door_member.append(_door_entry())) == 204
 

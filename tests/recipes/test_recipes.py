@@ -1645,43 +1645,28 @@ def test_recipe_storm_excludes_and_counts_and_hands_out_once(_client_server, _cl
     assert held and items
 
 
-@contextlib.contextmanager
-def _recipe_cluster(directory):
-    """Three members in this process; yields them by their ids."""
-    names = ("a", "b", "c")
-    servers = [pyetcd.Server(name=n, data_dir=str(directory / n), heartbeat_ms=50, election_ms=300)
-               for n in names]
-    try:
-        for server in servers:
-            server.bind()
-        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:      # each asks the others first
-            list(pool.map(lambda server: server.start(initial_cluster=initial), servers))
-        assert all(server.wait_ready(20) for server in servers)
-        yield {server.call(lambda etcd: etcd.member_id): server for server in servers}
-    finally:
-        for server in servers:
-            server.stop()
+def _recipe_chaotic(cluster, seed):
+    """Five clients that lose answers; each begins with another member."""
+    clients, urls = [], list(cluster.client_urls)
+    for number in range(5):
+        client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
+        client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
+        clients.append(client)
+    return clients
 
 
-def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
+def test_recipe_storm_survives_the_death_of_the_leader(monkeypatch):
     # Writes that are given up early are really on their way still, some in the old leader's log.
     monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", 0.5)
     seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
     print(f"PYETCD_RECIPE_SEED={seed}")
-    with _recipe_cluster(tmp_path) as servers, _recipe_no_threads():
-        urls = [server.client_urls[0] for server in servers.values()]
-        clients = []
-        for number in range(5):
-            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
-            rotated = urls[number % 3:] + urls[:number % 3]
-            client.endpoints = pyetcd_client.Endpoints(rotated)
-            clients.append(client)
+    with pyetcd.LocalCluster(3, heartbeat_ms=50, election_ms=300) as cluster, \
+            _recipe_no_threads():
+        clients = _recipe_chaotic(cluster, seed)
 
         def kill_leader(end):
             end.wait(0.5)
-            one = next(iter(servers.values()))
-            eventually(lambda: servers.get(one.call(lambda etcd: etcd.lead))).kill()
+            cluster.wait_leader().kill()
             end.wait()
             monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
@@ -1713,12 +1698,7 @@ def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
         monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
     with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
-        urls = [member.client_url for member in cluster.members]
-        clients = []
-        for number in range(5):
-            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
-            client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
-            clients.append(client)
+        clients = _recipe_chaotic(cluster, seed)
         with pyetcd_client.CachedTree(clients[0], "/storm") as tree:
             with _recipe_postman(clients):
                 held, items = _recipe_storm(clients, "/storm", seconds, disturb)
