@@ -23,7 +23,6 @@ import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import eventually
 from tests.kit.certificates import _tls_member
-from tests.kit.client_network import _net_black_hole
 from tests.kit.clients import (
     _CLIENT_GOOD,
     _CLIENT_HALF,
@@ -38,6 +37,7 @@ from tests.kit.clients import (
     _client_python,
     _client_reply,
     _ClientRawServer,
+    _net_black_hole,
 )
 from tests.kit.processes import ClusterMember, Process, StaticCluster
 from tests.kit.servers import RawServer

@@ -158,6 +158,10 @@ def _client_hang_up(connection):
     """Close without a word."""
 
 
+def _net_black_hole(connection):
+    connection.recv(1)
+
+
 def _client_dead_url():
     """Return a URL at which every connection is refused."""
     return f"http://127.0.0.1:{free_port()}"

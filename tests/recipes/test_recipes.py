@@ -21,13 +21,13 @@ import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import eventually, manual_code
-from tests.kit.client_network import _net_black_hole
 from tests.kit.clients import (
     _CLIENT_WAIT_S,
     _client_background,
     _client_dead_url,
     _client_python,
     _ClientRawServer,
+    _net_black_hole,
 )
 
 
