@@ -200,15 +200,22 @@ class _ClientCaptured:
         return self.stream.buffer.getvalue().decode()
 
 
-def _client_main(*arguments, stdin=b""):
-    """Run the command line in this process."""
+def _client_main(*arguments, stdin=b"", main=pyetcd_client.main, directory="."):
+    """Run a command line in this process; return exit code, output and errors."""
     out, err, given = _ClientCaptured(), _ClientCaptured(), _ClientCaptured(stdin)
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
         patch.setattr(sys, "stdout", out.stream)
         patch.setattr(sys, "stderr", err.stream)
         patch.setattr(sys, "stdin", given.stream)
-        code = pyetcd_client.main(arguments)
+        code = main(arguments)
     return code, out.text(), err.text()
+
+
+def run_tool(directory, *arguments):
+    """Run `pyetcd <arguments>` in a directory, but in this process."""
+    return _client_main(*map(str, arguments), main=lambda words: pyetcd.main(list(words)),
+                        directory=directory)
 
 
 def _client_blurred(outcome, directory):

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 
@@ -34,23 +33,17 @@ from pyetcd import (
     Wal,
 )
 from tests.kit.basics import TESTDATA, eventually
+from tests.kit.clients import run_tool
 from tests.kit.files import _WAL_FIRST, _wal_other_process_gets, _wal_unpack
-from tests.kit.processes import PROCESS_TYPES, ClusterMember, Process
+from tests.kit.processes import PROCESS_TYPES, ClusterMember
 from tests.kit.stores import store_json
 
 _BACKUP_QUICK = ("-heartbeat-interval", "20", "-election-timeout", "200")
 _BACKUP_DAMAGED = "0000000000000002-0000000000000066.snap"     # the newer one of the recording
 
 
-def _backup_run(directory, *arguments):
-    """Run `pyetcd <arguments>`; return exit code, output and errors."""
-    done = subprocess.run([*Process.program, *map(str, arguments)], cwd=directory,
-                          capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
-
-
 def _backup_make(directory, *arguments):
-    code, out, err = _backup_run(directory, *arguments)
+    code, out, err = run_tool(directory, *arguments)
     assert (code, err) == (0, ""), err
     return out
 
@@ -145,7 +138,7 @@ def test_backup_and_restore_use_dedicated_wal_directories(tmp_path):
     """Of the source, of the copy and of the new member; a backup is a source, too."""
     data_dir, expected = _backup_recorded(tmp_path)
     shutil.move(data_dir / "member" / "wal", tmp_path / "wal")
-    assert "holds no log" in _backup_run(tmp_path, "restore", data_dir)[2]
+    assert "holds no log" in run_tool(tmp_path, "restore", data_dir)[2]
     _backup_make(tmp_path, "backup", "-data-dir", data_dir, "-wal-dir", "wal",
                  "-backup-dir", "copy", "-backup-wal-dir", "copy-wal")
     assert sorted(path.name for path in (tmp_path / "copy-wal").iterdir()) == [_WAL_FIRST]
@@ -201,7 +194,7 @@ def test_restore_of_snapshot_under_writes_makes_three_new_members(tmp_path):
         (tmp_path / "s.snap").write_bytes(answer.content)
         initial = ",".join(f"{m.name}={m.peer}" for m in news)
         flags = ("-initial-cluster", initial, "-initial-cluster-token")
-        code, _, err = _backup_run(tmp_path, "restore", "s.snap", "-name", "m1", *flags,
+        code, _, err = run_tool(tmp_path, "restore", "s.snap", "-name", "m1", *flags,
                                    "etcd-cluster")
         assert code == 1 and "name another -initial-cluster-token than etcd-cluster" in err
         for member in news:

@@ -14,24 +14,18 @@ import requests
 
 import pyetcd
 from tests.kit.basics import TESTDATA, eventually
+from tests.kit.clients import run_tool
 from tests.kit.files import _wal_unpack
-from tests.kit.processes import ClusterMember, EtcdProcess, Process
+from tests.kit.processes import ClusterMember, EtcdProcess
 
 _NEEDS_ETCD = pytest.mark.skipif(
     not (shutil.which("etcd") and shutil.which("etcdctl")),
     reason="needs etcd and etcdctl 3.4 (Debian: etcd-server, etcd-client)")
 
 
-def _rescue(directory, *arguments):
-    """Run `pyetcd <arguments>`; return exit code, output and errors."""
-    done = subprocess.run([*Process.program, *map(str, arguments)], cwd=directory,
-                          capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
 def _rescue_check(directory, path):
     """Return the JSON of `pyetcd check`, with the verdicts by version."""
-    code, out, err = _rescue(directory, "check", path, "-json")
+    code, out, err = run_tool(directory, "check", path, "-json")
     assert code in (0, 1, 2) and not err, err
     found = json.loads(out)
     found["verdicts"] = {verdict["version"]: verdict for verdict in found["verdicts"]}
@@ -122,7 +116,7 @@ def test_rescue_check_says_what_a_directory_of_2_3_holds(_rescue_dir, tmp_path):
 
 def test_rescue_dump_names_the_place_of_every_key(_rescue_dir, tmp_path):
     """A key that only the log holds names the entry that wrote it."""
-    code, out, err = _rescue(tmp_path, "dump", _rescue_dir, "-json")
+    code, out, err = run_tool(tmp_path, "dump", _rescue_dir, "-json")
     rows = [json.loads(line) for line in out.splitlines()]
     keys = {row["key"]: row for row in rows if "key" in row}
     assert (code, err) == (0, "")
@@ -132,7 +126,7 @@ def test_rescue_dump_names_the_place_of_every_key(_rescue_dir, tmp_path):
     assert "/_hidden/secret" in keys
     entries = {row["entry"]: row for row in rows if "method" in row}
     assert entries[120]["path"] == "/after-snap" and entries[120]["committed"]
-    code, text, err = _rescue(tmp_path, "dump", _rescue_dir)
+    code, text, err = run_tool(tmp_path, "dump", _rescue_dir)
     assert len(text.splitlines()) == len(rows)
 
 
@@ -151,7 +145,7 @@ def test_rescue_reads_a_damaged_directory_as_far_as_it_goes(tmp_path, version):
     found = _rescue_check(tmp_path, directory)
     assert len(found["damage"]) == 1 and "the log is read up to entry" in found["damage"][0]
     assert "replace the member" in found["next"] and found["v2Keys"] > 0
-    code, out, err = _rescue(tmp_path, "export", directory)
+    code, out, err = run_tool(tmp_path, "export", directory)
     assert code == 1 and "read up to entry" in err and json.loads(out)["nodes"]
     assert _rescue_files(directory) == before
 
@@ -189,7 +183,7 @@ def test_rescue_of_random_damage_ends_with_a_report_or_an_error(tmp_path):
     (("x", "-jsn"), "did you mean -json"),
 ], ids=["none", "two", "absent", "no log", "typo"])
 def test_rescue_wrong_words_are_answered_in_a_line(tmp_path, words, text):
-    code, out, err = _rescue(tmp_path, "check", *words)
+    code, out, err = run_tool(tmp_path, "check", *words)
     assert code == 1 and out == "" and text in err and err.count("\n") == 1
 
 
@@ -260,22 +254,22 @@ def test_tools_tell_what_is_odd_about_their_flags(_rescue_dir, capsys, flags_log
 
 def test_rescue_export_is_what_pyetcdctl_imports(_rescue_dir, tmp_path):
     """JSON of export, written into a cluster, gives the keys and the times to live back."""
-    code, _, err = _rescue(tmp_path, "export", _rescue_dir, "-output", "keys.json")
+    code, _, err = run_tool(tmp_path, "export", _rescue_dir, "-output", "keys.json")
     assert (code, err) == (0, "")
     member = ClusterMember(tmp_path, "m")
     member.start_alone()
     try:
-        code, out, err = _rescue(tmp_path, "import", "keys.json", "-endpoints", member.client,
+        code, out, err = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client,
                                  "-map", "/dir1=/moved")
         assert (code, err) == (0, "") and out.startswith("14 keys written")
         assert member.value("alpha") == "1" and member.value("moved/sub/deep") == "déjà vu 中文"
         assert member.request("GET", "/v2/keys/dir1")[0] == 404
         assert member.request("GET", "/v2/keys/ttlfar")[1]["node"]["ttl"] > 10**9
         member.put("alpha", "2")
-        code, out, _ = _rescue(tmp_path, "import", "keys.json", "-endpoints", member.client,
+        code, out, _ = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client,
                                "-keep")
         assert "existed and were kept" in out and member.value("alpha") == "2"
-        code, out, _ = _rescue(tmp_path, "export", member.client)
+        code, out, _ = run_tool(tmp_path, "export", member.client)
         records = {record["key"]: record for record in json.loads(out)["nodes"]}
         assert records["/queue/00000000000000000012"]["value"] == "job0"
         assert "expiration" in records["/ttlfar"]
@@ -287,7 +281,7 @@ def test_rescue_export_is_what_pyetcdctl_imports(_rescue_dir, tmp_path):
 @pytest.mark.parametrize("ttl", ["drop", "lease"])
 def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, ttl):
     """etcdctl restores the snapshot, etcd 3.4 serves its keys, and import brings them back."""
-    code, out, err = _rescue(tmp_path, "export", _rescue_dir, "-format", "db", "-output", "k.db",
+    code, out, err = run_tool(tmp_path, "export", _rescue_dir, "-format", "db", "-output", "k.db",
                              "-ttl", ttl)
     assert (code, err) == (0, "") and out.startswith("k.db: 14 keys")
     member = ClusterMember(tmp_path, "m", EtcdProcess)
@@ -314,7 +308,7 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
     target = ClusterMember(tmp_path, "t")
     target.start_alone()
     try:
-        code, out, err = _rescue(tmp_path, "import", "back.db", "-endpoints", target.client)
+        code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client)
         assert code == 1 and err.splitlines() == [
             "import: bad//key: v2 cannot hold a key with an empty part"]
         assert target.value("new") == "3" and target.value("alpha") is None
@@ -335,7 +329,7 @@ def test_rescue_script_puts_every_key_into_etcd_3(tmp_path):
         for key, value in values.items():
             assert member.put(f"s/{key}", value)[0] == 201
         member.put("s/soon", "x", ttl=3000)
-        code, _, err = _rescue(tmp_path, "export", member.client, "-format", "script",
+        code, _, err = run_tool(tmp_path, "export", member.client, "-format", "script",
                                "-output", "keys.sh", "-ttl", "lease", "-map", "/s=/t")
         assert (code, err) == (0, "")
     finally:
@@ -389,7 +383,7 @@ def test_rescue_wants_one_source_and_a_target(tmp_path):
         (("import", "f", "-endpoints", "http://127.0.0.1:1"), "is no file"),
         (("export", "http://127.0.0.1:1"), "no answer from"),
     ):
-        code, out, err = _rescue(tmp_path, *words)
+        code, out, err = run_tool(tmp_path, *words)
         assert code == 1 and out == "" and text in err and err.count("\n") == 1, words
 
 
@@ -402,7 +396,7 @@ def test_rescue_import_refuses_a_file_that_is_cut_or_foreign(tmp_path):
         ("\0" * 5000, "no intact head"),
     ):
         (tmp_path / "f").write_text(text)
-        code, _, err = _rescue(tmp_path, "import", "f", "-endpoints", "http://127.0.0.1:1",
+        code, _, err = run_tool(tmp_path, "import", "f", "-endpoints", "http://127.0.0.1:1",
                                "-dry-run")
         assert code == 1 and words in err and err.count("\n") == 1, err
 
@@ -417,7 +411,7 @@ def test_rescue_export_of_users_needs_no_password_in_dump(tmp_path):
         assert done.status_code == 201
     finally:
         member.process.kill(15)
-    code, out, _ = _rescue(tmp_path, "dump", "m.etcd", "-json")
+    code, out, _ = run_tool(tmp_path, "dump", "m.etcd", "-json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and "$2" not in out
     assert any(row.get("key") == "/2/users/root" and "value" not in row for row in rows)
