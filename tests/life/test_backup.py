@@ -195,7 +195,7 @@ def test_restore_of_snapshot_under_writes_makes_three_new_members(tmp_path):
         initial = ",".join(f"{m.name}={m.peer}" for m in news)
         flags = ("-initial-cluster", initial, "-initial-cluster-token")
         code, _, err = run_tool(tmp_path, "restore", "s.snap", "-name", "m1", *flags,
-                                   "etcd-cluster")
+                                "etcd-cluster")
         assert code == 1 and "name another -initial-cluster-token than etcd-cluster" in err
         for member in news:
             _backup_make(tmp_path, "restore", "s.snap", "-name", member.name, *flags, "new")

@@ -10,9 +10,9 @@ import shutil
 import subprocess
 
 import pytest
-import requests
 
 import pyetcd
+from pyetcd_client import Client
 from tests.kit.basics import TESTDATA, eventually
 from tests.kit.clients import run_tool
 from tests.kit.files import _wal_unpack
@@ -256,25 +256,21 @@ def test_rescue_export_is_what_pyetcdctl_imports(_rescue_dir, tmp_path):
     """JSON of export, written into a cluster, gives the keys and the times to live back."""
     code, _, err = run_tool(tmp_path, "export", _rescue_dir, "-output", "keys.json")
     assert (code, err) == (0, "")
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
-    try:
-        code, out, err = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client,
-                                 "-map", "/dir1=/moved")
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        code, out, err = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client_url,
+                                  "-map", "/dir1=/moved")
         assert (code, err) == (0, "") and out.startswith("14 keys written")
-        assert member.value("alpha") == "1" and member.value("moved/sub/deep") == "déjà vu 中文"
-        assert member.request("GET", "/v2/keys/dir1")[0] == 404
-        assert member.request("GET", "/v2/keys/ttlfar")[1]["node"]["ttl"] > 10**9
-        member.put("alpha", "2")
-        code, out, _ = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client,
-                               "-keep")
-        assert "existed and were kept" in out and member.value("alpha") == "2"
-        code, out, _ = run_tool(tmp_path, "export", member.client)
-        records = {record["key"]: record for record in json.loads(out)["nodes"]}
-        assert records["/queue/00000000000000000012"]["value"] == "job0"
-        assert "expiration" in records["/ttlfar"]
-    finally:
-        member.process.kill()
+        assert client.get("alpha").value == "1"
+        assert client.get("moved/sub/deep").value == "déjà vu 中文"
+        assert "dir1" not in client and client.get("ttlfar").ttl > 10**9
+        client.set("alpha", "2")
+        code, out, _ = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client_url,
+                                "-keep")
+        assert "existed and were kept" in out and client.get("alpha").value == "2"
+        code, out, _ = run_tool(tmp_path, "export", member.client_url)
+    records = {record["key"]: record for record in json.loads(out)["nodes"]}
+    assert records["/queue/00000000000000000012"]["value"] == "job0"
+    assert "expiration" in records["/ttlfar"]
 
 
 @_NEEDS_ETCD
@@ -282,7 +278,7 @@ def test_rescue_export_is_what_pyetcdctl_imports(_rescue_dir, tmp_path):
 def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, ttl):
     """etcdctl restores the snapshot, etcd 3.4 serves its keys, and import brings them back."""
     code, out, err = run_tool(tmp_path, "export", _rescue_dir, "-format", "db", "-output", "k.db",
-                             "-ttl", ttl)
+                              "-ttl", ttl)
     assert (code, err) == (0, "") and out.startswith("k.db: 14 keys")
     member = ClusterMember(tmp_path, "m", EtcdProcess)
     subprocess.run(
@@ -305,35 +301,27 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
         _rescue_v3(member.client, "snapshot", "status", str(tmp_path / "back.db"))
     finally:
         member.process.kill()
-    target = ClusterMember(tmp_path, "t")
-    target.start_alone()
-    try:
-        code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client)
+    with pyetcd.LocalMember() as target, Client(target.client_url) as client:
+        code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client_url)
         assert code == 1 and err.splitlines() == [
             "import: bad//key: v2 cannot hold a key with an empty part"]
-        assert target.value("new") == "3" and target.value("alpha") is None
-        assert target.value("dir1/sub/deep") == "déjà vu 中文"
-        assert ("ttl" in target.request("GET", "/v2/keys/ttlfar")[1]["node"]) == (ttl == "lease")
-    finally:
-        target.process.kill()
+        assert client.get("new").value == "3" and "alpha" not in client
+        assert client.get("dir1/sub/deep").value == "déjà vu 中文"
+        assert (client.get("ttlfar").ttl is not None) == (ttl == "lease")
 
 
 @_NEEDS_ETCD
 def test_rescue_script_puts_every_key_into_etcd_3(tmp_path):
     """Quotes, newlines, options and long values arrive as they were; leases keep times to live."""
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
     values = {"plain": "1", "quote": "it's \"$x\" `y` \\", "lines": "a\nb\n", "dash": "--lease=1",
               "empty": "", "long": "<é>" * 100_000}
-    try:
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
         for key, value in values.items():
-            assert member.put(f"s/{key}", value)[0] == 201
-        member.put("s/soon", "x", ttl=3000)
-        code, _, err = run_tool(tmp_path, "export", member.client, "-format", "script",
-                               "-output", "keys.sh", "-ttl", "lease", "-map", "/s=/t")
+            client.set(f"s/{key}", value)
+        client.set("s/soon", "x", ttl=3000)
+        code, _, err = run_tool(tmp_path, "export", member.client_url, "-format", "script",
+                                "-output", "keys.sh", "-ttl", "lease", "-map", "/s=/t")
         assert (code, err) == (0, "")
-    finally:
-        member.process.kill()
     target = ClusterMember(tmp_path, "t", EtcdProcess)
     target.start_alone()
     try:
@@ -397,21 +385,15 @@ def test_rescue_import_refuses_a_file_that_is_cut_or_foreign(tmp_path):
     ):
         (tmp_path / "f").write_text(text)
         code, _, err = run_tool(tmp_path, "import", "f", "-endpoints", "http://127.0.0.1:1",
-                               "-dry-run")
+                                "-dry-run")
         assert code == 1 and words in err and err.count("\n") == 1, err
 
 
 def test_rescue_export_of_users_needs_no_password_in_dump(tmp_path):
     """dump shows that a user exists, never its hash."""
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
-    try:
-        done = requests.put(member.client + "/v2/auth/users/root",
-                            data=json.dumps({"user": "root", "password": "pw"}), timeout=60)
-        assert done.status_code == 201
-    finally:
-        member.process.kill(15)
-    code, out, _ = run_tool(tmp_path, "dump", "m.etcd", "-json")
+    with pyetcd.LocalMember("m", str(tmp_path)) as member, Client(member.client_url) as client:
+        client.user_add("root", "pw")
+    code, out, _ = run_tool(tmp_path, "dump", "m", "-json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and "$2" not in out
     assert any(row.get("key") == "/2/users/root" and "value" not in row for row in rows)
