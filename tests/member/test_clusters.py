@@ -348,10 +348,10 @@ def test_cluster_embedded_members_form_a_cluster(tmp_path):
     assert "reactor" not in names and "wal" not in names
 
 
-def test_cluster_first_write_follows_the_start_at_once(tmp_path):
+def test_cluster_first_write_follows_the_start_at_once():
     """A member that is alone leads without waiting for an election timeout."""
-    with StaticCluster(tmp_path, 1, "-election-timeout", "50000") as cluster:
-        assert cluster.members[0].put("a", "1")[0] == 201
+    with pyetcd.LocalMember(election_ms=50_000) as member:
+        assert _http_keys(member, "PUT", "/a", "value=1")[0] == 201
 
 
 def test_cluster_version_is_decided_while_a_member_is_away(tmp_path):
