@@ -440,7 +440,8 @@ def _aid_output_fixture(tmp_path_factory):
     path = tmp_path_factory.mktemp("aid")
     _aid_project(path)
     code, output = _aid_python(
-        path / "site", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "2", "-W", "error")
+        path / "site", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "2", "-W", "error",
+        "--assert=plain")       # each of the two would rewrite all of pyetcd.py
     assert code == 1, output
     return output
 
@@ -496,7 +497,7 @@ def test_aid_fixtures_work_where_both_files_are_copied(tmp_path):
                  "def pytest_configure(config):\n    PytestPlugin.pytest_configure(config)"):
         (tmp_path / "conftest.py").write_text(line + "\n")
         code, output = _aid_python(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p",
-                                   "no:pyetcd", "-n", "0", str(tmp_path / "test_it.py"))
+                                   "no:pyetcd", "-n", "0", "--assert=plain", str(tmp_path))
         assert code == 0, output
 
 
