@@ -200,7 +200,7 @@ class Prober:
 
     def _run(self) -> None:
         with contextlib.closing(connect(self._member)) as sock:
-            while not self._ended.wait(self.PAUSE_S):
+            while not (self.waits_s and self._ended.wait(self.PAUSE_S)):     # one at least
                 began = time.perf_counter()
                 sock.sendall(self._request)
                 received = bytearray()
