@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import itertools
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import requests
 import pyetcd
 from pyetcd import Cluster, Entry, InvariantError, Message, MsgType, Request, Wal
 from tests.kit.basics import eventually, free_port
+from tests.kit.exchange import Writer
 from tests.kit.http import _http_ask, _http_keys
 from tests.kit.processes import ClusterMember, StaticCluster
 
@@ -47,37 +47,19 @@ def test_cluster_survives_kill_of_each_member(tmp_path):
 def test_cluster_kill_of_all_loses_no_acknowledged_write(tmp_path):
     """kill -9 of all three while they write: everything acknowledged is there afterwards."""
     with StaticCluster(tmp_path, 3, "-snapshot-count", "50") as cluster:
-        acknowledged = {}
-        stop = threading.Event()
-
-        def write(member, number):
-            with requests.Session() as session, contextlib.suppress(requests.RequestException):
-                for count in itertools.takewhile(lambda _: not stop.is_set(), itertools.count(1)):
-                    key = f"w{number}-{count}"
-                    answer = session.put(f"{member.client}/v2/keys/{key}", timeout=5,
-                                         data={"value": key})
-                    if answer.status_code == 201:
-                        acknowledged[key] = True
-
-        writers = [threading.Thread(target=write, args=(m, i))
-                   for i, m in enumerate(cluster.members)]
-        for writer in writers:
-            writer.start()
-        eventually(lambda: len(acknowledged) > 300, what="300 writes")
-        for member in cluster.members:
-            member.process.popen.kill()
-        stop.set()
-        for writer in writers:
-            writer.join()
+        with Writer(cluster) as writer:
+            writer.wait_more(200)
+            for member in cluster.members:
+                member.process.popen.kill()
         for member in cluster.members:
             member.process.kill()
             cluster.start(member)
         for member in cluster.members:
             member.process.wait_log("published")
             eventually(lambda m=member: m.index() == cluster.members[0].index())
-            nodes = member.request("GET", "/v2/keys/")[1]["node"]["nodes"]
-            missing = acknowledged.keys() - {node["key"][1:] for node in nodes}
-            assert not missing, f"{member.name} lost {len(missing)} of {len(acknowledged)}"
+            nodes = member.request("GET", "/v2/keys/w")[1]["node"]["nodes"]
+            missing = writer.acknowledged.keys() - {node["key"] for node in nodes}
+            assert not missing, f"{member.name} lost {len(missing)} of {len(writer.acknowledged)}"
 
 
 def test_cluster_member_catches_up_by_snapshot(tmp_path, monkeypatch, caplog):
