@@ -21,7 +21,7 @@ import pytest
 import pyetcd
 from tests.kit.basics import eventually, free_port
 from tests.kit.http import _HttpSocket
-from tests.kit.processes import ClusterMember, Process, StaticCluster
+from tests.kit.processes import ClusterMember, Process, StaticCluster, ended
 from tests.kit.registries import _DiscRegistry
 from tests.kit.servers import RawServer
 
@@ -202,15 +202,13 @@ def test_live_heads_at_a_proxy(tmp_path, one):
     proxy.process = Process(
         tmp_path, "-proxy", "on", "-listen-client-urls", url, "-data-dir", str(tmp_path / "p"),
         "-initial-cluster", f"n0={one.member.peer}")
-    try:
+    with ended(proxy):
         eventually(lambda: proxy.value("first") == "1", what="the proxy")
         for head in _SLOW_HEADS:
             answer = _say(url, b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 "), head[:40]
         assert proxy.value("first") == "1"
         _ends(proxy.process)
-    finally:
-        proxy.process.kill()
 
 
 def test_live_requests_that_cost_much(three):

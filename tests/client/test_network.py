@@ -39,7 +39,7 @@ from tests.kit.clients import (
     _ClientRawServer,
     _net_black_hole,
 )
-from tests.kit.processes import ClusterMember, Process, StaticCluster
+from tests.kit.processes import ClusterMember, Process, StaticCluster, ended
 from tests.kit.servers import RawServer
 
 
@@ -988,7 +988,7 @@ def test_client_watch_and_tree_live_through_a_real_restore(kind, tmp_path):
     """
     member = ClusterMember(tmp_path, "n0")
     member.start("-initial-cluster", f"n0={member.peer}")
-    try:
+    with ended(member):
         member.process.wait_log("published")
         with Client(member.client) as client:
             client.set("/d/kept", "1")
@@ -1028,5 +1028,3 @@ def test_client_watch_and_tree_live_through_a_real_restore(kind, tmp_path):
                     events.close()
             assert bool(errors) is (kind == "backup")
             assert any((e.action, e.key) == ("delete", "/d/lost") for e in seen)
-    finally:
-        member.process.kill()

@@ -20,32 +20,23 @@ import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import free_port
-from tests.kit.processes import PROCESS_TYPES, ClusterMember
+from tests.kit.processes import PROCESS_TYPES, ClusterMember, ended
 from tests.kit.servers import RawServer
 
 _CLIENT_KINDS = ("etcd", "pyetcd")
 _CLIENT_WAIT_S = 60.0
 
 
-def _client_member(kind, directory):
-    """A process of its own; it also has `url` and `kind`."""
+@contextlib.contextmanager
+def _client_running(kind, directory):
+    """A process of its own while it serves; it also has `url` and `kind`."""
     if kind == "etcd" and shutil.which("etcd") is None:
         pytest.skip("etcd is not installed")
     member = ClusterMember(directory, "m1", PROCESS_TYPES[kind])
     member.url, member.kind = member.client, kind
-    return member
-
-
-@contextlib.contextmanager
-def _client_running(kind, directory):
-    """Such a member while it serves."""
-    member = _client_member(kind, directory)
-    try:
+    with ended(member):
         member.start_alone()
         yield member
-    finally:
-        if member.process:
-            member.process.kill()
 
 
 @pytest.fixture(scope="module", params=_CLIENT_KINDS, name="_client_server")

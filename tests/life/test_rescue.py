@@ -16,7 +16,7 @@ from pyetcd_client import Client
 from tests.kit.basics import TESTDATA, eventually
 from tests.kit.clients import run_tool
 from tests.kit.files import _wal_unpack
-from tests.kit.processes import ClusterMember, EtcdProcess
+from tests.kit.processes import ClusterMember, EtcdProcess, ended
 
 _NEEDS_ETCD = pytest.mark.skipif(
     not (shutil.which("etcd") and shutil.which("etcdctl")),
@@ -287,7 +287,7 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
         cwd=tmp_path, check=True, capture_output=True, timeout=60,
         env={**os.environ, "ETCDCTL_API": "3"})
     member.start()
-    try:
+    with ended(member):
         eventually(lambda: member.request("GET", "/health") and member.request(
             "GET", "/health")[1].get("health") == "true", what="etcd 3.4 is healthy")
         assert _rescue_v3(member.client, "get", "/dir1/sub/deep", "--print-value-only") == (
@@ -299,8 +299,6 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
         _rescue_v3(member.client, "put", "bad//key", "x")
         _rescue_v3(member.client, "snapshot", "save", str(tmp_path / "back.db"))
         _rescue_v3(member.client, "snapshot", "status", str(tmp_path / "back.db"))
-    finally:
-        member.process.kill()
     with pyetcd.LocalMember() as target, Client(target.client_url) as client:
         code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client_url)
         assert code == 1 and err.splitlines() == [
@@ -324,15 +322,13 @@ def test_rescue_script_puts_every_key_into_etcd_3(tmp_path):
         assert (code, err) == (0, "")
     target = ClusterMember(tmp_path, "t", EtcdProcess)
     target.start_alone()
-    try:
+    with ended(target):
         subprocess.run(["sh", "keys.sh"], cwd=tmp_path, check=True, timeout=60,
                        env={**os.environ, "ETCDCTL_ENDPOINTS": target.client})
         for key, value in values.items():
             out = _rescue_v3(target.client, "get", f"/t/{key}", "--print-value-only")
             assert out == value + "\n"
         assert len(_rescue_v3(target.client, "lease", "list").split()) > 3
-    finally:
-        target.process.kill()
 
 
 @_NEEDS_ETCD
@@ -340,7 +336,7 @@ def test_rescue_frees_a_directory_of_etcd_3_that_newer_ones_refuse(tmp_path):
     """check names what blocks; after the removal and a snapshot nothing does, up to etcd 3.6."""
     member = ClusterMember(tmp_path, "m", EtcdProcess)
     member.start("-initial-cluster", f"m={member.peer}", "--snapshot-count", "10")
-    try:
+    with ended(member):
         eventually(member._serves, what="etcd serves")
         for number in range(15):
             member.put(f"old/{number}", "x")
@@ -358,8 +354,6 @@ def test_rescue_frees_a_directory_of_etcd_3_that_newer_ones_refuse(tmp_path):
         freed = _rescue_check(tmp_path, tmp_path / "m.etcd")
         assert freed["verdicts"]["3.6"]["starts"], freed["verdicts"]["3.6"]
         assert freed["v3Entries"] > 0 and freed["database"]["revisions"] == 15
-    finally:
-        member.process.kill()
 
 
 def test_rescue_wants_one_source_and_a_target(tmp_path):

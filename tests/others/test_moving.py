@@ -25,7 +25,7 @@ import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, manual
 from tests.kit.exchange import Etcd23, MixedCluster, Writer, needs_etcd
-from tests.kit.processes import ClusterMember, EtcdProcess, Process, compiled
+from tests.kit.processes import ClusterMember, EtcdProcess, Process, compiled, ended
 
 _OFTEN = ("-snapshot-count", "40")
 
@@ -237,7 +237,7 @@ def test_moving_frees_a_directory_that_etcd_3_6_refuses(tmp_path):
     member = ClusterMember(tmp_path, "m1", EtcdProcess)
     guide.given = {"http://10.0.0.1:2379": member.client, "/var/lib/etcd": "m1.etcd"}
     initial = ("-initial-cluster", f"m1={member.peer}")
-    try:
+    with ended(member):
         member.start_alone()
         for number in range(12):
             member.put(f"old/{number}", str(number))
@@ -253,8 +253,6 @@ def test_moving_frees_a_directory_that_etcd_3_6_refuses(tmp_path):
         assert moved == "7\n"
         checked = guide.run(check, status=2)        # etcd 3.7 wants a snapshot of 3.6 first
         assert re.search(r"^etcd 3.6: +starts$", checked, re.M)
-    finally:
-        member.process.kill()
 
 
 def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
@@ -263,7 +261,7 @@ def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
     ((service, fresh, start),) = _commands("A discovery service of your own")
     outside = ClusterMember(tmp_path, "discovery")
     members = [ClusterMember(tmp_path, f"m{number}") for number in range(3)]
-    try:
+    with ended(outside, *members):
         guide.given = {"/var/lib/discovery": "discovery.etcd", "…": _flags_of(
             outside, ["-initial-cluster", f"discovery={outside.peer}"]),
             "http://10.0.0.9:2379": outside.client}
@@ -277,10 +275,6 @@ def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
             member.process.wait_log("published")
         assert eventually(lambda: members[0].put("a", "1"))[0] == 201
         assert len(members[1].request("GET", "/v2/members")[1]["members"]) == 3
-    finally:
-        for member in (outside, *members):
-            if member.process:
-                member.process.kill()
 
 
 @pytest.mark.parametrize("chapter", ["restore", "mirror"])

@@ -26,7 +26,7 @@ import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, free_port
 from tests.kit.http import _http_keys
-from tests.kit.processes import ClusterMember, Process, compiled
+from tests.kit.processes import ClusterMember, Process, compiled, ended
 
 _HELPERS = {"etcd": pyetcd, "etcdctl": pyetcd_client}
 _CTDB_LOCK = Path("/usr/libexec/ctdb/ctdb_etcd_lock")       # Debian: ctdb
@@ -111,7 +111,7 @@ def test_programs_are_told_once_that_it_is_ready(tmp_path: Path) -> None:
     """Not before there is a quorum, and not again when the leader changes."""
     pair = [ClusterMember(tmp_path, name) for name in ("a", "b")]
     initial = ",".join(f"{member.name}={member.peer}" for member in pair)
-    try:
+    with ended(*pair):
         pair[0].start("-initial-cluster", initial)
         pair[0].process.wait_log("listening for client requests on")
         eventually(lambda: pair[0].request("GET", "/version"), what="an answer")
@@ -123,10 +123,6 @@ def test_programs_are_told_once_that_it_is_ready(tmp_path: Path) -> None:
         pair[1].start("-initial-cluster", initial)
         pair[1].process.wait_log("ready to serve client requests")
         assert pair[0].process.log().count("ready to serve") == 1
-    finally:
-        for member in pair:
-            if member.process:
-                member.process.kill()
 
 
 def test_programs_start_it_with_a_data_directory_alone(tmp_path: Path, programs_path: str) -> None:
