@@ -245,5 +245,5 @@ def etcdctl3(member, *arguments):
     """Run a command of the v3 API, which must succeed; return its output."""
     return subprocess.run(
         ["etcdctl", "--endpoints", member.client, *arguments], check=True, capture_output=True,
-        text=True, timeout=20, env={**os.environ, "ETCDCTL_API": "3"},
+        text=True, timeout=60, env={**os.environ, "ETCDCTL_API": "3"},
     ).stdout

@@ -15,6 +15,7 @@ import pyetcd
 from pyetcd_client import Client
 from tests.kit.basics import TESTDATA, eventually
 from tests.kit.clients import run_tool
+from tests.kit.exchange import etcdctl3
 from tests.kit.files import _wal_unpack
 from tests.kit.processes import ClusterMember, EtcdProcess, ended
 
@@ -35,15 +36,6 @@ def _rescue_check(directory, path):
 
 def _rescue_files(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def _rescue_v3(client, *arguments, **environment):
-    """Run etcdctl for etcd 3; return its output."""
-    done = subprocess.run(
-        ["etcdctl", "--endpoints", client, *arguments], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "ETCDCTL_API": "3", **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(name="_rescue_dir")
@@ -290,15 +282,15 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
     with ended(member):
         eventually(lambda: member.request("GET", "/health") and member.request(
             "GET", "/health")[1].get("health") == "true", what="etcd 3.4 is healthy")
-        assert _rescue_v3(member.client, "get", "/dir1/sub/deep", "--print-value-only") == (
+        assert etcdctl3(member, "get", "/dir1/sub/deep", "--print-value-only") == (
             "déjà vu 中文\n")
-        assert len(_rescue_v3(member.client, "get", "--prefix", "", "--keys-only").split()) == 14
-        assert bool(_rescue_v3(member.client, "lease", "list").split()[1:][2:]) == (ttl == "lease")
-        _rescue_v3(member.client, "put", "/new", "3")
-        _rescue_v3(member.client, "del", "/alpha")
-        _rescue_v3(member.client, "put", "bad//key", "x")
-        _rescue_v3(member.client, "snapshot", "save", str(tmp_path / "back.db"))
-        _rescue_v3(member.client, "snapshot", "status", str(tmp_path / "back.db"))
+        assert len(etcdctl3(member, "get", "--prefix", "", "--keys-only").split()) == 14
+        assert bool(etcdctl3(member, "lease", "list").split()[1:][2:]) == (ttl == "lease")
+        etcdctl3(member, "put", "/new", "3")
+        etcdctl3(member, "del", "/alpha")
+        etcdctl3(member, "put", "bad//key", "x")
+        etcdctl3(member, "snapshot", "save", str(tmp_path / "back.db"))
+        etcdctl3(member, "snapshot", "status", str(tmp_path / "back.db"))
     with pyetcd.LocalMember() as target, Client(target.client_url) as client:
         code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client_url)
         assert code == 1 and err.splitlines() == [
@@ -326,9 +318,9 @@ def test_rescue_script_puts_every_key_into_etcd_3(tmp_path):
         subprocess.run(["sh", "keys.sh"], cwd=tmp_path, check=True, timeout=60,
                        env={**os.environ, "ETCDCTL_ENDPOINTS": target.client})
         for key, value in values.items():
-            out = _rescue_v3(target.client, "get", f"/t/{key}", "--print-value-only")
+            out = etcdctl3(target, "get", f"/t/{key}", "--print-value-only")
             assert out == value + "\n"
-        assert len(_rescue_v3(target.client, "lease", "list").split()) > 3
+        assert len(etcdctl3(target, "lease", "list").split()) > 3
 
 
 @_NEEDS_ETCD
@@ -349,7 +341,7 @@ def test_rescue_frees_a_directory_of_etcd_3_that_newer_ones_refuse(tmp_path):
         eventually(member._serves, what="etcd serves")
         assert member.request("DELETE", "/v2/keys/old", recursive="true")[0] == 200
         for number in range(15):
-            _rescue_v3(member.client, "put", "k", str(number))
+            etcdctl3(member, "put", "k", str(number))
         member.process.kill(15)
         freed = _rescue_check(tmp_path, tmp_path / "m.etcd")
         assert freed["verdicts"]["3.6"]["starts"], freed["verdicts"]["3.6"]
