@@ -492,8 +492,8 @@ def test_house_tests_do_not_sleep() -> None:
 
 def test_house_every_test_that_the_manual_names_exists() -> None:
     """The chapter "What survives what" promises a test for each fault."""
-    defined = {node.name for path in TESTS for node in ast.walk(_tree(path))
-               if isinstance(node, _FUNCTIONS)}
+    defined = {name for path in TESTS for name in re.findall(
+        r"^ *def (test_\w+)\(", path.read_text(encoding="utf-8"), re.M)}
     named = {name for page in manual_pages() for name in re.findall(r"`(test_\w+)`", manual(page))}
     assert len(named) > 20
     assert not named - defined - {"test_house_", "test_pyetcd"}
