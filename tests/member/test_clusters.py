@@ -26,7 +26,7 @@ from pyetcd import Cluster, Entry, InvariantError, Message, MsgType, Request, Wa
 from tests.kit.basics import eventually, free_port
 from tests.kit.exchange import Writer
 from tests.kit.http import _http_ask, _http_keys
-from tests.kit.processes import ClusterMember, StaticCluster
+from tests.kit.processes import ClusterMember, StaticCluster, ended
 
 
 def test_cluster_survives_kill_of_each_member(tmp_path):
@@ -339,14 +339,11 @@ def test_cluster_first_write_follows_the_start_at_once():
 def test_cluster_version_is_decided_while_a_member_is_away(tmp_path):
     """A quorum without its third member still gets a cluster version, the lowest possible."""
     cluster = StaticCluster(tmp_path, 3)
-    try:
+    with ended(*cluster.members):
         for member in cluster.members[:2]:
             cluster.start(member)
         for member in cluster.members[:2]:
             member.process.wait_log("set the initial cluster version to 2.2")
-    finally:
-        for member in cluster.members[:2]:
-            member.process.kill()
 
 
 def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):
