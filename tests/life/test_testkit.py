@@ -357,7 +357,8 @@ def test_settings_that_do_not_exist_are_a_type_error_with_the_word(make, tmp_pat
 
 def test_settings_for_type_checkers_are_the_fields_of_the_configuration():
     """A name more, a name less or another type would mislead whoever trusts a checker."""
-    tree = ast.parse(Path(pyetcd.__file__).read_text(encoding="utf-8"))
+    source = ROOT / "src" / "pyetcd" / "member" / "configuration.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     fields = {node.name: {line.target.id: ast.unparse(line.annotation) for line in node.body
                           if isinstance(line, ast.AnnAssign)}
               for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
