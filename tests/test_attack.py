@@ -27,8 +27,9 @@ import pyetcd
 import pyetcd_client
 from pyetcd import Store
 from tests.kit.basics import eventually
-from tests.kit.fuzzing import _FuzzReactor, _FuzzSocket
+from tests.kit.fuzzing import _FuzzSocket
 from tests.kit.http import _http_ask
+from tests.kit.reactors import FakeReactor
 
 # -- bounded work: every pattern and every parser, on input made to be slow ----------
 
@@ -847,7 +848,7 @@ def _answers_of_call(data, **options):
 
     sock, heads, body, ended = _FuzzSocket([data, b""]), [], [], []
     call = Call(
-        _FuzzReactor(), "http://127.0.0.1:1", "GET", "/", {},
+        FakeReactor(), "http://127.0.0.1:1", "GET", "/", {},
         on_head=lambda status, headers: heads.append(status), on_data=body.append,
         on_done=ended.append, **options,
     )

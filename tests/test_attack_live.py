@@ -15,14 +15,15 @@ import struct
 import subprocess
 import threading
 import time
-import urllib.parse
 
 import pytest
 
 import pyetcd
 from tests.kit.basics import eventually, free_port
-from tests.kit.processes import ClusterMember, Process, StaticCluster
+from tests.kit.http import _HttpSocket
+from tests.kit.processes import ClusterMember, Process, StaticCluster, ended
 from tests.kit.registries import _DiscRegistry
+from tests.kit.servers import RawServer
 
 # 1 takes some 40 s; the sizes of the issue and above: PYETCD_ATTACK=10.
 _SCALE = float(os.environ.get("PYETCD_ATTACK", "1"))
@@ -77,8 +78,7 @@ class _Victim:
             pytest.skip("only Linux's /proc tells what another process has open")
         self.member, self.cluster = member, cluster
         self.process = member.process
-        self.client = urllib.parse.urlsplit(member.client).netloc
-        self.peer = urllib.parse.urlsplit(member.peer).netloc
+        self.client, self.peer = member.client, member.peer
         eventually(lambda: self.term(), what="a term")
         self.before = self.term(), self.resident(), self.descriptors()
 
@@ -145,21 +145,22 @@ def three(tmp_path_factory):
         yield victim
 
 
-def _connect(address, timeout_s=20):
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout_s)
-
-
-def _say(address, data, timeout_s=20):
+def _say(url, data, timeout_s=20):
     """Send bytes, and return what comes until the end or the time is over."""
-    got = b""
-    with contextlib.suppress(OSError), _connect(address, timeout_s) as sock:
+    with _HttpSocket(url, timeout_s=timeout_s) as client:
         with contextlib.suppress(OSError):
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-        while piece := sock.recv(1 << 16):
-            got += piece
-    return got
+            client.send(data)
+            client.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            client.rest()
+        return client.data
+
+
+@contextlib.contextmanager
+def _connected(url, count, **options):
+    """So many connections at the same time."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(_HttpSocket(url, **options)) for _ in range(count)]
 
 
 def _post(path, body, *headers, method="POST"):
@@ -201,15 +202,13 @@ def test_live_heads_at_a_proxy(tmp_path, one):
     proxy.process = Process(
         tmp_path, "-proxy", "on", "-listen-client-urls", url, "-data-dir", str(tmp_path / "p"),
         "-initial-cluster", f"n0={one.member.peer}")
-    try:
+    with ended(proxy):
         eventually(lambda: proxy.value("first") == "1", what="the proxy")
         for head in _SLOW_HEADS:
-            answer = _say(url[len("http://"):], b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n")
+            answer = _say(url, b"GET / HTTP/1.1\r\n" + head + b"\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 "), head[:40]
         assert proxy.value("first") == "1"
         _ends(proxy.process)
-    finally:
-        proxy.process.kill()
 
 
 def test_live_requests_that_cost_much(three):
@@ -231,33 +230,25 @@ def test_live_many_listings_become_ready_together(one):
     put = b"PUT /v2/keys/large/%d?value=x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
     answers = _say(one.client, b"".join(put % number for number in range(1_000)), 60)
     assert answers.count(b"HTTP/1.1 201") == 1_000
-    socks = [_connect(one.client, 60) for _ in range(_times(50))]
-    try:
-        for sock in socks:
-            sock.sendall(b"GET /v2/keys/large?recursive=true&sorted=true HTTP/1.1\r\nHost: x\r\n"
-                         b"Connection: close\r\n\r\n" * 2)
-        for sock in socks:
-            assert sock.recv(9) == b"HTTP/1.1 "
-    finally:
-        for sock in socks:
-            sock.close()
+    with _connected(one.client, _times(50), timeout_s=60) as clients:
+        for client in clients:
+            client.send(b"GET /v2/keys/large?recursive=true&sorted=true HTTP/1.1\r\nHost: x\r\n"
+                        b"Connection: close\r\n\r\n" * 2)
+        for client in clients:
+            assert client.until(b"HTTP/1.1 ") == b"HTTP/1.1 "
     one.check()
 
 
 def test_live_heads_that_come_in_small_pieces(one):
     """A2: ten connections, each with a head near the limit."""
-    socks = [_connect(one.client) for _ in range(10)]
-    try:
-        for sock in socks:
-            sock.sendall(b"GET / HTTP/1.1\r\n")
+    with _connected(one.client, 10) as clients:
+        for client in clients:
+            client.send(b"GET / HTTP/1.1\r\n")
         for number in range(_times(600)):
-            for sock in socks:
+            for client in clients:
                 with contextlib.suppress(OSError):
-                    sock.sendall(b"a%d: b\r" % number)
-                    sock.sendall(b"\n" + b"c" * 100 + b": " + b"d" * 1_000 + b"\r\n")
-    finally:
-        for sock in socks:
-            sock.close()
+                    client.send(b"a%d: b\r" % number)
+                    client.send(b"\n" + b"c" * 100 + b": " + b"d" * 1_000 + b"\r\n")
     one.check()
 
 
@@ -288,33 +279,6 @@ def test_live_large_values_while_a_snapshot_is_made(tmp_path):
         eventually(lambda: "saved snapshot at index" in victim.process.log()
                    or "compacted raft log" in victim.process.log(), what="a snapshot")
         victim.before = victim.before[0], victim.resident(), victim.before[2]
-
-
-class _Peer:
-    """Listens where a member should be, and does something else with each connection."""
-
-    def __init__(self, behave):
-        self.connections, self.bytes = 0, 0
-        self._listener = socket.create_server(("127.0.0.1", free_port()), backlog=128)
-        self._behave = behave
-        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
-        with sock, contextlib.suppress(OSError):
-            sock.settimeout(20)
-            sock.recv(1 << 16)
-            self._behave(sock)
-
-    def close(self):
-        self._listener.close()
 
 
 def _interim(sock):
@@ -348,8 +312,12 @@ _NONSENSE = (_interim, _endless_head, _endless_body, _huge_frame, _junk)
 
 def test_live_a_peer_that_answers_nonsense(tmp_path):
     """A3, A4: the third of three is none; the other two go on, and dial it seldom."""
-    peer = _Peer(lambda sock: _NONSENSE[peer.connections % len(_NONSENSE)](sock))
-    try:
+    def behave(sock):
+        sock.settimeout(20)
+        sock.recv(1 << 16)
+        _NONSENSE[peer.connections % len(_NONSENSE)](sock)
+
+    with RawServer(behave) as peer:
         cluster = StaticCluster(tmp_path, 3)
         cluster.members[2].peer = peer.url
         cluster.initial = ",".join(f"{m.name}={m.peer}" for m in cluster.members)
@@ -367,8 +335,6 @@ def test_live_a_peer_that_answers_nonsense(tmp_path):
             assert not traffic.wrong
             victim.check()
             _ends(leader.process)
-    finally:
-        peer.close()
 
 
 def test_live_a_registry_that_ends_waits_empty(tmp_path):
@@ -403,11 +369,11 @@ def test_live_bodies_of_strangers(three):
                           ("/members", []), ("/raft", _peer_headers(three)),
                           ("/raft/snapshot", _peer_headers(three, "abc"))):
         for method in ("POST", "PUT", "GET"):
-            with contextlib.suppress(OSError), _connect(three.peer) as sock:
-                sock.sendall(_post(path, b"", *headers, method=method).replace(
+            with contextlib.suppress(OSError), _HttpSocket(three.peer, timeout_s=20) as client:
+                client.send(_post(path, b"", *headers, method=method).replace(
                     b"Content-Length: 0", b"Content-Length: 500000000"))
                 for _ in range(_times(200)):
-                    sock.sendall(piece)
+                    client.send(piece)
             most = max(most, three.resident())
     assert most <= before + _RESIDENT_SLACK
     three.check()
@@ -416,20 +382,15 @@ def test_live_bodies_of_strangers(three):
 def test_live_watchers_that_never_read(one):
     """B6: what they do not take has an end, for all of them together."""
     _say(one.client, _post("/v2/keys/w", b"value=1", _FORM, method="PUT"))
-    socks = [_connect(one.client) for _ in range(_times(60))]
-    before, most = one.resident(), 0
-    try:
-        for number, sock in enumerate(socks):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            sock.sendall(b"GET /v2/keys/w?wait=true&stream=true&n=%d HTTP/1.1\r\n"
-                         b"Host: x\r\n\r\n" % number)
+    with _connected(one.client, _times(60), receive_buffer=4_096) as clients:
+        before, most = one.resident(), 0
+        for number, client in enumerate(clients):
+            client.send(b"GET /v2/keys/w?wait=true&stream=true&n=%d HTTP/1.1\r\n"
+                        b"Host: x\r\n\r\n" % number)
         value = b"value=" + b"x" * 200_000
         for number in range(_times(60)):
             _say(one.client, _post("/v2/keys/w", value + b"%d" % number, _FORM, method="PUT"))
             most = max(most, one.resident())
-    finally:
-        for sock in socks:
-            sock.close()
     assert most <= before + pyetcd.HELD_BYTES_MAX + _RESIDENT_SLACK
     one.check()
 
@@ -442,9 +403,9 @@ def test_live_watches_and_connections_that_are_over(one):
 
     before = watchers()
     for number in range(_times(300)):
-        with _connect(one.client) as sock:
-            sock.sendall(b"GET /v2/keys/%s/%d?wait=true&recursive=%s HTTP/1.1\r\nHost: x\r\n\r\n"
-                         % (b"p" * 200_000, number, b"true" if number % 2 else b"false"))
+        with _HttpSocket(one.client) as client:
+            client.send(b"GET /v2/keys/%s/%d?wait=true&recursive=%s HTTP/1.1\r\nHost: x\r\n\r\n"
+                        % (b"p" * 200_000, number, b"true" if number % 2 else b"false"))
     eventually(lambda: watchers() <= before, what="all watchers gone")
     one.check()
 
@@ -470,23 +431,20 @@ def test_live_without_descriptors(tmp_path, limit):
         member = cluster.leader()
         cluster.put_through(member, "first", "1")
         victim = _Victim(member, cluster)
-        session = http.client.HTTPConnection(victim.client, timeout=20)
-        socks = []
-        try:
+        with contextlib.ExitStack() as stack:
+            session = stack.enter_context(contextlib.closing(
+                http.client.HTTPConnection(*pyetcd.url_address(victim.client), timeout=20)))
             session.request("GET", "/version")
             session.getresponse().read()
             for _ in range(limit + 40):
                 with contextlib.suppress(OSError):
-                    socks.append(_connect(victim.client))
-                    socks.append(_connect(victim.peer))
+                    stack.enter_context(_HttpSocket(victim.client))
+                    stack.enter_context(_HttpSocket(victim.peer))
             for number in range(150):
                 session.request("PUT", "/v2/keys/k", f"value={number}", {
                     "Content-Type": "application/x-www-form-urlencoded"})
                 assert session.getresponse().read()
             eventually(lambda: "saved snapshot at index" in victim.process.log(), what="snapshot")
-        finally:
-            for sock in (*socks, session):
-                sock.close()
         eventually(lambda: member.value("k") == "149", what="new connections")
         victim.check("too many open files", "ulimit -n")
         _ends(member.process)

@@ -6,10 +6,7 @@ import contextlib
 import json
 import os
 import random
-import socket
 import time
-import urllib.parse
-import urllib.request
 from typing import List, Tuple
 
 import pytest
@@ -21,7 +18,7 @@ from pyetcd import Message, MsgType, Request, Store
 from tests.kit import fuzzing
 from tests.kit.basics import TESTDATA
 from tests.kit.flags import _FLAGS_FILE, _FLAGS_FILE_JSON
-from tests.kit.http import _http_ask, _http_keys
+from tests.kit.http import _http_ask, _http_keys, _HttpSocket
 from tests.kit.links import _door_change, _door_entry
 
 
@@ -178,11 +175,9 @@ def test_fuzz_a_live_member_survives(http_server, caplog):
     rng = random.Random(3)
     seeds = [*fuzz_seeds("http_requests"), *fuzz_seeds("peer_streams"), *fuzz_seeds("codec")]
     for url in (*http_server.client_urls, *http_server.peer_urls):
-        parts = urllib.parse.urlsplit(url)
         for _ in range(150):
-            with socket.create_connection((parts.hostname, parts.port), 10) as sock, \
-                    contextlib.suppress(OSError):
-                sock.sendall(_fuzz_mutate(rng, seeds)[4:])
+            with _HttpSocket(url) as client, contextlib.suppress(OSError):
+                client.send(_fuzz_mutate(rng, seeds)[4:])
     assert _http_keys(http_server, "PUT", "/after", "value=1")[0] == 201
     assert _http_ask(http_server, "GET", "/version", peer=True)[0] == 200
     assert not [record for record in caplog.messages if record.startswith("bug:")]

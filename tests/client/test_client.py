@@ -32,7 +32,7 @@ import pytest
 import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import free_port, manual, manual_code
+from tests.kit.basics import eventually, free_port, manual, manual_code
 from tests.kit.clients import (
     _CLIENT_GOOD,
     _CLIENT_HALF,
@@ -46,7 +46,6 @@ from tests.kit.clients import (
     _client_dead_url,
     _client_etcdctl,
     _client_event,
-    _client_eventually,
     _client_hang_up,
     _client_main,
     _client_python,
@@ -54,7 +53,7 @@ from tests.kit.clients import (
     _client_running,
     _ClientRawServer,
 )
-from tests.kit.processes import StaticCluster, compiled
+from tests.kit.processes import compiled
 
 
 def manual_commands(page: str, chapter: str) -> List[str]:
@@ -808,8 +807,8 @@ def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):
     assert list(events) == []
 
 
-def test_client_api_members_come_and_go(tmp_path):
-    with StaticCluster(tmp_path) as cluster, Client([m.client for m in cluster.members]) as client:
+def test_client_api_members_come_and_go():
+    with pyetcd.LocalCluster(3, election_ms=500) as cluster, Client(cluster.client_urls) as client:
         url, other = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
         added = client.member_add(url)
         assert (added.name, added.peer_urls) == ("", (url,))
@@ -849,9 +848,9 @@ def _client_role_names(user):
 
 def test_client_api_users_and_roles(_client_own_server):
     """Who may do what, changed by methods of the client and felt by other clients."""
-    url, unauthorized = _client_own_server.url, pyetcd_client.Unauthorized
+    url, unauthorized = _client_own_server, pyetcd_client.Unauthorized
     with Client(url) as guest:
-        _client_eventually(lambda: guest.cluster_version != "not_decided")
+        eventually(lambda: guest.cluster_version != "not_decided")
         guest.set("/pub/x", "1")
         guest.user_add("root", "pw")
         guest.role_add("reader", read=["/pub/*"])
@@ -916,7 +915,7 @@ def _client_embedded_fixture(tmp_path):
     with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
         server.wait_ready()
         with Client(server.client_urls[0]) as client:
-            _client_eventually(lambda: client.cluster_version != "not_decided")
+            eventually(lambda: client.cluster_version != "not_decided")
         yield server
 
 
@@ -1063,7 +1062,7 @@ def test_client_watch_returns_one_event(_client, _client_dir):
 def test_client_watch_waits_for_a_change_while_others_write(_client, _client_dir):
     watchers = _client.statistics("store")["watchers"]
     with _client_background(_client.watch, _client_dir) as outcome:
-        _client_eventually(lambda: _client.statistics("store")["watchers"] > watchers)
+        eventually(lambda: _client.statistics("store")["watchers"] > watchers)
         written = _client.set(_client_dir, "v")
     assert outcome[0].node == written.node
 
@@ -1110,7 +1109,7 @@ def test_client_watch_survives_a_restart(kind, tmp_path):
     with _client_running(kind, tmp_path) as member:
         with Client(member.url) as client, client.watcher("/k") as events:
             with _client_background(lambda: [next(events).value for _ in range(2)]) as outcome:
-                _client_eventually(lambda: client.statistics("store")["watchers"] > 0)
+                eventually(lambda: client.statistics("store")["watchers"] > 0)
                 member.process.kill()
                 member.start_alone()
                 client.set("/k", "one")

@@ -1368,16 +1368,11 @@ class _CtlAnswering(_ClientRawServer):
 
     def __init__(self, answer):
         self._made = answer
-        super().__init__(b"")
+        super().__init__()
 
-    def _answer(self, connection, stream):
-        line = stream.readline().decode()
-        for _ in iter(stream.readline, b"\r\n"):
-            if not line:
-                return False
-        if line:
-            connection.sendall(_client_reply(self._made(line.split()[1])))
-        return bool(line)
+    def _answer(self, connection, request):
+        connection.sendall(_client_reply(self._made(request[1])))
+        return True
 
 
 def test_ctl_top_prints_lines_where_there_is_no_terminal(_client_server):

@@ -61,8 +61,9 @@ def free_port() -> int:
             return port
 
 
-def eventually(condition, timeout_s=60.0, what="condition"):
-    """Return condition()'s first true value; poll until timeout_s is over."""
+def eventually(condition, timeout_s=60.0, what="condition",
+               between=lambda: threading.Event().wait(0.02)):
+    """Return condition()'s first true value; poll, with between(), until timeout_s is over."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -70,4 +71,4 @@ def eventually(condition, timeout_s=60.0, what="condition"):
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not hold within {timeout_s} s")
-        threading.Event().wait(0.02)
+        between()

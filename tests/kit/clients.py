@@ -9,54 +9,34 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
 from tests.kit.basics import free_port
-from tests.kit.processes import PROCESS_TYPES, ClusterMember
+from tests.kit.processes import PROCESS_TYPES, ClusterMember, ended
+from tests.kit.servers import RawServer
 
 _CLIENT_KINDS = ("etcd", "pyetcd")
 _CLIENT_WAIT_S = 60.0
 
 
-def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
-    """Return the first true value of `condition()`; fail when `timeout_s` have passed."""
-    pause, deadline = threading.Event(), time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        pause.wait(0.01)
-    raise AssertionError(f"not true within {timeout_s} s")
-
-
-def _client_member(kind, directory):
-    """A process of its own; it also has `url` and `kind`."""
+@contextlib.contextmanager
+def _client_running(kind, directory):
+    """A process of its own while it serves; it also has `url` and `kind`."""
     if kind == "etcd" and shutil.which("etcd") is None:
         pytest.skip("etcd is not installed")
     member = ClusterMember(directory, "m1", PROCESS_TYPES[kind])
     member.url, member.kind = member.client, kind
-    return member
-
-
-@contextlib.contextmanager
-def _client_running(kind, directory):
-    """Such a member while it serves."""
-    member = _client_member(kind, directory)
-    try:
+    with ended(member):
         member.start_alone()
         yield member
-    finally:
-        if member.process:
-            member.process.kill()
 
 
 @pytest.fixture(scope="module", params=_CLIENT_KINDS, name="_client_server")
@@ -69,9 +49,13 @@ def _client_server_fixture(request, tmp_path_factory):
 
 @pytest.fixture(params=_CLIENT_KINDS, name="_client_own_server")
 def _client_own_server_fixture(request, tmp_path):
-    """A server for one test, which may lock everybody out."""
-    with _client_running(request.param, tmp_path) as member:
-        yield member
+    """The URL of a server for one test, which may lock everybody out."""
+    if request.param == "etcd":
+        with _client_running("etcd", tmp_path) as member:
+            yield member.url
+    else:
+        with pyetcd.LocalMember() as member:
+            yield member.client_url
 
 
 @pytest.fixture(name="_client_dir")
@@ -125,7 +109,7 @@ _CLIENT_TIMED_OUT = _client_reply(
      "index": 0}, status=500)
 
 
-class _ClientRawServer:
+class _ClientRawServer(RawServer):
     """Answers each request with the next of `replies`, the last one for ever.
 
     A reply is bytes (sent, connection kept), bytes in a tuple (sent, then closed), or a callable
@@ -134,49 +118,25 @@ class _ClientRawServer:
 
     def __init__(self, *replies):
         self._replies = list(replies)
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()           # guards what follows
         self.requests = []                      # (method, target, body)
-        self.connections = 0
-        self.closed = threading.Semaphore(0)    # released for every connection we closed
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, name="client-raw", daemon=True).start()
+        super().__init__(self._answer_all)
 
-    def __enter__(self):
-        return self
+    def _answer_all(self, connection):
+        with connection.makefile("rb") as stream:
+            while line := stream.readline().decode():
+                length = 0
+                for header in iter(stream.readline, b"\r\n"):
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                request = (*line.split()[:2], stream.read(length).decode())
+                if not self._answer(connection, request):
+                    return
 
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.connections += 1
-                threading.Thread(
-                    target=self._serve, args=(connection,), name="client-raw-connection",
-                    daemon=True).start()
-
-    def _serve(self, connection):
-        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
-            while self._answer(connection, stream):
-                pass
-            connection.shutdown(socket.SHUT_RDWR)
-        self.closed.release()
-
-    def _answer(self, connection, stream):
-        """Serve one request; False when the connection is to be closed."""
-        line = stream.readline().decode()
-        if not line:
-            return False
-        length = 0
-        for header in iter(stream.readline, b"\r\n"):
-            if header.lower().startswith(b"content-length:"):
-                length = int(header.split(b":")[1])
-        body = stream.read(length).decode()
+    def _answer(self, connection, request):
+        """False when the connection is to be closed."""
         with self._lock:
-            self.requests.append((*line.split()[:2], body))
+            self.requests.append(request)
             reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
         if callable(reply):
             reply(connection)
@@ -187,6 +147,10 @@ class _ClientRawServer:
 
 def _client_hang_up(connection):
     """Close without a word."""
+
+
+def _net_black_hole(connection):
+    connection.recv(1)
 
 
 def _client_dead_url():
@@ -227,15 +191,22 @@ class _ClientCaptured:
         return self.stream.buffer.getvalue().decode()
 
 
-def _client_main(*arguments, stdin=b""):
-    """Run the command line in this process."""
+def _client_main(*arguments, stdin=b"", main=pyetcd_client.main, directory="."):
+    """Run a command line in this process; return exit code, output and errors."""
     out, err, given = _ClientCaptured(), _ClientCaptured(), _ClientCaptured(stdin)
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
         patch.setattr(sys, "stdout", out.stream)
         patch.setattr(sys, "stderr", err.stream)
         patch.setattr(sys, "stdin", given.stream)
-        code = pyetcd_client.main(arguments)
+        code = main(arguments)
     return code, out.text(), err.text()
+
+
+def run_tool(directory, *arguments):
+    """Run `pyetcd <arguments>` in a directory, but in this process."""
+    return _client_main(*map(str, arguments), main=lambda words: pyetcd.main(list(words)),
+                        directory=directory)
 
 
 def _client_blurred(outcome, directory):

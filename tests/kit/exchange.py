@@ -222,7 +222,7 @@ class Writer:
         session = requests.Session()
         turn = thread
         for number in itertools.count():
-            if self._stopped.wait(0.01):
+            if self._stopped.wait(0.03):
                 return
             members = list(self.cluster.members)
             turn += number % 50 == 0
@@ -245,5 +245,5 @@ def etcdctl3(member, *arguments):
     """Run a command of the v3 API, which must succeed; return its output."""
     return subprocess.run(
         ["etcdctl", "--endpoints", member.client, *arguments], check=True, capture_output=True,
-        text=True, timeout=20, env={**os.environ, "ETCDCTL_API": "3"},
+        text=True, timeout=60, env={**os.environ, "ETCDCTL_API": "3"},
     ).stdout

@@ -13,37 +13,7 @@ import urllib.request
 
 import pyetcd
 from pyetcd import Applier, Cluster, CodecError, Entry, InvariantError, RawNode, Store
-
-
-class _FuzzReactor:
-    """Does nothing by itself: what is posted runs in turn()."""
-
-    http_date = "now"
-
-    def __init__(self):
-        self.posted = collections.deque()
-
-    def register(self, sock, events, callback, *, patient=False): pass
-    def modify(self, sock, events, callback): pass
-    def unregister(self, sock): pass
-    def now(self): return 0.0
-    def call_later(self, delay_s, callback, *args): return pyetcd.Timer(callback, args)
-
-    def call_soon(self, callback, *args):
-        self.posted.append((callback, args))
-
-    call_in_turn = call_soon
-
-    def flush_soon(self, flush):
-        self.posted.append((flush, ()))
-
-    def turn(self):
-        for _ in range(1_000):
-            if not self.posted:
-                return
-            callback, args = self.posted.popleft()
-            callback(*args)
-        raise AssertionError("it never comes to rest")
+from tests.kit.reactors import FakeReactor
 
 
 class _FuzzSocket:
@@ -81,7 +51,7 @@ class _FuzzListener:
     def open_spool(self, first): return None
 
     def __init__(self):
-        self.reactor = _FuzzReactor()
+        self.reactor = FakeReactor()
         self.flush_soon = self.reactor.flush_soon
         self.heads, self.unread, self.requests = {}, {}, []
         self.budget = pyetcd.BufferBudget(self.reactor)
@@ -116,7 +86,7 @@ def _fuzz_serve(pieces):
     connection = pyetcd.Connection(listener, sock, "fuzz:1")
     while sock.pieces and not connection.closed:
         connection._on_event(pyetcd.selectors.EVENT_READ)
-        listener.reactor.turn()
+        listener.reactor.rest()
     return listener.requests, sock.sent
 
 
@@ -138,7 +108,7 @@ def fuzz_http_answers(data):
     log = []
     sock = _FuzzSocket([*_fuzz_pieces(data), b""])
     call = Call(
-        _FuzzReactor(), "http://127.0.0.1:1", "GET", "/", {},
+        FakeReactor(), "http://127.0.0.1:1", "GET", "/", {},
         on_head=lambda status, headers: log.append(("head", status)),
         on_data=lambda piece: log.append(("data", piece)),
         on_done=lambda error: log.append(("done", error)),

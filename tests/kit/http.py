@@ -56,15 +56,16 @@ def _http_keys(server, method, path, form=None):
 
 
 class _HttpSocket:
-    """A raw connection to the client port, for what no HTTP library would send."""
+    """A raw connection to a URL, or a server's client port, for what no HTTP library would send."""
 
-    def __init__(self, server, receive_buffer=0):
-        parts = urllib.parse.urlsplit(server.client_urls[0])
+    def __init__(self, server, receive_buffer=0, timeout_s=10, tls=None):
+        url = server if isinstance(server, str) else server.client_urls[0]
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(10)
-        self.socket.connect((parts.hostname, parts.port))
+        self.socket.settimeout(timeout_s)
+        self.socket.connect(pyetcd.url_address(url))
+        self.socket = tls.wrap_socket(self.socket) if tls else self.socket
         self.data = b""
 
     def __enter__(self):

@@ -170,6 +170,17 @@ class ClusterMember:
         return bool(answer and answer[0] == 200 and answer[1]["state"] == "StateLeader")
 
 
+@contextlib.contextmanager
+def ended(*members):
+    """In the end, kill those of these members that were started."""
+    try:
+        yield
+    finally:
+        for member in members:
+            if member.process:
+                member.process.kill()
+
+
 class StaticCluster:
     """n members by -initial-cluster; a context manager that ends them all."""
 

@@ -1,8 +1,10 @@
-"""The HTTP server that our own clients, proxies and members meet in tests; raw ones: clients.py."""
+"""The servers that our own clients, proxies and members meet in tests: HTTP, and raw bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import socket
 import threading
 from typing import Any, Callable
 
@@ -62,3 +64,37 @@ class HttpStub:
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()
+
+
+class RawServer:
+    """Gives each connection, on a thread of its own, to serve(socket), and closes it then."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self._serve = serve
+        self._listener = socket.create_server(("127.0.0.1", free_port()), backlog=128)
+        self.connections = 0
+        self.closed = threading.Semaphore(0)    # released for every connection we closed
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, name="raw-server", daemon=True).start()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                threading.Thread(
+                    target=self._run, args=(connection,), name="raw-server-connection",
+                    daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            self._serve(connection)
+            connection.shutdown(socket.SHUT_RDWR)
+        self.closed.release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import gzip
 import io
@@ -12,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 
@@ -34,23 +32,17 @@ from pyetcd import (
     Wal,
 )
 from tests.kit.basics import TESTDATA, eventually
+from tests.kit.clients import run_tool
 from tests.kit.files import _WAL_FIRST, _wal_other_process_gets, _wal_unpack
-from tests.kit.processes import PROCESS_TYPES, ClusterMember, Process
+from tests.kit.processes import PROCESS_TYPES, ClusterMember, ended
 from tests.kit.stores import store_json
 
 _BACKUP_QUICK = ("-heartbeat-interval", "20", "-election-timeout", "200")
 _BACKUP_DAMAGED = "0000000000000002-0000000000000066.snap"     # the newer one of the recording
 
 
-def _backup_run(directory, *arguments):
-    """Run `pyetcd <arguments>`; return exit code, output and errors."""
-    done = subprocess.run([*Process.program, *map(str, arguments)], cwd=directory,
-                          capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
-
-
 def _backup_make(directory, *arguments):
-    code, out, err = _backup_run(directory, *arguments)
+    code, out, err = run_tool(directory, *arguments)
     assert (code, err) == (0, ""), err
     return out
 
@@ -90,17 +82,6 @@ def _backup_ids(member):
     return headers["X-Etcd-Cluster-Id"], {m["id"] for m in listing["members"]}
 
 
-@contextlib.contextmanager
-def _backup_members(*members):
-    """Whatever of these is started is ended."""
-    try:
-        yield
-    finally:
-        for member in members:
-            if member.process:
-                member.process.kill()
-
-
 @pytest.mark.parametrize("copy_kind", ["pyetcd", "etcd"])
 def test_backup_of_running_and_stopped_member_starts_with_every_key(copy_kind, tmp_path):
     """First the log alone, then with a snapshot; the source is not touched, no index changes."""
@@ -115,7 +96,7 @@ def test_backup_of_running_and_stopped_member_starts_with_every_key(copy_kind, t
         copy.start("-force-new-cluster", "-data-dir", f"{copy.name}.etcd", *_BACKUP_QUICK)
         return out
 
-    with _backup_members(source, *copies):
+    with ended(source, *copies):
         source.start("-initial-cluster", f"source={source.peer}", "-snapshot-count", "40")
         source.process.wait_log("published")
         for number in range(20):
@@ -145,7 +126,7 @@ def test_backup_and_restore_use_dedicated_wal_directories(tmp_path):
     """Of the source, of the copy and of the new member; a backup is a source, too."""
     data_dir, expected = _backup_recorded(tmp_path)
     shutil.move(data_dir / "member" / "wal", tmp_path / "wal")
-    assert "holds no log" in _backup_run(tmp_path, "restore", data_dir)[2]
+    assert "holds no log" in run_tool(tmp_path, "restore", data_dir)[2]
     _backup_make(tmp_path, "backup", "-data-dir", data_dir, "-wal-dir", "wal",
                  "-backup-dir", "copy", "-backup-wal-dir", "copy-wal")
     assert sorted(path.name for path in (tmp_path / "copy-wal").iterdir()) == [_WAL_FIRST]
@@ -153,7 +134,7 @@ def test_backup_and_restore_use_dedicated_wal_directories(tmp_path):
     shutil.move(tmp_path / "copy-wal", tmp_path / "copy" / "member" / "wal")
     _backup_make(tmp_path, "restore", "copy", "-name", "m", "-wal-dir", "m-wal")
     member = ClusterMember(tmp_path, "m")
-    with _backup_members(member):
+    with ended(member):
         member.start("-wal-dir", "m-wal", *_BACKUP_QUICK)
         member.process.wait_log("published")
         keys = _backup_keys(member)
@@ -176,7 +157,7 @@ def test_restore_of_snapshot_under_writes_makes_three_new_members(tmp_path):
                     f"{source.client}/v2/keys/k{number}", {"value": number}, auth=root)
                 written[f"/k{number}"] = answer.json()["node"]["modifiedIndex"]
 
-    with _backup_members(source, *news):
+    with ended(source, *news):
         source.start("-initial-cluster", f"source={source.peer}")
         source.process.wait_log("set the initial cluster version")
         url = source.client + "/v2/auth"
@@ -201,8 +182,8 @@ def test_restore_of_snapshot_under_writes_makes_three_new_members(tmp_path):
         (tmp_path / "s.snap").write_bytes(answer.content)
         initial = ",".join(f"{m.name}={m.peer}" for m in news)
         flags = ("-initial-cluster", initial, "-initial-cluster-token")
-        code, _, err = _backup_run(tmp_path, "restore", "s.snap", "-name", "m1", *flags,
-                                   "etcd-cluster")
+        code, _, err = run_tool(tmp_path, "restore", "s.snap", "-name", "m1", *flags,
+                                "etcd-cluster")
         assert code == 1 and "name another -initial-cluster-token than etcd-cluster" in err
         for member in news:
             _backup_make(tmp_path, "restore", "s.snap", "-name", member.name, *flags, "new")
@@ -424,7 +405,7 @@ def test_backup_snapshots_of_a_big_store_while_others_read(tmp_path):
     pyetcd.Snapshotter(str(tmp_path)).save(Snapshot(store.save(), (1,), 20_000, 2))
     path = tmp_path / "0000000000000002-0000000000004e20.snap"
     member = ClusterMember(tmp_path, "big")
-    with _backup_members(member), concurrent.futures.ThreadPoolExecutor() as pool:
+    with ended(member), concurrent.futures.ThreadPoolExecutor() as pool:
         _backup_make(tmp_path, "restore", path, "-name", "big", "-initial-cluster",
                      f"big={member.peer}")
         member.start(*_BACKUP_QUICK)

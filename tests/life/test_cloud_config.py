@@ -12,7 +12,7 @@ import pytest
 
 import pyetcd
 from tests.kit.basics import TESTDATA, free_port
-from tests.kit.processes import ClusterMember, Process
+from tests.kit.processes import ClusterMember, Process, ended
 
 _ARTICLE = TESTDATA / "article"
 _TOKEN = "0123456789abcdef0123456789abcdef"
@@ -188,7 +188,7 @@ def test_cloud_members_form_the_article_s_cluster(tmp_path: Path) -> None:
     registry = ClusterMember(tmp_path, "registry")
     machines = [ClusterMember(tmp_path, f"machine{number}") for number in (1, 2, 3)]
     environ = {"COREOS_PRIVATE_IPV4": "127.0.0.1"}
-    try:
+    with ended(registry, *machines):
         registry.start_alone()
         _, url, _ = registry.request("GET", "/new?size=3")
         path = _cloud_article(tmp_path, url)
@@ -201,10 +201,6 @@ def test_cloud_members_form_the_article_s_cluster(tmp_path: Path) -> None:
         _, answer, _ = machines[0].request("GET", "/v2/members")
         assert sorted(member["name"] for member in answer["members"]) == [
             "machine1", "machine2", "machine3"]
-    finally:
-        for member in (registry, *machines):
-            if member.process:
-                member.process.kill()
 
 
 def test_cloud_member_runs_from_the_file_alone(tmp_path: Path) -> None:

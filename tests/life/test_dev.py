@@ -16,7 +16,7 @@ import requests
 
 import pyetcd
 from tests.kit.basics import eventually, free_port
-from tests.kit.processes import ClusterMember, Process
+from tests.kit.processes import ClusterMember, Process, ended
 
 
 class _Dev(Process):
@@ -177,15 +177,11 @@ def test_dev_discovery_url_is_for_members_elsewhere(dev_started: Any, tmp_path: 
     url = re.search(r"^  (http://\S+/[0-9a-f]{32})$", dev.log(), re.M)
     assert url is not None and url[1].startswith(f"http://{address}:")
     members = [ClusterMember(tmp_path, f"m{number}") for number in range(3)]
-    try:
+    with ended(*members):
         for member in members:
             member.start("-discovery", url[1])
         for member in members:
             member.process.wait_log("published")
-    finally:
-        for member in members:
-            if member.process:
-                member.process.kill()
 
 
 @pytest.mark.parametrize("words, text", [

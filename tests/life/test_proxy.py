@@ -27,7 +27,7 @@ import requests
 import pyetcd
 from tests.kit.basics import TESTDATA, eventually, free_port
 from tests.kit.http import _HTTP_FORM, _http_ask, _http_get, _http_keys, _http_member, _HttpSocket
-from tests.kit.processes import ClusterMember, Process, StaticCluster
+from tests.kit.processes import ClusterMember, Process, StaticCluster, ended
 from tests.kit.registries import _disc_sleepless, _DiscNameServer, _DiscRegistry
 from tests.kit.servers import HttpStub
 
@@ -823,13 +823,11 @@ def _proxy_process(
     door.process = Process(
         path, "-proxy", "on", "-name", name, "-listen-client-urls", door.client,
         "-initial-cluster", cluster.initial, *flags)
-    try:
+    with ended(door):
         door.process.wait_log("proxy: endpoints found [")
         yield door
         assert door.process.kill(signal.SIGTERM) == -signal.SIGTERM
         assert "Traceback" not in door.process.log()
-    finally:
-        door.process.kill()
 
 
 def test_proxy_leaves_a_stopped_member_for_another(tmp_path: Path) -> None:
@@ -869,12 +867,10 @@ def test_proxy_mode_follows_the_data_directory(tmp_path: Path) -> None:
         with _proxy_process(tmp_path, cluster, "p") as door:
             assert door.put("a", "1")[0] == 201
         door.start()
-        try:
+        with ended(door):
             door.process.wait_log("proxy: using peer urls [")
             assert "already initialized as proxy before" in door.process.log()
             assert eventually(lambda: door.value("a")) == "1"
-        finally:
-            door.process.kill()
         member.process.kill()
         cluster.start(member, "-proxy", "on")
         member.process.wait_log("published")

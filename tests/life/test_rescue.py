@@ -10,28 +10,23 @@ import shutil
 import subprocess
 
 import pytest
-import requests
 
 import pyetcd
+from pyetcd_client import Client
 from tests.kit.basics import TESTDATA, eventually
+from tests.kit.clients import run_tool
+from tests.kit.exchange import etcdctl3
 from tests.kit.files import _wal_unpack
-from tests.kit.processes import ClusterMember, EtcdProcess, Process
+from tests.kit.processes import ClusterMember, EtcdProcess, ended
 
 _NEEDS_ETCD = pytest.mark.skipif(
     not (shutil.which("etcd") and shutil.which("etcdctl")),
     reason="needs etcd and etcdctl 3.4 (Debian: etcd-server, etcd-client)")
 
 
-def _rescue(directory, *arguments):
-    """Run `pyetcd <arguments>`; return exit code, output and errors."""
-    done = subprocess.run([*Process.program, *map(str, arguments)], cwd=directory,
-                          capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
 def _rescue_check(directory, path):
     """Return the JSON of `pyetcd check`, with the verdicts by version."""
-    code, out, err = _rescue(directory, "check", path, "-json")
+    code, out, err = run_tool(directory, "check", path, "-json")
     assert code in (0, 1, 2) and not err, err
     found = json.loads(out)
     found["verdicts"] = {verdict["version"]: verdict for verdict in found["verdicts"]}
@@ -41,15 +36,6 @@ def _rescue_check(directory, path):
 
 def _rescue_files(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def _rescue_v3(client, *arguments, **environment):
-    """Run etcdctl for etcd 3; return its output."""
-    done = subprocess.run(
-        ["etcdctl", "--endpoints", client, *arguments], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "ETCDCTL_API": "3", **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(name="_rescue_dir")
@@ -122,7 +108,7 @@ def test_rescue_check_says_what_a_directory_of_2_3_holds(_rescue_dir, tmp_path):
 
 def test_rescue_dump_names_the_place_of_every_key(_rescue_dir, tmp_path):
     """A key that only the log holds names the entry that wrote it."""
-    code, out, err = _rescue(tmp_path, "dump", _rescue_dir, "-json")
+    code, out, err = run_tool(tmp_path, "dump", _rescue_dir, "-json")
     rows = [json.loads(line) for line in out.splitlines()]
     keys = {row["key"]: row for row in rows if "key" in row}
     assert (code, err) == (0, "")
@@ -132,7 +118,7 @@ def test_rescue_dump_names_the_place_of_every_key(_rescue_dir, tmp_path):
     assert "/_hidden/secret" in keys
     entries = {row["entry"]: row for row in rows if "method" in row}
     assert entries[120]["path"] == "/after-snap" and entries[120]["committed"]
-    code, text, err = _rescue(tmp_path, "dump", _rescue_dir)
+    code, text, err = run_tool(tmp_path, "dump", _rescue_dir)
     assert len(text.splitlines()) == len(rows)
 
 
@@ -151,7 +137,7 @@ def test_rescue_reads_a_damaged_directory_as_far_as_it_goes(tmp_path, version):
     found = _rescue_check(tmp_path, directory)
     assert len(found["damage"]) == 1 and "the log is read up to entry" in found["damage"][0]
     assert "replace the member" in found["next"] and found["v2Keys"] > 0
-    code, out, err = _rescue(tmp_path, "export", directory)
+    code, out, err = run_tool(tmp_path, "export", directory)
     assert code == 1 and "read up to entry" in err and json.loads(out)["nodes"]
     assert _rescue_files(directory) == before
 
@@ -189,7 +175,7 @@ def test_rescue_of_random_damage_ends_with_a_report_or_an_error(tmp_path):
     (("x", "-jsn"), "did you mean -json"),
 ], ids=["none", "two", "absent", "no log", "typo"])
 def test_rescue_wrong_words_are_answered_in_a_line(tmp_path, words, text):
-    code, out, err = _rescue(tmp_path, "check", *words)
+    code, out, err = run_tool(tmp_path, "check", *words)
     assert code == 1 and out == "" and text in err and err.count("\n") == 1
 
 
@@ -260,35 +246,31 @@ def test_tools_tell_what_is_odd_about_their_flags(_rescue_dir, capsys, flags_log
 
 def test_rescue_export_is_what_pyetcdctl_imports(_rescue_dir, tmp_path):
     """JSON of export, written into a cluster, gives the keys and the times to live back."""
-    code, _, err = _rescue(tmp_path, "export", _rescue_dir, "-output", "keys.json")
+    code, _, err = run_tool(tmp_path, "export", _rescue_dir, "-output", "keys.json")
     assert (code, err) == (0, "")
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
-    try:
-        code, out, err = _rescue(tmp_path, "import", "keys.json", "-endpoints", member.client,
-                                 "-map", "/dir1=/moved")
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        code, out, err = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client_url,
+                                  "-map", "/dir1=/moved")
         assert (code, err) == (0, "") and out.startswith("14 keys written")
-        assert member.value("alpha") == "1" and member.value("moved/sub/deep") == "déjà vu 中文"
-        assert member.request("GET", "/v2/keys/dir1")[0] == 404
-        assert member.request("GET", "/v2/keys/ttlfar")[1]["node"]["ttl"] > 10**9
-        member.put("alpha", "2")
-        code, out, _ = _rescue(tmp_path, "import", "keys.json", "-endpoints", member.client,
-                               "-keep")
-        assert "existed and were kept" in out and member.value("alpha") == "2"
-        code, out, _ = _rescue(tmp_path, "export", member.client)
-        records = {record["key"]: record for record in json.loads(out)["nodes"]}
-        assert records["/queue/00000000000000000012"]["value"] == "job0"
-        assert "expiration" in records["/ttlfar"]
-    finally:
-        member.process.kill()
+        assert client.get("alpha").value == "1"
+        assert client.get("moved/sub/deep").value == "déjà vu 中文"
+        assert "dir1" not in client and client.get("ttlfar").ttl > 10**9
+        client.set("alpha", "2")
+        code, out, _ = run_tool(tmp_path, "import", "keys.json", "-endpoints", member.client_url,
+                                "-keep")
+        assert "existed and were kept" in out and client.get("alpha").value == "2"
+        code, out, _ = run_tool(tmp_path, "export", member.client_url)
+    records = {record["key"]: record for record in json.loads(out)["nodes"]}
+    assert records["/queue/00000000000000000012"]["value"] == "job0"
+    assert "expiration" in records["/ttlfar"]
 
 
 @_NEEDS_ETCD
 @pytest.mark.parametrize("ttl", ["drop", "lease"])
 def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, ttl):
     """etcdctl restores the snapshot, etcd 3.4 serves its keys, and import brings them back."""
-    code, out, err = _rescue(tmp_path, "export", _rescue_dir, "-format", "db", "-output", "k.db",
-                             "-ttl", ttl)
+    code, out, err = run_tool(tmp_path, "export", _rescue_dir, "-format", "db", "-output", "k.db",
+                              "-ttl", ttl)
     assert (code, err) == (0, "") and out.startswith("k.db: 14 keys")
     member = ClusterMember(tmp_path, "m", EtcdProcess)
     subprocess.run(
@@ -297,60 +279,48 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
         cwd=tmp_path, check=True, capture_output=True, timeout=60,
         env={**os.environ, "ETCDCTL_API": "3"})
     member.start()
-    try:
+    with ended(member):
         eventually(lambda: member.request("GET", "/health") and member.request(
             "GET", "/health")[1].get("health") == "true", what="etcd 3.4 is healthy")
-        assert _rescue_v3(member.client, "get", "/dir1/sub/deep", "--print-value-only") == (
+        assert etcdctl3(member, "get", "/dir1/sub/deep", "--print-value-only") == (
             "déjà vu 中文\n")
-        assert len(_rescue_v3(member.client, "get", "--prefix", "", "--keys-only").split()) == 14
-        assert bool(_rescue_v3(member.client, "lease", "list").split()[1:][2:]) == (ttl == "lease")
-        _rescue_v3(member.client, "put", "/new", "3")
-        _rescue_v3(member.client, "del", "/alpha")
-        _rescue_v3(member.client, "put", "bad//key", "x")
-        _rescue_v3(member.client, "snapshot", "save", str(tmp_path / "back.db"))
-        _rescue_v3(member.client, "snapshot", "status", str(tmp_path / "back.db"))
-    finally:
-        member.process.kill()
-    target = ClusterMember(tmp_path, "t")
-    target.start_alone()
-    try:
-        code, out, err = _rescue(tmp_path, "import", "back.db", "-endpoints", target.client)
+        assert len(etcdctl3(member, "get", "--prefix", "", "--keys-only").split()) == 14
+        assert bool(etcdctl3(member, "lease", "list").split()[1:][2:]) == (ttl == "lease")
+        etcdctl3(member, "put", "/new", "3")
+        etcdctl3(member, "del", "/alpha")
+        etcdctl3(member, "put", "bad//key", "x")
+        etcdctl3(member, "snapshot", "save", str(tmp_path / "back.db"))
+        etcdctl3(member, "snapshot", "status", str(tmp_path / "back.db"))
+    with pyetcd.LocalMember() as target, Client(target.client_url) as client:
+        code, out, err = run_tool(tmp_path, "import", "back.db", "-endpoints", target.client_url)
         assert code == 1 and err.splitlines() == [
             "import: bad//key: v2 cannot hold a key with an empty part"]
-        assert target.value("new") == "3" and target.value("alpha") is None
-        assert target.value("dir1/sub/deep") == "déjà vu 中文"
-        assert ("ttl" in target.request("GET", "/v2/keys/ttlfar")[1]["node"]) == (ttl == "lease")
-    finally:
-        target.process.kill()
+        assert client.get("new").value == "3" and "alpha" not in client
+        assert client.get("dir1/sub/deep").value == "déjà vu 中文"
+        assert (client.get("ttlfar").ttl is not None) == (ttl == "lease")
 
 
 @_NEEDS_ETCD
 def test_rescue_script_puts_every_key_into_etcd_3(tmp_path):
     """Quotes, newlines, options and long values arrive as they were; leases keep times to live."""
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
     values = {"plain": "1", "quote": "it's \"$x\" `y` \\", "lines": "a\nb\n", "dash": "--lease=1",
               "empty": "", "long": "<é>" * 100_000}
-    try:
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
         for key, value in values.items():
-            assert member.put(f"s/{key}", value)[0] == 201
-        member.put("s/soon", "x", ttl=3000)
-        code, _, err = _rescue(tmp_path, "export", member.client, "-format", "script",
-                               "-output", "keys.sh", "-ttl", "lease", "-map", "/s=/t")
+            client.set(f"s/{key}", value)
+        client.set("s/soon", "x", ttl=3000)
+        code, _, err = run_tool(tmp_path, "export", member.client_url, "-format", "script",
+                                "-output", "keys.sh", "-ttl", "lease", "-map", "/s=/t")
         assert (code, err) == (0, "")
-    finally:
-        member.process.kill()
     target = ClusterMember(tmp_path, "t", EtcdProcess)
     target.start_alone()
-    try:
+    with ended(target):
         subprocess.run(["sh", "keys.sh"], cwd=tmp_path, check=True, timeout=60,
                        env={**os.environ, "ETCDCTL_ENDPOINTS": target.client})
         for key, value in values.items():
-            out = _rescue_v3(target.client, "get", f"/t/{key}", "--print-value-only")
+            out = etcdctl3(target, "get", f"/t/{key}", "--print-value-only")
             assert out == value + "\n"
-        assert len(_rescue_v3(target.client, "lease", "list").split()) > 3
-    finally:
-        target.process.kill()
+        assert len(etcdctl3(target, "lease", "list").split()) > 3
 
 
 @_NEEDS_ETCD
@@ -358,7 +328,7 @@ def test_rescue_frees_a_directory_of_etcd_3_that_newer_ones_refuse(tmp_path):
     """check names what blocks; after the removal and a snapshot nothing does, up to etcd 3.6."""
     member = ClusterMember(tmp_path, "m", EtcdProcess)
     member.start("-initial-cluster", f"m={member.peer}", "--snapshot-count", "10")
-    try:
+    with ended(member):
         eventually(member._serves, what="etcd serves")
         for number in range(15):
             member.put(f"old/{number}", "x")
@@ -371,13 +341,11 @@ def test_rescue_frees_a_directory_of_etcd_3_that_newer_ones_refuse(tmp_path):
         eventually(member._serves, what="etcd serves")
         assert member.request("DELETE", "/v2/keys/old", recursive="true")[0] == 200
         for number in range(15):
-            _rescue_v3(member.client, "put", "k", str(number))
+            etcdctl3(member, "put", "k", str(number))
         member.process.kill(15)
         freed = _rescue_check(tmp_path, tmp_path / "m.etcd")
         assert freed["verdicts"]["3.6"]["starts"], freed["verdicts"]["3.6"]
         assert freed["v3Entries"] > 0 and freed["database"]["revisions"] == 15
-    finally:
-        member.process.kill()
 
 
 def test_rescue_wants_one_source_and_a_target(tmp_path):
@@ -389,7 +357,7 @@ def test_rescue_wants_one_source_and_a_target(tmp_path):
         (("import", "f", "-endpoints", "http://127.0.0.1:1"), "is no file"),
         (("export", "http://127.0.0.1:1"), "no answer from"),
     ):
-        code, out, err = _rescue(tmp_path, *words)
+        code, out, err = run_tool(tmp_path, *words)
         assert code == 1 and out == "" and text in err and err.count("\n") == 1, words
 
 
@@ -402,22 +370,16 @@ def test_rescue_import_refuses_a_file_that_is_cut_or_foreign(tmp_path):
         ("\0" * 5000, "no intact head"),
     ):
         (tmp_path / "f").write_text(text)
-        code, _, err = _rescue(tmp_path, "import", "f", "-endpoints", "http://127.0.0.1:1",
-                               "-dry-run")
+        code, _, err = run_tool(tmp_path, "import", "f", "-endpoints", "http://127.0.0.1:1",
+                                "-dry-run")
         assert code == 1 and words in err and err.count("\n") == 1, err
 
 
 def test_rescue_export_of_users_needs_no_password_in_dump(tmp_path):
     """dump shows that a user exists, never its hash."""
-    member = ClusterMember(tmp_path, "m")
-    member.start_alone()
-    try:
-        done = requests.put(member.client + "/v2/auth/users/root",
-                            data=json.dumps({"user": "root", "password": "pw"}), timeout=60)
-        assert done.status_code == 201
-    finally:
-        member.process.kill(15)
-    code, out, _ = _rescue(tmp_path, "dump", "m.etcd", "-json")
+    with pyetcd.LocalMember("m", str(tmp_path)) as member, Client(member.client_url) as client:
+        client.user_add("root", "pw")
+    code, out, _ = run_tool(tmp_path, "dump", "m", "-json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and "$2" not in out
     assert any(row.get("key") == "/2/users/root" and "value" not in row for row in rows)

@@ -357,7 +357,8 @@ def test_settings_that_do_not_exist_are_a_type_error_with_the_word(make, tmp_pat
 
 def test_settings_for_type_checkers_are_the_fields_of_the_configuration():
     """A name more, a name less or another type would mislead whoever trusts a checker."""
-    tree = ast.parse(Path(pyetcd.__file__).read_text(encoding="utf-8"))
+    source = ROOT / "src" / "pyetcd" / "member" / "configuration.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     fields = {node.name: {line.target.id: ast.unparse(line.annotation) for line in node.body
                           if isinstance(line, ast.AnnAssign)}
               for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -440,7 +441,8 @@ def _aid_output_fixture(tmp_path_factory):
     path = tmp_path_factory.mktemp("aid")
     _aid_project(path)
     code, output = _aid_python(
-        path / "site", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "2", "-W", "error")
+        path / "site", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "2", "-W", "error",
+        "--assert=plain")       # each of the two would rewrite all of pyetcd.py
     assert code == 1, output
     return output
 
@@ -496,7 +498,7 @@ def test_aid_fixtures_work_where_both_files_are_copied(tmp_path):
                  "def pytest_configure(config):\n    PytestPlugin.pytest_configure(config)"):
         (tmp_path / "conftest.py").write_text(line + "\n")
         code, output = _aid_python(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p",
-                                   "no:pyetcd", "-n", "0", str(tmp_path / "test_it.py"))
+                                   "no:pyetcd", "-n", "0", "--assert=plain", str(tmp_path))
         assert code == 0, output
 
 

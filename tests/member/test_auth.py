@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ import pyetcd
 from pyetcd import Snapshot
 from tests.kit.basics import eventually
 from tests.kit.http import _http_member
-from tests.kit.processes import StaticCluster
+from tests.kit.reactors import FakeReactor
 from tests.kit.users import _AUTH_ROOT, _auth_call, _auth_enable, _auth_key
 
 # Made by etcd 3.4.23 --enable-v2 for the password "wonderland".
@@ -157,7 +156,7 @@ def test_auth_half_a_surrogate_pair_is_a_wrong_password(auth_server, caplog):
     """No traceback; JSON that has it means U+FFFD, as in Go."""
     _, url = auth_server
     assert pyetcd.Passwords(time.monotonic).verify("\ud800", _AUTH_HASH_OF_ETCD) is False
-    checks = pyetcd.PasswordChecks(_ChecksReactor())
+    checks = pyetcd.PasswordChecks(FakeReactor())
     assert checks.known("\ud800", _AUTH_HASH_OF_ETCD, "\ud800") is None
     for raw in (b"\xed\xa0\x80", b"\xff", b"\xed\xb0\x80"):
         header = {"Authorization": "Basic " + base64.b64encode(b"root:" + raw).decode()}
@@ -217,40 +216,20 @@ def test_auth_unknown_names_leave_nothing_in_memory(http_server):
         assert _auth_call(url, method, f"{kind}/{name}", body)[0] == 400
 
 
-class _ChecksReactor:
-    """Time stands still until pass_time(); a check is done when the test says so."""
-
-    def __init__(self):
-        self.time, self.timers, self.jobs = 1_000.0, [], []
-
-    def now(self):
-        return self.time
-
-    def call_later(self, delay_s, callback, *args):
-        timer = pyetcd.Timer(callback, args)
-        self.timers.append((self.time + delay_s, timer))
-        return timer
-
-    def run_blocking(self, work, *args, kind, done):
-        self.jobs.append((args, done))
-
-    def finish_check(self):
-        """Finish the next check, waiting for it if it has to wait; return its password."""
-        while not self.jobs:
-            self.timers.sort(key=lambda entry: entry[0])
-            self.time, timer = self.timers.pop(0)
-            if timer.callback is not None:
-                timer.callback(*timer.args)
-        ((password, _), done), = self.jobs
-        self.jobs.clear()
-        done(None, password == "right")
-        return password
+def _finish_check(reactor):
+    """Finish the next check, waiting for it if it has to wait; return its password."""
+    while not reactor.jobs:
+        reactor.next_timer()
+    ((password, _), done), = reactor.jobs
+    reactor.jobs.clear()
+    done(None, password == "right")
+    return password
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["one name", "many names"])
 def test_auth_guessers_slow_only_themselves(alike):
     """80 guess all the time from one address: eight others wait for one check each at most."""
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     refused = []
 
@@ -264,12 +243,12 @@ def test_auth_guessers_slow_only_themselves(alike):
     for number in range(80):
         guess(number)
     for _ in range(160):
-        reactor.finish_check()
+        _finish_check(reactor)
     began, answered = reactor.time, []
     for number in range(8):
         sender = pyetcd.Sender(f"other {number}", "10.0.0.1")
         checks.check(sender, f"hash {number}", "right", answered.append)
-    order = [reactor.finish_check() for _ in range(9)]
+    order = [_finish_check(reactor) for _ in range(9)]
     assert order.count("right") == 8 and answered == [True] * 8
     assert reactor.time <= began + pyetcd.WRONG_PASSWORD_PAUSE_SECONDS, "no pause for them"
     assert not refused
@@ -295,34 +274,34 @@ def _auth_guess_with_new_names(checks, guessers, refused):
 @pytest.mark.parametrize("guessers", [80, 1_000])
 def test_auth_guessers_with_new_names_slow_only_themselves(guessers, host):
     """Eight others, of their host or another, wait for one check each, and one pause at most."""
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     refused, answered = [], []
     _auth_guess_with_new_names(checks, guessers, refused)
     for _ in range(160):
-        reactor.finish_check()
+        _finish_check(reactor)
     began = reactor.time
     for number in range(8):
         sender = pyetcd.Sender(f"other {number}", host)
         checks.check(sender, f"hash {number}", "right", answered.append)
-    order = [reactor.finish_check() for _ in range(9)]
+    order = [_finish_check(reactor) for _ in range(9)]
     assert order.count("right") == 8 and answered == [True] * 8
     assert reactor.time <= began + pyetcd.WRONG_PASSWORD_PAUSE_SECONDS and not refused
     before = reactor.time
     for _ in range(10):
-        reactor.finish_check()
+        _finish_check(reactor)
     assert reactor.time >= before + 9 * pyetcd.WRONG_PASSWORD_PAUSE_SECONDS, "a pause for each"
 
 
 def test_auth_a_host_that_guesses_learns_no_names_by_time():
     """One request after the other: users that exist wait for the same pause as others."""
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     decoy, took = pyetcd.Passwords.decoy(""), []
     for number in range(60):
         sender, began = pyetcd.Sender(f"u{number}", "10.0.0.1"), reactor.time
         checks.check(sender, decoy if number % 2 else f"hash {number}", "no", lambda known: None)
-        reactor.finish_check()
+        _finish_check(reactor)
         took.append(round(reactor.time - began, 3))
     assert set(took[10:]) == {pyetcd.WRONG_PASSWORD_PAUSE_SECONDS}
 
@@ -331,7 +310,7 @@ def test_auth_new_names_push_nobody_out_of_a_full_queue(monkeypatch):
     """The guessers' own checks are refused; what was counted of them is forgotten."""
     monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)
     monkeypatch.setattr(pyetcd, "GUESSERS_MAX", 20)
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     guessed, answered = [], []
     for number in range(120):
@@ -342,7 +321,7 @@ def test_auth_new_names_push_nobody_out_of_a_full_queue(monkeypatch):
         sender = pyetcd.Sender(f"other {number}", f"10.0.0.{number % 2 + 1}")
         checks.check(sender, f"hash {number}", "right", answered.append)
     for _ in range(50):
-        reactor.finish_check()
+        _finish_check(reactor)
     assert answered == [True] * 8 and guessed.count(True) == 42
     assert len(checks._wrong) == 20 and not (checks._pending or checks._waiting)
 
@@ -350,7 +329,7 @@ def test_auth_new_names_push_nobody_out_of_a_full_queue(monkeypatch):
 def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):
     """A full queue has room for a user that has not been wrong."""
     monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     guessed, answered = [], []
     for number in range(60):
@@ -358,20 +337,20 @@ def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):
     assert guessed == [False] * 10
     checks.check(pyetcd.Sender("alice", "h"), "other", "right", answered.append)
     assert guessed == [False] * 11 and not answered
-    reactor.finish_check()
-    assert reactor.finish_check() == "right" and answered == [True]
+    _finish_check(reactor)
+    assert _finish_check(reactor) == "right" and answered == [True]
 
 
 def test_auth_guessers_remembered_are_bounded(monkeypatch):
     """Senders, and passwords known: as many as the constants say."""
     monkeypatch.setattr(pyetcd, "GUESSERS_MAX", 10)
     monkeypatch.setattr(pyetcd, "PASSWORDS_KNOWN_MAX", 10)
-    reactor = _ChecksReactor()
+    reactor = FakeReactor()
     checks = pyetcd.PasswordChecks(reactor)
     before = len(gc.get_objects())
     for number in range(100):
         checks.check(pyetcd.Sender(f"u{number}", "h"), "hash", "wrong", lambda known: None)
-        reactor.finish_check()
+        _finish_check(reactor)
     del reactor.timers[:]
     assert len(gc.get_objects()) < before + 100
 
@@ -479,8 +458,8 @@ def test_auth_snapshot_files_are_for_their_owner_alone(tmp_path):
 
 def test_auth_changes_count_at_once_on_every_member(tmp_path):
     """A changed password and a revoked role: the next request sees them, also after a restart."""
-    with StaticCluster(tmp_path) as cluster:
-        urls = [member.client for member in cluster.members]
+    with pyetcd.LocalCluster(3, str(tmp_path), election_ms=500) as cluster:
+        urls = cluster.client_urls
         eventually(lambda: "2.3.0" in requests.get(urls[0] + "/version", timeout=10).text)
         _auth_enable(urls[0])
         alice = _auth_add(urls[1], "alice", "a", read=["/*"], write=["/a/*"])
@@ -495,10 +474,8 @@ def test_auth_changes_count_at_once_on_every_member(tmp_path):
         change = {"user": "alice", "password": "b"}
         assert _auth_call(urls[0], "PUT", "users/alice", change)[0] == 200
         assert _auth_key(urls[0], "GET", "/", auth=alice) == 401
-        member = cluster.members[1]
-        member.process.kill(signal.SIGTERM)
-        cluster.start(member)
-        member.process.wait_log("published")
+        cluster.members[1].stop()
+        cluster.members[1].start()
         assert _auth_key(urls[1], "GET", "/", auth=("alice", "b")) == 200
         assert _auth_key(urls[1], "GET", "/", auth=alice) == 401
         assert _auth_key(urls[1], "GET", "/") == 401

@@ -19,6 +19,7 @@ from tests.kit.clusters import (
     _cluster_state,
     _cluster_url,
 )
+from tests.kit.reactors import FakeReactor
 
 _CLUSTER_ARTICLE_TOKEN = "https://discovery.etcd.io/9dfd14389c921bdde47847f13b7f51cb"
 
@@ -346,16 +347,11 @@ def _monitored(current, name, *versions):
     cluster.version = current
     proposed = []
     monitor = pyetcd.VersionMonitor(
-        _IdleReactor(), cluster, 1, lambda request, done: proposed.append(request.val))
+        FakeReactor(), cluster, 1, lambda request, done: proposed.append(request.val))
     monitor._ask = lambda member, url: monitor._versions.update(
         {member.id: versions[member.id - 2]})
     monitor.start()
     return proposed[0] if proposed else None
-
-
-class _IdleReactor:
-    def call_later(self, delay_s, callback, *args):
-        return pyetcd.Timer(callback, args)
 
 
 def test_cluster_guard_and_entries_go_by_the_identity():
@@ -432,21 +428,17 @@ def test_cluster_v3_database_is_written_beside_snapshots_unless_it_holds_data(tm
 def test_cluster_member_publishes_again_until_it_is_applied(cluster_log):
     """After a snapshot, which may have swallowed the first proposal; and after an error."""
     cluster, _, _ = _cluster_of(1)
-    proposed, later, done = [], [], []
-
-    class Reactor:
-        call_later = staticmethod(lambda delay_s, callback: later.append(callback))
-
+    proposed, done, reactor = [], [], FakeReactor()
     publication = pyetcd.Publication(
-        pyetcd.ServerConfig(name="m1"), cluster, 1, Reactor(),
+        pyetcd.ServerConfig(name="m1"), cluster, 1, reactor,
         lambda request, answer: proposed.append(answer), lambda: done.append(1))
     publication.propose()
     publication.propose()
     first, second = proposed
     first(pyetcd.RequestTimeout("lost"))
-    later.pop()()
+    reactor.next_timer()
     second(None)
     proposed[2](pyetcd.RequestTimeout("late"))
     publication.propose()
-    assert (done, later, len(proposed)) == ([1], [], 3)
+    assert (done, reactor.timers, len(proposed)) == ([1], [], 3)
     assert sum("published {Name:m1" in line for line in cluster_log.messages) == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import itertools
 import json
+import logging
 import os
 import re
 import resource
@@ -24,7 +24,9 @@ import requests
 import pyetcd
 from pyetcd import Cluster, Entry, InvariantError, Message, MsgType, Request, Wal
 from tests.kit.basics import eventually, free_port
-from tests.kit.processes import ClusterMember, StaticCluster
+from tests.kit.exchange import Writer
+from tests.kit.http import _http_ask, _http_keys
+from tests.kit.processes import ClusterMember, StaticCluster, ended
 
 
 def test_cluster_survives_kill_of_each_member(tmp_path):
@@ -45,58 +47,43 @@ def test_cluster_survives_kill_of_each_member(tmp_path):
 def test_cluster_kill_of_all_loses_no_acknowledged_write(tmp_path):
     """kill -9 of all three while they write: everything acknowledged is there afterwards."""
     with StaticCluster(tmp_path, 3, "-snapshot-count", "50") as cluster:
-        acknowledged = {}
-        stop = threading.Event()
-
-        def write(member, number):
-            with requests.Session() as session, contextlib.suppress(requests.RequestException):
-                for count in itertools.takewhile(lambda _: not stop.is_set(), itertools.count(1)):
-                    key = f"w{number}-{count}"
-                    answer = session.put(f"{member.client}/v2/keys/{key}", timeout=5,
-                                         data={"value": key})
-                    if answer.status_code == 201:
-                        acknowledged[key] = True
-
-        writers = [threading.Thread(target=write, args=(m, i))
-                   for i, m in enumerate(cluster.members)]
-        for writer in writers:
-            writer.start()
-        eventually(lambda: len(acknowledged) > 300, what="300 writes")
-        for member in cluster.members:
-            member.process.popen.kill()
-        stop.set()
-        for writer in writers:
-            writer.join()
+        with Writer(cluster) as writer:
+            writer.wait_more(200)
+            for member in cluster.members:
+                member.process.popen.kill()
         for member in cluster.members:
             member.process.kill()
             cluster.start(member)
         for member in cluster.members:
             member.process.wait_log("published")
             eventually(lambda m=member: m.index() == cluster.members[0].index())
-            nodes = member.request("GET", "/v2/keys/")[1]["node"]["nodes"]
-            missing = acknowledged.keys() - {node["key"][1:] for node in nodes}
-            assert not missing, f"{member.name} lost {len(missing)} of {len(acknowledged)}"
+            nodes = member.request("GET", "/v2/keys/w")[1]["node"]["nodes"]
+            missing = writer.acknowledged.keys() - {node["key"] for node in nodes}
+            assert not missing, f"{member.name} lost {len(missing)} of {len(writer.acknowledged)}"
 
 
-def test_cluster_member_catches_up_by_snapshot(tmp_path):
+def test_cluster_member_catches_up_by_snapshot(tmp_path, monkeypatch, caplog):
     """A follower that was away while the log was compacted is brought back by a snapshot."""
-    with StaticCluster(tmp_path, 3, "-snapshot-count", "1000") as cluster:
-        leader = cluster.leader()
+    def state(member):
+        return _http_ask(member, "GET", "/v2/keys/d?recursive=true&sorted=true")[2], member.call(
+            lambda etcd: etcd.store.current_index)
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(pyetcd, "SNAPSHOT_CATCHUP_ENTRIES", 100)
+    with pyetcd.LocalCluster(3, str(tmp_path), snapshot_count=50, election_ms=500) as cluster:
+        leader = cluster.wait_leader()
         away = next(m for m in cluster.members if m is not leader)
-        away.process.kill()
-        for start in range(0, 7000, 1000):
-            leader.put_many([(f"d/{i % 500}", str(i)) for i in range(start, start + 1000)])
-        leader.process.wait_log("compacted raft log at")
-        cluster.start(away)
-        away.process.wait_log("recovered from incoming snapshot")
-        eventually(lambda: away.index() == leader.index(), what="equal indexes")
-        assert away.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1] == (
-            leader.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1])
+        away.kill()
+        for number in range(350):
+            answer = _http_keys(leader, "PUT", f"/d/{number % 50}", f"value={number}")
+            assert answer[0] in (200, 201)
+        eventually(lambda: "compacted raft log at" in caplog.text)
+        away.start()
+        assert "recovered from incoming snapshot" in caplog.text
+        eventually(lambda: state(away) == state(leader), what="equal keys and indexes")
         # And it survives its own restart from that snapshot.
-        away.process.kill()
-        cluster.start(away)
-        away.process.wait_log("published")
-        eventually(lambda: away.index() == leader.index(), what="equal indexes after restart")
+        away.restart()
+        eventually(lambda: state(away) == state(leader), what="the same after restart")
 
 
 def test_cluster_grows_and_shrinks(tmp_path):
@@ -144,18 +131,15 @@ def test_cluster_sigterm_stops_in_order(tmp_path):
 
 def test_cluster_snapshots_segments_and_purge(tmp_path):
     """Snapshots come every -snapshot-count entries; a restart reads snapshot and tail."""
-    with StaticCluster(tmp_path, 1, "-snapshot-count", "100", "-max-snapshots", "2") as cluster:
-        only = cluster.members[0]
-        for i in range(450):
-            only.put(f"k{i % 7}", str(i))
-        snap = tmp_path / "n0.etcd" / "member" / "snap"
+    with pyetcd.LocalMember("n0", str(tmp_path), snapshot_count=100, max_snapshots=2) as only:
+        for number in range(450):
+            _http_keys(only, "PUT", f"/k{number % 7}", f"value={number}")
+        snap = tmp_path / "n0" / "member" / "snap"
         eventually(lambda: len(list(snap.glob("*.snap"))) >= 3, what="three snapshots")
-        index = only.index()
-        only.process.kill()
-        cluster.start(only)
-        only.process.wait_log("published")
-        assert only.index() == index + 1            # the new publication
-        assert only.value("k0") == "448"
+        index = only.call(lambda etcd: etcd.store.current_index)
+        only.restart()
+        assert only.call(lambda etcd: etcd.store.current_index) == index + 1    # its publication
+        assert _http_keys(only, "GET", "/k0")[1]["node"]["value"] == "448"
         eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 60, "purge at start")
 
 
@@ -346,23 +330,20 @@ def test_cluster_embedded_members_form_a_cluster(tmp_path):
     assert "reactor" not in names and "wal" not in names
 
 
-def test_cluster_first_write_follows_the_start_at_once(tmp_path):
+def test_cluster_first_write_follows_the_start_at_once():
     """A member that is alone leads without waiting for an election timeout."""
-    with StaticCluster(tmp_path, 1, "-election-timeout", "50000") as cluster:
-        assert cluster.members[0].put("a", "1")[0] == 201
+    with pyetcd.LocalMember(election_ms=50_000) as member:
+        assert _http_keys(member, "PUT", "/a", "value=1")[0] == 201
 
 
 def test_cluster_version_is_decided_while_a_member_is_away(tmp_path):
     """A quorum without its third member still gets a cluster version, the lowest possible."""
     cluster = StaticCluster(tmp_path, 3)
-    try:
+    with ended(*cluster.members):
         for member in cluster.members[:2]:
             cluster.start(member)
         for member in cluster.members[:2]:
             member.process.wait_log("set the initial cluster version to 2.2")
-    finally:
-        for member in cluster.members[:2]:
-            member.process.kill()
 
 
 def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):

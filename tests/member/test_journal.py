@@ -1,6 +1,5 @@
 """The journal: which thread syncs, and what a disk that stalls can do."""
 
-import socket
 import threading
 
 import pytest
@@ -8,32 +7,9 @@ import pytest
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually
+from tests.kit.http import _HttpSocket
+from tests.kit.reactors import FakeReactor
 from tests.kit.simulator import _sim_scenario, _SimWalWriter
-
-
-class _Reactor:
-    """Collects what was posted; time moves only when the disk takes some."""
-
-    def __init__(self):
-        self.time = 0.0
-        self.posted = []
-        self.ready_sockets = 0
-        self.is_quiet = False
-
-    def now(self):
-        return self.time
-
-    def call_soon(self, callback, *args):
-        self.posted.append((callback, args))
-
-    call_soon_threadsafe = call_soon
-
-    def turn(self, ready_sockets=0):
-        """Run what is posted, as one turn with so many ready sockets."""
-        self.ready_sockets = ready_sockets
-        posted, self.posted[:] = self.posted[:], []
-        for callback, args in posted:
-            callback(*args)
 
 
 class _Wal:
@@ -67,7 +43,7 @@ def _rig_fixture(monkeypatch):
 
     class Rig:
         def __init__(self):
-            self.reactor = _Reactor()
+            self.reactor = FakeReactor()
             self.wal = _Wal(self.reactor)
             self.failed = []
             self.writer = pyetcd.WalWriter(
@@ -233,10 +209,9 @@ def test_journal_disk_that_stalls_stops_its_leader_once(monkeypatch):
 
 def _put_without_waiting(member, number):
     """Send a PUT and close: a member whose reactor stands still cannot answer."""
-    host, port = member.client_url[len("http://"):].split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as sock:
-        sock.sendall(b"PUT /v2/keys/n?value=%d HTTP/1.1\r\nHost: x\r\n"
-                     b"Content-Length: 0\r\n\r\n" % number)
+    with _HttpSocket(member.client_url) as client:
+        client.send(b"PUT /v2/keys/n?value=%d HTTP/1.1\r\nHost: x\r\n"
+                    b"Content-Length: 0\r\n\r\n" % number)
 
 
 def _leads(member):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import re
 import shutil
 import signal
 import threading
-import time
 
 import pytest
 import requests
@@ -17,6 +15,7 @@ import requests
 import pyetcd
 from pyetcd import ConfChangeType, MsgType
 from tests.kit.basics import eventually, free_port
+from tests.kit.exchange import Writer
 from tests.kit.http import _http_ask, _http_keys
 from tests.kit.processes import ClusterMember, StaticCluster, _members_embedded
 
@@ -47,53 +46,6 @@ def _members_join(cluster, via, name):
     return member
 
 
-class _MembersLoad:
-    """Threads that write through any member of a cluster; a context manager."""
-
-    def __init__(self, cluster, threads=3):
-        self.cluster = cluster
-        self.acknowledged = set()
-        self.pauses = []                # seconds between two acknowledged writes
-        self._last = time.monotonic()
-        self._ended = threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(threads)]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        eventually(lambda: len(self.acknowledged) > 50, what="50 writes")
-        return self
-
-    def __exit__(self, *exc_info):
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _write(self, number):
-        rng = random.Random(number)
-        for count in itertools.count():
-            key = f"load/{number}-{count}"
-            refused = True
-            while refused and not self._ended.is_set():
-                member = rng.choice(list(self.cluster.members))
-                refused = self._is_refused(member, key)
-            if self._ended.is_set():
-                return
-
-    def _is_refused(self, member, key):
-        """Write once; True if certainly nothing was written, and another one may be asked."""
-        try:
-            answer = requests.put(f"{member.client}/v2/keys/{key}", {"value": key}, timeout=10)
-        except requests.ConnectionError as error:
-            return "refused" in str(error)
-        if answer.status_code in (200, 201):
-            now = time.monotonic()
-            self.pauses.append(now - self._last)
-            self._last = now
-            self.acknowledged.add(key)
-        return False
-
-
 def _members_change(cluster, via, method, id="", urls=()):
     """Change the members through `via` until it is done; they may refuse while links come up."""
     def changed():
@@ -108,7 +60,7 @@ def test_members_are_added_moved_and_replaced_under_load(tmp_path):
     """Until none of the first three is left; the leader is among those who go."""
     with StaticCluster(tmp_path, 3, *_MEMBERS_QUICK) as cluster:
         originals = list(cluster.members)
-        with _MembersLoad(cluster) as load:
+        with Writer(cluster) as writer:
             _members_join(cluster, originals[0], "fourth")
             leader = cluster.leader()
             moved = next(m for m in originals if m is not leader)
@@ -125,16 +77,15 @@ def test_members_are_added_moved_and_replaced_under_load(tmp_path):
                 cluster.members.remove(old)
                 assert old.process.popen.wait(60) == 0
                 assert "permanently removed from the cluster" in old.process.log()
-            so_far = len(load.acknowledged)
-            eventually(lambda: len(load.acknowledged) > so_far + 50)
-        assert max(load.pauses) < 5.6, "longer than the request timeout"
+            writer.wait_more(50)
+        assert writer.pause_s < 5.6, "longer than the request timeout"
         names = {"fourth", "new0", "new1", "new2"}
         for member in cluster.members:
             eventually(lambda m=member: m.index() == cluster.members[0].index())
             assert set(_members_ids(member)) == names
-            nodes = member.request("GET", "/v2/keys/load")[1]["node"]["nodes"]
-            missing = load.acknowledged - {node["key"][1:] for node in nodes}
-            assert not missing, f"{member.name} lost {len(missing)} of {len(load.acknowledged)}"
+            nodes = member.request("GET", "/v2/keys/w")[1]["node"]["nodes"]
+            missing = writer.acknowledged.keys() - {node["key"] for node in nodes}
+            assert not missing, f"{member.name} lost {len(missing)} of {len(writer.acknowledged)}"
 
 
 def test_members_one_survivor_makes_a_new_cluster_of_three(tmp_path):

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import pyetcd
 from tests.kit.basics import eventually, free_port
 from tests.kit.certificates import _tls_member
 from tests.kit.clients import _client_main
-from tests.kit.http import _http_get, _http_member
+from tests.kit.http import _http_get, _http_member, _HttpSocket
 from tests.kit.processes import Process
 
 
@@ -180,15 +179,13 @@ def _revocation_list(certificates, path):
 def test_tls_refuses_old_versions(tmp_path, certificates):
     """TLS 1.1 and older are no options today."""
     with _tls_member(tmp_path, certificates.files()) as (_, url):
-        port = urllib.parse.urlsplit(url).port
         context = ssl.create_default_context(cafile=certificates.ca_file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             context.minimum_version = ssl.TLSVersion.TLSv1
             context.maximum_version = ssl.TLSVersion.TLSv1_1
-        with socket.create_connection(("127.0.0.1", port), 10) as sock, \
-                pytest.raises((ssl.SSLError, ConnectionError)):
-            context.wrap_socket(sock, server_hostname="127.0.0.1")
+        with _HttpSocket(url) as client, pytest.raises((ssl.SSLError, ConnectionError)):
+            context.wrap_socket(client.socket, server_hostname="127.0.0.1")
 
 
 def test_tls_stuck_handshakes_block_nobody_and_end(tmp_path, certificates, monkeypatch):
@@ -196,16 +193,12 @@ def test_tls_stuck_handshakes_block_nobody_and_end(tmp_path, certificates, monke
     monkeypatch.setattr(pyetcd, "HANDSHAKE_SECONDS_MAX", 1.0)
     with _tls_member(tmp_path, certificates.files()) as (server, url), \
             contextlib.ExitStack() as stack:
-        parts = urllib.parse.urlsplit(url)
-        stuck = []
-        for i in range(40):
-            sock = stack.enter_context(socket.create_connection((parts.hostname, parts.port), 10))
-            if i % 2:
-                sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
-            stuck.append(sock)
+        stuck = [stack.enter_context(_HttpSocket(url)) for _ in range(40)]
+        for client in stuck[::2]:
+            client.send(b"\x16\x03\x01\x02\x00\x01\x00")
         with _tls_session(certificates) as session:
             assert session.get(url + "/version", timeout=60).status_code == 200
-        assert all(sock.recv(100) == b"" for sock in stuck)
+        assert all(client.rest() == b"" for client in stuck)
 
 
 def test_tls_certificates_are_read_again_when_they_change(tmp_path, certificates, monkeypatch,
@@ -308,26 +301,16 @@ def test_tls_member_with_the_wrong_certificate_stays_outside(tmp_path, certifica
 
 def test_tls_slow_reader_gets_all_answers(tmp_path, certificates):
     """After a send that was blocked TLS wants the same bytes again, however many came since."""
-    with _tls_member(tmp_path, certificates.files()) as (server, url), \
-            socket.socket() as plain:
-        address = urllib.parse.urlsplit(url)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        plain.settimeout(20)
-        plain.connect((address.hostname, address.port))
+    with _tls_member(tmp_path, certificates.files()) as (server, url):
         context = ssl.create_default_context(cafile=certificates.ca_file)
         context.check_hostname = False
         server.call(lambda etcd: etcd.store.set("/1/k", value="x" * 3_000, now_ns=time.time_ns()))
         listener, count = server._client_listeners[0], 3_000
-        with context.wrap_socket(plain) as sock:
+        with _HttpSocket(server, receive_buffer=4096, timeout_s=20, tls=context) as client:
             for _ in range(count // 100):           # each group finds the output blocked
-                sock.sendall(_http_get("/v2/keys/k") * 100)
+                client.send(_http_get("/v2/keys/k") * 100)
             eventually(lambda: listener.unread)
-            with sock.makefile("rb") as reader:
-                for _ in range(count):
-                    head = b"".join(iter(reader.readline, b"\r\n")).decode()
-                    assert head.startswith("HTTP/1.1 200")
-                    size = int(re.search(r"Content-Length: (\d+)", head).group(1))
-                    assert len(reader.read(size)) == size
+            assert {client.answer()[0] for _ in range(count)} == {200}
 
 
 def test_tls_members_check_the_name_in_the_url(tmp_path, certificates, caplog):

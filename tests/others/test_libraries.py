@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import importlib.util
 import json
@@ -18,10 +17,12 @@ from unittest import mock
 import pytest
 import requests
 
+import pyetcd
 import pyetcd_client
 from tests.kit.basics import ROOT, eventually, free_port
 from tests.kit.clients import _client_background
-from tests.kit.processes import StaticCluster, copy_module
+from tests.kit.http import _http_keys
+from tests.kit.processes import copy_module
 
 # Libraries from PyPI.  Every test runs on the real etcd too: that proves the test.
 
@@ -157,14 +158,7 @@ def test_lib_python_etcd_index_that_is_no_longer_kept(
 ):
     """After 1000 events a watch from the first one is told to read again."""
     first = _lib_python.write(_client_dir + "/a", "0").modifiedIndex
-    url = f"{_client_server.url}/v2/keys{_client_dir}/a"
-
-    def write(count):
-        with requests.Session() as session:
-            for _ in range(count):
-                session.put(url, data={"value": "x"}, timeout=10).raise_for_status()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, [126] * 8))
+    _client_server.put_many([(_client_dir[1:] + "/a", "x")] * 1_008)
     with pytest.raises(_lib_etcd.EtcdEventIndexCleared):
         _lib_python.watch(_client_dir + "/a", index=first)
 
@@ -204,19 +198,19 @@ def test_lib_python_etcd_cluster_properties(_lib_python, _client_server):
     assert re.fullmatch(r"\d+\.\d+\.0", _lib_python.cluster_version)
 
 
-def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd, tmp_path):
+def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd):
     """Writes and an endless watch move to another member and lose nothing."""
-    with StaticCluster(tmp_path) as cluster:
-        addresses = tuple(_lib_address(member.client) for member in cluster.members)
+    with pyetcd.LocalCluster(3, election_ms=500) as cluster:
+        addresses = tuple(map(_lib_address, cluster.client_urls))
         writer, watcher = (_lib_etcd.Client(host=addresses, allow_reconnect=True, read_timeout=15)
                            for _ in range(2))
-        assert watcher.base_uri in {member.client for member in cluster.members}
+        assert watcher.base_uri in cluster.client_urls
         start = writer.write("/w/0", "0").modifiedIndex
         events = watcher.eternal_watch("/w", index=start, recursive=True)
         with _client_background(lambda: [next(events).value for _ in range(20)]) as outcome:
             for number in range(1, 20):
                 if number == 10:
-                    next(m for m in cluster.members if m.client == writer.base_uri).process.kill()
+                    next(m for m in cluster.members if m.client_url == writer.base_uri).kill()
                 writer.write(f"/w/{number}", number)
         assert outcome == [[str(number) for number in range(20)]]
         assert len(writer.members) == 3 and writer.read("/w/19").value == "19"
@@ -225,7 +219,7 @@ def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd, tmp_path):
 def test_lib_python_etcd_auth(_lib_etcd, _client_own_server):
     """Users, roles and the switch; a user reads and writes what the role allows."""
     auth = _lib_etcd.auth
-    host, port = _lib_address(_client_own_server.url)
+    host, port = _lib_address(_client_own_server)
     open_client = _lib_etcd.Client(host=host, port=port)
     open_client.write("/secret", "1")
     for name in ("root", "al"):
@@ -450,19 +444,19 @@ def test_lib_python_etcd_causes_and_locks(_lib_etcd, _lib_python, _client_dir):
     assert not lock.is_taken
 
 
-def test_lib_python_etcd_members_are_found(_lib_etcd, tmp_path):
+def test_lib_python_etcd_members_are_found(_lib_etcd):
     """With allow_reconnect=True one address is enough: when that server dies another is asked."""
-    with StaticCluster(tmp_path) as cluster:
+    with pyetcd.LocalCluster(3, election_ms=500) as cluster:
         first = cluster.members[0]
-        host, port = _lib_address(first.client)
+        host, port = _lib_address(first.client_url)
         client = _lib_etcd.Client(host=host, port=port, allow_reconnect=True, read_timeout=15)
         client.write("/k", "1")
         # A follower answers 404 until it has applied the write.
-        eventually(lambda: all(member.value("k") == "1" for member in cluster.members),
-                   what="the write on all members")
-        first.process.kill()
+        eventually(lambda: all(_http_keys(member, "GET", "/k")[0] == 200
+                               for member in cluster.members), what="the write on all members")
+        first.kill()
         eventually(lambda: client.read("/k").value == "1", what="a read from another member")
-        assert client.base_uri != first.client
+        assert client.base_uri != first.client_url
 
 
 _LIB_NAMES = """
@@ -558,30 +552,30 @@ def test_lib_k3etcd_watch(_lib_k3etcd, _lib_k3, _client_dir):
     assert [event.value for event in events] == ["1", "2", "3"]
 
 
-def test_lib_k3etcd_cluster(_lib_k3etcd, tmp_path):
+def test_lib_k3etcd_cluster(_lib_k3etcd):
     """Members and statistics of three; the client goes on when its server is killed."""
-    with StaticCluster(tmp_path) as cluster:
-        hosts = tuple(_lib_address(member.client) for member in cluster.members)
+    with pyetcd.LocalCluster(3, election_ms=500) as cluster:
+        hosts = tuple(map(_lib_address, cluster.client_urls))
         client = _lib_k3etcd.Client(host=hosts, allow_reconnect=True)
-        urls = {member.client for member in cluster.members}
+        urls = set(cluster.client_urls)
         assert set(client.clienturls) == set(client.machines) == urls
-        assert sorted(client.names) == ["n0", "n1", "n2"] and len(set(client.ids)) == 3
-        assert client.leader["clientURLs"] == [cluster.leader().client]
-        assert client.st_self["name"] == "n0" and "watchers" in client.st_store
+        assert sorted(client.names) == ["etcd1", "etcd2", "etcd3"] and len(set(client.ids)) == 3
+        assert client.leader["clientURLs"] == [cluster.wait_leader().client_url]
+        assert client.st_self["name"] == "etcd1" and "watchers" in client.st_store
         assert set(client.version) == {"etcdserver", "etcdcluster"}
         added = client.add_member(f"http://127.0.0.1:{free_port()}")
         client.change_peerurls(added["id"], f"http://127.0.0.1:{free_port()}")
         client.del_member(added["id"])
         assert added["id"] not in client.ids
         client.set("/a", "1")
-        next(m for m in cluster.members if m.client == client.base_uri).process.kill()
+        next(m for m in cluster.members if m.client_url == client.base_uri).kill()
         eventually(lambda: client.set("/a", "2").value == "2", what="a write by another member")
         assert client.base_uri in urls and client.get("/a").value == "2"
 
 
 def test_lib_k3etcd_auth(_lib_k3etcd, _client_own_server):
     """root, one user and one role, made, used and removed."""
-    host, port = _lib_address(_client_own_server.url)
+    host, port = _lib_address(_client_own_server)
     client = _lib_k3etcd.Client(host=host, port=port)
     assert client.create_root("pw") == {"user": "root", "roles": ["root"]}
     client.create_role("r", "pw", {"read": ["/a/*"], "write": []})

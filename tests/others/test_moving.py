@@ -25,7 +25,7 @@ import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, manual
 from tests.kit.exchange import Etcd23, MixedCluster, Writer, needs_etcd
-from tests.kit.processes import ClusterMember, EtcdProcess, Process
+from tests.kit.processes import ClusterMember, EtcdProcess, Process, compiled, ended
 
 _OFTEN = ("-snapshot-count", "40")
 
@@ -53,16 +53,15 @@ class Guide:
         self.given = {}                 # text of the page -> of this test
         self.bin = directory / "bin"
         self.bin.mkdir()
-        shutil.copy(pyetcd.__file__, directory / "pyetcd.py")
         self.python = sys.executable
         real = Path(os.environ.get("PYETCD_ETCD23", "none")).with_name("etcdctl")
-        ours = f"{self.python} {pyetcd_client.__file__}"
+        ours = f"{self.python} {compiled(pyetcd_client)}"
         etcdctl2 = str(real) if real.exists() else ours
         self._script("etcd", self._words(etcd.program) + ' "$@"')
         self._script("etcdctl", f'{etcdctl2} "$@"',
                      f'[ "$ETCDCTL_API" = 3 ] && exec {shutil.which("etcdctl")} "$@"')
         self._script("pyetcdctl", f'{ours} "$@"')
-        self._script("python3", f'{self.python} "$@"')
+        self._script("python3", f'{self.python} {compiled(pyetcd)} "$@"', "shift")
         self._script("sudo", '"$@"', "shift 2")
         self._script("systemctl", "kill -TERM $MEMBER")
 
@@ -163,7 +162,6 @@ def test_moving_from_2_3_to_3_4_and_back(tmp_path):
         (tmp_path / name).mkdir()
         guides[name] = Guide(tmp_path / name, program)
         guides[name].directory = tmp_path
-    shutil.copy(pyetcd.__file__, tmp_path / "pyetcd.py")
     with MixedCluster(tmp_path, ("2.3",) * 3, *_OFTEN) as cluster:
         cluster.wait_version("2.3.0")
         with Writer(cluster) as writer:
@@ -239,7 +237,7 @@ def test_moving_frees_a_directory_that_etcd_3_6_refuses(tmp_path):
     member = ClusterMember(tmp_path, "m1", EtcdProcess)
     guide.given = {"http://10.0.0.1:2379": member.client, "/var/lib/etcd": "m1.etcd"}
     initial = ("-initial-cluster", f"m1={member.peer}")
-    try:
+    with ended(member):
         member.start_alone()
         for number in range(12):
             member.put(f"old/{number}", str(number))
@@ -255,8 +253,6 @@ def test_moving_frees_a_directory_that_etcd_3_6_refuses(tmp_path):
         assert moved == "7\n"
         checked = guide.run(check, status=2)        # etcd 3.7 wants a snapshot of 3.6 first
         assert re.search(r"^etcd 3.6: +starts$", checked, re.M)
-    finally:
-        member.process.kill()
 
 
 def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
@@ -265,7 +261,7 @@ def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
     ((service, fresh, start),) = _commands("A discovery service of your own")
     outside = ClusterMember(tmp_path, "discovery")
     members = [ClusterMember(tmp_path, f"m{number}") for number in range(3)]
-    try:
+    with ended(outside, *members):
         guide.given = {"/var/lib/discovery": "discovery.etcd", "…": _flags_of(
             outside, ["-initial-cluster", f"discovery={outside.peer}"]),
             "http://10.0.0.9:2379": outside.client}
@@ -279,10 +275,6 @@ def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
             member.process.wait_log("published")
         assert eventually(lambda: members[0].put("a", "1"))[0] == 201
         assert len(members[1].request("GET", "/v2/members")[1]["members"]) == 3
-    finally:
-        for member in (outside, *members):
-            if member.process:
-                member.process.kill()
 
 
 @pytest.mark.parametrize("chapter", ["restore", "mirror"])

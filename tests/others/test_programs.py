@@ -6,6 +6,7 @@ skipped; conftool and kombu come with the extra `test`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -24,7 +25,8 @@ import requests
 import pyetcd
 import pyetcd_client
 from tests.kit.basics import eventually, free_port
-from tests.kit.processes import ClusterMember, Process, compiled
+from tests.kit.http import _http_keys
+from tests.kit.processes import ClusterMember, Process, compiled, ended
 
 _HELPERS = {"etcd": pyetcd, "etcdctl": pyetcd_client}
 _CTDB_LOCK = Path("/usr/libexec/ctdb/ctdb_etcd_lock")       # Debian: ctdb
@@ -39,13 +41,9 @@ def _programs_path(tmp_path: Path) -> str:
 
 
 @pytest.fixture(name="programs_server")
-def _programs_server(tmp_path: Path) -> Iterator[ClusterMember]:
-    member = ClusterMember(tmp_path, "m1")
-    try:
-        member.start_alone()
+def _programs_server() -> Iterator[pyetcd.LocalMember]:
+    with pyetcd.LocalMember() as member:
         yield member
-    finally:
-        member.process.kill()
 
 
 def _script(path: Path, line: str) -> None:
@@ -83,9 +81,14 @@ def _python(directory: Path, program: str, path: str, *words: object, **environ:
     r"(?i)etcd version:? v?(\d+)\.(\d+)\.(\d+)",
 ], ids=range(5))
 @pytest.mark.parametrize("flag", ["--version", "-version"])
-def test_programs_read_the_version(programs_path: str, flag: str, pattern: str) -> None:
+def test_programs_read_the_version(flag: str, pattern: str) -> None:
     """By the expressions of process scanners, Ansible roles and installers."""
-    assert re.search(pattern, _run(["etcd", flag], programs_path), re.M)
+    assert re.search(pattern, _version_told(flag), re.M)
+
+
+@functools.cache
+def _version_told(flag: str) -> str:
+    return _run([*Process.program, flag], os.environ["PATH"])
 
 
 def test_programs_that_name_no_initial_cluster_get_a_member(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_programs_are_told_once_that_it_is_ready(tmp_path: Path) -> None:
     """Not before there is a quorum, and not again when the leader changes."""
     pair = [ClusterMember(tmp_path, name) for name in ("a", "b")]
     initial = ",".join(f"{member.name}={member.peer}" for member in pair)
-    try:
+    with ended(*pair):
         pair[0].start("-initial-cluster", initial)
         pair[0].process.wait_log("listening for client requests on")
         eventually(lambda: pair[0].request("GET", "/version"), what="an answer")
@@ -120,10 +123,6 @@ def test_programs_are_told_once_that_it_is_ready(tmp_path: Path) -> None:
         pair[1].start("-initial-cluster", initial)
         pair[1].process.wait_log("ready to serve client requests")
         assert pair[0].process.log().count("ready to serve") == 1
-    finally:
-        for member in pair:
-            if member.process:
-                member.process.kill()
 
 
 def test_programs_start_it_with_a_data_directory_alone(tmp_path: Path, programs_path: str) -> None:
@@ -186,10 +185,10 @@ def test_programs_conftool_passes_its_own_driver_tests(tmp_path: Path, programs_
     assert re.search(r"Ran [3-9]\d tests", output) and "skipped" not in output
 
 
-def test_programs_kombu_sends_messages(programs_server: ClusterMember) -> None:
+def test_programs_kombu_sends_messages(programs_server: pyetcd.LocalMember) -> None:
     kombu = pytest.importorskip("kombu", reason="kombu is not installed")
     pytest.importorskip("etcd", reason="python-etcd is not installed")
-    url = programs_server.client.replace("http:", "etcd:")
+    url = programs_server.client_url.replace("http:", "etcd:")
     with kombu.Connection(url, transport_options={"polling_interval": 0.05}) as connection:
         with connection.SimpleQueue("jobs") as queue:
             for number in range(3):
@@ -204,14 +203,14 @@ def test_programs_kombu_sends_messages(programs_server: ClusterMember) -> None:
 
 
 def test_programs_ansible_looks_keys_up(
-    programs_server: ClusterMember, tmp_path: Path
+    programs_server: pyetcd.LocalMember, tmp_path: Path
 ) -> None:
     lookup = "ansible_collections.community.general.plugins.lookup.etcd"
     if shutil.which("ansible") is None or not _is_there(lookup):
         pytest.skip("ansible with the collection community.general is not installed")
-    programs_server.put("conf/port", "80")
-    programs_server.put("conf/db/host", "db1")
-    question = f"'community.general.etcd', 'conf', version='v2', url='{programs_server.client}'"
+    _http_keys(programs_server, "PUT", "/conf/port", "value=80")
+    _http_keys(programs_server, "PUT", "/conf/db/host", "value=db1")
+    question = f"'community.general.etcd', 'conf', version='v2', url='{programs_server.client_url}'"
     output = _run(["ansible", "localhost", "-m", "debug", "-a",
                    f"msg={{{{ lookup({question}) | to_json }}}}"], os.environ["PATH"],
                   ANSIBLE_HOME=str(tmp_path), ANSIBLE_NOCOLOR="1")
@@ -245,23 +244,25 @@ _SALT = """
 """
 
 
-def test_programs_salt_reads_and_writes(programs_server: ClusterMember, tmp_path: Path) -> None:
+def test_programs_salt_reads_and_writes(
+    programs_server: pyetcd.LocalMember, tmp_path: Path
+) -> None:
     """The execution module `etcd`, with its functions called as `salt-call etcd.set` does."""
     if not _is_there("salt"):
         pytest.skip("salt is not installed")
     _python(tmp_path, _SALT, os.environ["PATH"],
-            *programs_server.client[len("http://"):].split(":"))
+            *programs_server.client_url[len("http://"):].split(":"))
 
 
 def test_programs_ctdb_has_one_holder_of_its_lock(
-    programs_server: ClusterMember, tmp_path: Path, programs_path: str
+    programs_server: pyetcd.LocalMember, tmp_path: Path, programs_path: str
 ) -> None:
     """The helper says 0 while it holds the lock, and 1 if another node does."""
     helper = Path(os.environ.get("PYETCD_CTDB_LOCK", _CTDB_LOCK))
     if not helper.exists():
         pytest.skip("Debian's package ctdb is not installed")
     pytest.importorskip("etcd", reason="python-etcd is not installed")
-    host, port = programs_server.client[len("http://"):].split(":")
+    host, port = programs_server.client_url[len("http://"):].split(":")
     config = tmp_path / "etcd"
     config.write_text(f"host = {host}\nport = {port}\nlock_ttl = 5\nlock_refresh = 1\n")
     _script(tmp_path / "bin" / "testparm", "echo CLUSTER")

@@ -7,9 +7,6 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import heapq
-import http.client
-import http.server
 import itertools
 import json
 import logging
@@ -43,7 +40,9 @@ from pyetcd import (
     Transport,
 )
 from tests.kit.basics import TESTDATA, eventually, free_port
+from tests.kit.http import _http_ask, _HttpSocket
 from tests.kit.links import _door_change, _door_entry
+from tests.kit.reactors import FakeReactor
 
 _LINK_CLUSTER = 0xC53239D6A4BED4F6
 _LINK_APP_RECORDINGS = ("leader-to-follower", "new-leader", "idle-heartbeats-only")
@@ -123,11 +122,11 @@ class _LinkNet:
 
     def until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
         """Turn until condition() is true."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
+        def turn() -> None:
             self.reactor.call_later(0.005, lambda: None)
             self.reactor._turn(self.reactor._poll())
+
+        eventually(condition, timeout_s, between=turn)
 
     def turn_for(self, seconds: float) -> None:
         """Turn for a while, to see that something does not happen."""
@@ -350,54 +349,6 @@ def _link_request(
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-class _LinkFakeTimer:
-    def __init__(self, callback: Optional[Callable[[], None]]) -> None:
-        self.callback = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class _LinkFakeReactor:
-    """Virtual time; what call_later() asked for happens in pass_time()."""
-
-    def __init__(self) -> None:
-        self.time = 1_000.0
-        self.heap: List[Tuple[float, int, _LinkFakeTimer]] = []
-        self.order = itertools.count()
-
-    def now(self) -> float:
-        return self.time
-
-    def wall_ns(self) -> int:
-        return int(self.time * pyetcd.NS)
-
-    def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Any:
-        timer = _LinkFakeTimer(lambda: callback(*args))
-        self.call_at(self.time + delay_s, timer)
-        return timer
-
-    def every(self, period_s: float, callback: Callable[[], None]) -> Any:
-        def call() -> None:
-            self.call_at(self.time + period_s, timer)
-            callback()
-
-        timer = _LinkFakeTimer(call)
-        self.call_at(self.time + period_s, timer)
-        return timer
-
-    def call_at(self, when: float, timer: _LinkFakeTimer) -> None:
-        heapq.heappush(self.heap, (when, next(self.order), timer))
-
-    def pass_time(self, seconds: float) -> None:
-        end = self.time + seconds
-        while self.heap and self.heap[0][0] <= end:
-            self.time, _, timer = heapq.heappop(self.heap)
-            if timer.callback is not None:
-                timer.callback()
-        self.time = end
-
-
 class _LinkFakeReply:
     """A StreamReply whose other end takes nothing until it is told to."""
 
@@ -430,7 +381,7 @@ class _LinkFakes:
     """A LinkContext of fakes, and what it was told."""
 
     def __init__(self) -> None:
-        self.reactor = _LinkFakeReactor()
+        self.reactor = FakeReactor()
         self.unreachable: List[int] = []
         self.errors: List[str] = []
         self.snapshots: List[Tuple[int, bool]] = []
@@ -1352,15 +1303,9 @@ class _DoorMember:
         body = message if isinstance(message, bytes) else pyetcd.encode_message(message)
         if path == "/raft/snapshot":
             body = len(body).to_bytes(8, "big") + body
-        connection = http.client.HTTPConnection(
-            *pyetcd.url_address(self.server.peer_urls[0]), timeout=20)
-        try:
-            connection.request("POST", path, body, {
-                "X-Etcd-Cluster-Id": self.cluster, "X-Server-From": f"{sender or self.peer:x}",
-                "X-Server-Version": "2.3.8", "X-Min-Cluster-Version": "2.2.0"})
-            return connection.getresponse().status
-        finally:
-            connection.close()
+        return _http_ask(self.server, "POST", path, body, {
+            "X-Etcd-Cluster-Id": self.cluster, "X-Server-From": f"{sender or self.peer:x}",
+            "X-Server-Version": "2.3.8", "X-Min-Cluster-Version": "2.2.0"}, peer=True)[0]
 
     def files(self) -> Dict[str, bytes]:
         """What is on disk, by name."""
@@ -1571,10 +1516,9 @@ def test_link_door_answers_by_the_head_whose_body_nobody_wants(
 ) -> None:
     """Bodies of 512 MB were kept until route, method, cluster and sender were looked at."""
     door_member.follow()
-    address = pyetcd.url_address(door_member.server.peer_urls[0])
-    with socket.create_connection(address, timeout=10) as client:
-        client.sendall(_door_head(door_member, method, path, **headers) + b"x" * 70_000)
-        assert client.recv(4_096).split()[1] == b"%d" % status
+    with _HttpSocket(door_member.server.peer_urls[0]) as client:
+        client.send(_door_head(door_member, method, path, **headers) + b"x" * 70_000)
+        assert client.until(b"\r\n").split()[1] == b"%d" % status
     assert [listener.held_bytes for listener in door_member.server._peer_listeners] == [0]
 
 
@@ -1583,23 +1527,22 @@ def test_link_door_bounds_all_bodies_together(door_member: _DoorMember) -> None:
     door_member.follow()
     (listener,) = door_member.server._peer_listeners
     listener.held_max = 3 << 20
-    address = pyetcd.url_address(door_member.server.peer_urls[0])
+    (url,) = door_member.server.peer_urls
     with contextlib.ExitStack() as cleanup:
         statuses = []
         for _ in range(5):
-            client = cleanup.enter_context(socket.create_connection(address, timeout=1))
+            client = cleanup.enter_context(_HttpSocket(url, timeout_s=1))
             with contextlib.suppress(OSError):
-                client.sendall(_door_head(door_member, "POST", "/raft") + b"\x08\3" * (1 << 19))
+                client.send(_door_head(door_member, "POST", "/raft") + b"\x08\3" * (1 << 19))
             with contextlib.suppress(OSError):
-                statuses.append(client.recv(4_096).split()[1])
+                statuses.append(client.until(b"\r\n").split()[1])
         assert statuses and set(statuses) == {b"413"}
         assert listener.held_bytes <= listener.held_max + 262_144
     eventually(lambda: listener.held_bytes == 0)
-    client = socket.create_connection(address, timeout=10)
-    with client, contextlib.suppress(OSError):
-        client.sendall(_door_head(door_member, "POST", "/raft"))
+    with _HttpSocket(url) as client, contextlib.suppress(OSError):
+        client.send(_door_head(door_member, "POST", "/raft"))
         for _ in range(20):
-            client.sendall(b"\x08\3" * (1 << 19))
+            client.send(b"\x08\3" * (1 << 19))
     eventually(lambda: listener.held_bytes == 0)
     assert door_member.post(door_member.append(_door_entry())) == 204
 
@@ -1839,7 +1782,7 @@ def test_link_status_tells_changes_only(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_link_repeated_errors_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """The same text is logged again only after 30 s."""
-    reactor = _LinkFakeReactor()
+    reactor = FakeReactor()
     log = pyetcd.ThrottledLog("rafthttp", reactor.now)
 
     for _ in range(100):

@@ -8,7 +8,7 @@ import pytest
 
 import pyetcd
 from pyetcd import EntryID, InvariantError, Progress, ProgressState, RaftLog, Snapshot
-from tests.kit.raft_log import _RAFT_PROBE, _RAFT_REPLICATE, _raft_entries, _raft_terms
+from tests.kit.raft_network import _RAFT_PROBE, _RAFT_REPLICATE, _raft_entries, _raft_terms
 
 
 def _raft_handed(log: RaftLog) -> List[int]:

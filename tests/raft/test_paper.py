@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, List
 
 import pytest
 
@@ -21,8 +21,16 @@ from pyetcd import (
     Ready,
     Snapshot,
 )
-from tests.kit.raft_log import _RAFT_PROBE, _raft_entries, _raft_terms
-from tests.kit.raft_network import _raft_change, _raft_conf_entry, _raft_config, _raft_node
+from tests.kit.raft_network import (
+    _RAFT_PROBE,
+    RaftNetwork,
+    _raft_change,
+    _raft_conf_entry,
+    _raft_config,
+    _raft_entries,
+    _raft_node,
+    _raft_terms,
+)
 
 
 def _raft_sync(node: RawNode) -> Ready:
@@ -52,99 +60,11 @@ def _raft_lead(node: RawNode) -> RawNode:
     return node
 
 
-class _RaftNetwork:
-    """Members of one fresh cluster over an instant, lossless network, until told otherwise."""
-
-    def __init__(self, count: int, **options: Any) -> None:
-        self.trace: List[str] = []
-        self.nodes: Dict[int, RawNode] = {}
-        self.applied: Dict[int, List[bytes]] = {}
-        self.cuts: Set[Tuple[int, int]] = set()
-        self.ignored: Set[int] = set()
-        self.snapshots: Dict[int, Snapshot] = {}
-        for member in range(1, count + 1):
-            entries = [_raft_conf_entry(index, index) for index in range(1, count + 1)]
-            self.add(RawNode.bootstrap(_raft_config(member, self.trace, **options), entries))
-        self.settle()
-
-    def add(self, node: RawNode) -> None:
-        member = node.raft.id
-        self.nodes[member] = node
-        self.applied[member] = []
-        node.raft.replication.snapshot_source = lambda peer: self.snapshots.get(member)
-
-    def cut(self, one: int, other: int) -> None:
-        self.cuts |= {(one, other), (other, one)}
-
-    def isolate(self, member: int) -> None:
-        for other in self.nodes:
-            if other != member:
-                self.cut(member, other)
-
-    def drop(self, kind: MsgType) -> None:
-        self.ignored.add(kind)
-
-    def recover(self) -> None:
-        self.cuts.clear()
-        self.ignored.clear()
-
-    def elect(self, member: int) -> RawNode:
-        self.nodes[member].campaign()
-        self.settle()
-        assert self.nodes[member].raft.role is RaftRole.LEADER
-        return self.nodes[member]
-
-    def propose(self, member: int, data: bytes) -> None:
-        self.nodes[member].propose(Entry(data=data))
-        self.settle()
-
-    def tick(self, member: int, count: int = 1) -> None:
-        for _ in range(count):
-            self.nodes[member].tick()
-            self.settle()
-
-    def settle(self) -> None:
-        """Exchange messages until there are none."""
-        busy = True
-        while busy:
-            busy = False
-            for node in list(self.nodes.values()):
-                busy = self._turn(node) or busy
-
-    def _turn(self, node: RawNode) -> bool:
-        if not node.has_ready():
-            return self._apply(node)
-        ready = _raft_sync(node)
-        if ready.snapshot is not None:
-            self.snapshots[node.raft.id] = ready.snapshot
-            self.applied[node.raft.id] = ready.snapshot.data.split()
-            node.applied_to(ready.snapshot.index)
-        self._apply(node)
-        for message in ready.messages + ready.held:
-            passes = (message.sender, message.to) not in self.cuts
-            if message.to in self.nodes and passes and message.type not in self.ignored:
-                copy = pyetcd.decode_message(pyetcd.encode_message(message))
-                self.nodes[message.to].step(copy)
-        return True
-
-    def _apply(self, node: RawNode) -> bool:
-        entries = node.committed_entries()
-        for entry in entries:
-            if entry.type:
-                node.apply_conf_change(pyetcd.decode_conf_change(entry.data))
-            elif entry.data:
-                self.applied[node.raft.id].append(entry.data)
-            node.applied_to(entry.index)
-        return bool(entries)
-
-    def snapshot(self, member: int) -> None:
-        """Let the member take a snapshot of all that it applied, and drop its log."""
-        node = self.nodes[member]
-        index = node.raft.log.applied
-        self.snapshots[member] = Snapshot(
-            b" ".join(self.applied[member]), node.raft.voters, index, node.raft.log.term(index)
-        )
-        node.compact(index)
+def _raft_network(voters: int, **options: Any) -> RaftNetwork:
+    """A fresh cluster at rest."""
+    net = RaftNetwork(voters, **options)
+    net.settle()
+    return net
 
 
 _RAFT_ROLES = [RaftRole.FOLLOWER, RaftRole.CANDIDATE, RaftRole.LEADER]
@@ -473,7 +393,7 @@ _RAFT_FIGURE_7 = [
 @pytest.mark.parametrize("terms", _RAFT_FIGURE_7, ids="abcdef")
 def test_raft_leader_brings_any_follower_into_line(terms):
     """§5.3 figure 7: missing, extra, and both; the follower ends with the leader's log."""
-    net = _RaftNetwork(0)
+    net = RaftNetwork()
     lead_terms = [1, 1, 1, 4, 4, 5, 5, 6, 6, 6]
     net.add(_raft_node(1, terms=lead_terms, term=7, commit=3))
     net.add(_raft_node(2, terms=terms, term=7, commit=3))
@@ -516,7 +436,7 @@ def test_raft_leader_commits_only_own_term_by_counting(index, commit):
 
 def test_raft_deposed_leader_loses_its_uncommitted_tail():
     """§5.3: what only the isolated leader holds is overwritten by the newer term."""
-    net = _RaftNetwork(5)
+    net = _raft_network(5)
     net.elect(1)
     net.isolate(1)
     net.propose(1, b"lost")
@@ -530,7 +450,7 @@ def test_raft_deposed_leader_loses_its_uncommitted_tail():
 
 def test_raft_member_with_a_higher_term_comes_back():
     """It was cut off and campaigned in vain: its answer deposes the leader, and all go on."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     net.elect(1)
     net.isolate(3)
     net.tick(3, 60)
@@ -545,7 +465,7 @@ def test_raft_member_with_a_higher_term_comes_back():
 
 def test_raft_lost_appends_are_found_by_heartbeats():
     """The leader sent ahead and nothing arrived: the next heartbeat answer repairs it."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     net.elect(1)
     net.drop(MsgType.APP)
     net.propose(1, b"a")
@@ -618,7 +538,7 @@ def test_raft_readys_overlap_on_their_way_to_the_disk():
 
 def test_raft_single_member_applies_after_its_own_write():
     """Alone: elected at once, commits with its own disk, sends nothing."""
-    net = _RaftNetwork(1)
+    net = _raft_network(1)
     net.elect(1)
     node = net.nodes[1]
     node.propose(Entry(data=b"x"))
@@ -635,7 +555,7 @@ def test_raft_bootstrap_hands_out_its_first_entries_as_committed():
     """Spec §9.3: HardState {1, 0, n} and n ConfChange entries, without any message."""
     trace: List[str] = []
     entries = [_raft_conf_entry(index, index) for index in (1, 2, 3)]
-    node = RawNode.bootstrap(_raft_config(1, trace), entries)
+    node = RawNode.bootstrap(_raft_config(1, trace=trace.append), entries)
     assert node.raft.voters == (1, 2, 3)
     ready = node.ready()
     assert (ready.hard_state, ready.entries) == (HardState(1, 0, 3), entries)
@@ -763,7 +683,7 @@ def test_raft_proposal_without_leader_is_dropped(role):
 
 def test_raft_proposed_entry_is_the_one_that_comes_back():
     """On the leader the very object is appended, so what is cached on it survives."""
-    net = _RaftNetwork(1)
+    net = _raft_network(1)
     net.elect(1)
     request = pyetcd.Request(id=7)
     entry = Entry(data=b"x", request=request)
@@ -791,7 +711,7 @@ def test_raft_too_many_uncommitted_bytes_refuse_proposals():
 
 def test_raft_proposals_of_a_turn_leave_in_one_message_per_peer():
     """Peers at the same point share the very list, which a transport may encode once."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     node = net.elect(1)
     for number in range(100):
         node.propose(Entry(data=b"%d" % number))
@@ -803,13 +723,11 @@ def test_raft_proposals_of_a_turn_leave_in_one_message_per_peer():
 
 def test_raft_messages_are_cut_by_size_and_acks_pull_the_rest():
     """One MsgApp per turn; a backlog follows as fast as it is answered."""
-    net = _RaftNetwork(3, max_entries_bytes=100)
+    net = _raft_network(3, max_entries_bytes=100)
     node = net.elect(1)
     node.propose(*[Entry(data=b"x") for _ in range(6)])
-    ready = _raft_sync(node)
-    assert [len(m.entries) for m in ready.messages] == [2, 2]
-    for message in ready.messages + ready.held:
-        net.nodes[message.to].step(message)
+    net.ready(net.members[1])
+    assert [len(m.entries) for m in net.wire] == [2, 2]
     net.settle()
     assert [len(applied) for applied in net.applied.values()] == [6, 6, 6]
 
@@ -863,14 +781,14 @@ def test_raft_answer_beyond_the_leaders_log_is_ignored():
 # --- snapshots ----------------------------------------------------------------
 
 
-def _raft_lagging() -> _RaftNetwork:
+def _raft_lagging() -> RaftNetwork:
     """Member 3 missed entries that the others have compacted."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     net.elect(1)
     net.isolate(3)
     for data in (b"a", b"b", b"c"):
         net.propose(1, data)
-    net.snapshot(1)
+    net.members[1].compact()
     net.recover()
     return net
 
@@ -888,10 +806,11 @@ def test_raft_lagging_follower_gets_a_snapshot_then_entries():
 def test_raft_snapshot_waits_until_there_is_one_and_the_peer_answers():
     """No source, or a silent peer: nothing is sent, and nothing is lost."""
     net = _raft_lagging()
-    kept = net.snapshots.pop(1)
+    disk = net.members[1].disk
+    kept, disk.snapshot = disk.snapshot, Snapshot()
     net.tick(1, 2)
     assert net.applied[3] == []
-    net.snapshots[1] = kept
+    disk.snapshot = kept
     net.nodes[1].report_unreachable(3)
     net.drop(MsgType.HEARTBEAT_RESP)
     net.propose(1, b"d")
@@ -999,10 +918,10 @@ def test_raft_committed_change_must_be_applied_before_campaigning():
 
 def test_raft_member_joins_by_log():
     """Added while empty: it is brought up to date and counts."""
-    net = _RaftNetwork(1)
+    net = _raft_network(1)
     net.elect(1)
     net.propose(1, b"a")
-    net.add(RawNode(_raft_config(2, net.trace)))
+    net.add(RawNode(_raft_config(2)))
     net.nodes[1].propose_conf_change(_raft_change(ConfChangeType.ADD_NODE, 2))
     net.settle()
     net.tick(1, 2)
@@ -1012,7 +931,7 @@ def test_raft_member_joins_by_log():
 
 def test_raft_removal_shrinks_the_quorum_and_commits():
     """Entries that waited for the removed member's answer are committed at once."""
-    net = _RaftNetwork(2)
+    net = _raft_network(2)
     node = net.elect(1)
     node.propose_conf_change(_raft_change(ConfChangeType.REMOVE_NODE, 2))
     node.propose(Entry(data=b"x"))
@@ -1027,7 +946,7 @@ def test_raft_removal_shrinks_the_quorum_and_commits():
 
 def test_raft_removed_member_proposes_no_more():
     """Its own removal was applied; forwarded proposals are dropped as well."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     node = net.elect(1)
     node.propose_conf_change(_raft_change(ConfChangeType.REMOVE_NODE, 1))
     net.settle()
@@ -1052,7 +971,7 @@ def test_raft_update_and_learner_leave_the_voters():
 
 def test_raft_transfer_goes_to_a_complete_follower_at_once():
     """Thesis §3.10: TimeoutNow, then an election with the transfer's context."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     net.elect(1)
     net.nodes[1].transfer_leader(3)
     with pytest.raises(ProposalDropped):
@@ -1064,7 +983,7 @@ def test_raft_transfer_goes_to_a_complete_follower_at_once():
 
 def test_raft_transfer_waits_for_the_log_and_gives_up_in_time():
     """First the missing entries; without success the leader serves on after E ticks."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     net.elect(1)
     net.isolate(3)
     net.propose(1, b"a")
@@ -1079,7 +998,7 @@ def test_raft_transfer_waits_for_the_log_and_gives_up_in_time():
 
 def test_raft_leader_without_a_majority_steps_down():
     """Thesis §6.2: cut off from the majority it serves nobody; with one answer it stays."""
-    net = _RaftNetwork(5)
+    net = _raft_network(5)
     leader = net.elect(1)
     net.cut(1, 2), net.cut(1, 3)
     net.tick(1, 40)
@@ -1091,8 +1010,8 @@ def test_raft_leader_without_a_majority_steps_down():
         leader.propose(Entry(data=b"x"))
 
 
-def _raft_pre_voting(count: int) -> _RaftNetwork:
-    net = _RaftNetwork(count)
+def _raft_pre_voting(**options: Any) -> RaftNetwork:
+    net = _raft_network(3, **options)
     net.elect(1)
     for node in net.nodes.values():
         node.raft.pre_vote = True
@@ -1101,7 +1020,7 @@ def _raft_pre_voting(count: int) -> _RaftNetwork:
 
 def test_raft_pre_vote_keeps_the_term_of_a_member_that_was_away():
     """Thesis §9.6: whoever cannot win asks in vain, and disturbs nobody when it is back."""
-    net = _raft_pre_voting(3)
+    net = _raft_pre_voting()
     net.isolate(3)
     for _ in range(30):
         net.tick(1), net.tick(3, 2)
@@ -1116,7 +1035,8 @@ def test_raft_pre_vote_keeps_the_term_of_a_member_that_was_away():
 
 def test_raft_pre_vote_elects_when_the_leader_is_gone():
     """A majority that hears no leader grants, and the real election follows at once."""
-    net = _raft_pre_voting(3)
+    trace: List[str] = []
+    net = _raft_pre_voting(trace=trace.append)
     net.propose(1, b"a")
     net.isolate(1)
     for node in net.nodes.values():
@@ -1125,12 +1045,12 @@ def test_raft_pre_vote_elects_when_the_leader_is_gone():
     net.settle()
     assert net.nodes[2].raft.role is RaftRole.LEADER
     assert net.nodes[3].raft.lead == 2
-    assert any("became pre-candidate" in line for line in net.trace)
+    assert any("became pre-candidate" in line for line in trace)
 
 
 def test_raft_pre_vote_is_refused_for_an_older_log_and_ends_the_asking():
     """A majority of refusals: follower again, at the same term, with another timeout."""
-    net = _raft_pre_voting(3)
+    net = _raft_pre_voting()
     net.isolate(3)
     net.propose(1, b"a")
     net.recover()
@@ -1160,7 +1080,7 @@ def test_raft_pre_vote_answers(term, reject, role, after):
 @pytest.mark.parametrize("reader", [1, 3])
 def test_raft_read_index_is_the_commit_index_of_a_confirmed_leader(reader):
     """Thesis §6.4: asked of the leader or through a follower, answered after a round."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     leader = net.elect(1)
     net.propose(1, b"a")
     net.nodes[reader].read_index(b"one")
@@ -1171,7 +1091,7 @@ def test_raft_read_index_is_the_commit_index_of_a_confirmed_leader(reader):
 
 def test_raft_read_index_of_a_deposed_leader_is_never_confirmed():
     """It does not know that it was deposed, but nobody confirms; not even when it is back."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     old = net.elect(1)
     net.isolate(1)
     net.elect(2)
@@ -1197,7 +1117,7 @@ def test_raft_read_index_waits_for_the_first_commit_of_the_term():
 
 def test_raft_read_index_counts_answers_to_its_own_question_only():
     """A late answer to an earlier heartbeat proves nothing; a later question answers earlier."""
-    net = _RaftNetwork(3)
+    net = _raft_network(3)
     node = net.elect(1)
     net.isolate(1)
     node.read_index(b"1"), node.read_index(b"2")

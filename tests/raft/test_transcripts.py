@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import random
-from typing import Callable, Dict, List, Sequence, Set, Tuple
+from typing import Any, Callable, List
 
 import pytest
 
-import pyetcd
-from pyetcd import (
-    ConfChangeType,
-    Entry,
-    HardState,
-    Message,
-    MsgType,
-    ProposalDropped,
-    RaftConfig,
-    RaftRole,
-    RawNode,
-    Ready,
-    Snapshot,
-)
-from tests.kit.raft_network import _raft_change, _raft_conf_entry, _raft_node
+from pyetcd import ConfChangeType, Entry, Message, MsgType, ProposalDropped, Raft, RaftRole, RawNode
+from tests.kit.raft_network import RaftMember, RaftNetwork, _raft_change, _raft_config, _raft_node
 
 
-class _RaftStage:
+class _RaftStage(RaftNetwork):
     """Plays a script, one command per line, and writes what the members do.
 
-    members N | campaign I | propose I DATA | tick I COUNT | step (deliver all once) |
-    ready I | sync I (oldest Ready becomes durable) | apply I | lose I (messages to I)
+    members N | campaign I | propose I DATA | step (deliver all once) | ready I |
+    sync I (oldest Ready becomes durable) | apply I | lose I (messages to I)
     """
 
-    def __init__(self) -> None:
-        self.nodes: Dict[int, RawNode] = {}
-        self.unsynced: Dict[int, List[Ready]] = {}
-        self.wire: List[Message] = []
-        self.lines: List[str] = []
-
     def play(self, script: str) -> str:
+        self.lines: List[str] = []
         for line in script.strip().splitlines():
             command, *words = line.split()
             self.lines.append("> " + " ".join((command, *words)))
@@ -49,34 +31,29 @@ class _RaftStage:
         self.lines.append("  " + text)
 
     def do_members(self, count: str) -> None:
-        for member in range(1, int(count) + 1):
-            node = _raft_node(member, range(1, int(count) + 1))
-            node.raft.config = node.raft.config._replace(trace=self.note)
-            self.nodes[member] = node
-            self.unsynced[member] = []
+        for id in range(1, int(count) + 1):
+            self.add(_raft_node(id, range(1, int(count) + 1), trace=self.note))
+        self.lines[1:] = []             # the lines of the start
 
-    def do_campaign(self, member: str) -> None:
-        self.nodes[int(member)].campaign()
+    def do_campaign(self, id: str) -> None:
+        self.nodes[int(id)].campaign()
 
-    def do_propose(self, member: str, data: str) -> None:
-        self.nodes[int(member)].propose(Entry(data=data.encode()))
-
-    def do_tick(self, member: str, count: str) -> None:
-        self.nodes[int(member)].tick(int(count))
+    def do_propose(self, id: str, data: str) -> None:
+        self.nodes[int(id)].propose(Entry(data=data.encode()))
 
     def do_step(self) -> None:
         wire, self.wire = self.wire, []
         for message in wire:
             self.note(self.show(message))
-            self.nodes[message.to].step(message)
+            self.hand(message)
 
-    def do_lose(self, member: str) -> None:
-        self.wire = [message for message in self.wire if message.to != int(member)]
+    def do_lose(self, id: str) -> None:
+        self.wire = [message for message in self.wire if message.to != int(id)]
 
-    def do_ready(self, member: str) -> None:
-        ready = self.nodes[int(member)].ready()
-        self.unsynced[int(member)].append(ready)
-        self.wire += ready.messages
+    def do_ready(self, id: str) -> None:
+        member = self.members[int(id)]
+        self.ready(member)
+        ready = member.unsynced[-1]
         if ready.hard_state:
             self.note("hard state term %d vote %d commit %d" % ready.hard_state)
         if ready.entries:
@@ -85,16 +62,13 @@ class _RaftStage:
             for message in messages:
                 self.note(f"{verb} {self.show(message)}")
 
-    def do_sync(self, member: str) -> None:
-        ready = self.unsynced[int(member)].pop(0)
-        self.nodes[int(member)].persisted(ready.mark)
-        self.wire += ready.held
+    def do_sync(self, id: str) -> None:
+        self.sync(self.members[int(id)])
 
-    def do_apply(self, member: str) -> None:
-        node = self.nodes[int(member)]
-        for entry in node.committed_entries():
+    def do_apply(self, id: str) -> None:
+        for entry in self.nodes[int(id)].committed_entries():
             self.note(f"apply {entry.term}/{entry.index} {entry.data.decode() or '-'}")
-            node.applied_to(entry.index)
+        self.members[int(id)].apply()
 
     @staticmethod
     def show(message: Message) -> str:
@@ -264,96 +238,24 @@ def test_raft_transcript(golden: str):
 # --- a seeded storm: loss, delay, duplicates, disorder, crashes -------------------
 
 
-class _RaftDisk:
-    """What survives a crash of one member."""
-
-    def __init__(self) -> None:
-        self.hard_state = HardState()
-        self.snapshot = Snapshot()
-        self.entries: List[Entry] = []
-
-    @property
-    def last_index(self) -> int:
-        return self.snapshot.index + len(self.entries)
-
-    def save_snapshot(self, snapshot: Snapshot) -> None:
-        """Entries at or below it go; those behind stay only if they continue it."""
-        kept = [entry for entry in self.entries if entry.index > snapshot.index]
-        at = [entry.term for entry in self.entries if entry.index == snapshot.index]
-        self.entries = kept if at == [snapshot.term] else []
-        self.snapshot = snapshot
-
-    def save(self, ready: Ready) -> None:
-        if ready.snapshot is not None:
-            self.save_snapshot(ready.snapshot)
-        if ready.entries:
-            first = ready.entries[0].index
-            assert self.snapshot.index < first <= self.last_index + 1, "a gap in the WAL"
-            self.entries = [*self.entries[:first - self.snapshot.index - 1], *ready.entries]
-        if ready.hard_state is not None:
-            assert ready.hard_state[::2] >= self.hard_state[::2], "term or commit went back"
-            self.hard_state = ready.hard_state
-
-
-class _RaftStormMember:
-    """A RawNode with its disk, and a state machine that chains what it applies."""
-
-    def __init__(self, member: int, voters: Sequence[int], rng: random.Random) -> None:
-        self.id = member
-        self.rng = rng
-        self.disk = _RaftDisk()
-        entries = [_raft_conf_entry(position, voter) for position, voter in enumerate(voters, 1)]
-        if member in voters:
-            self.start(RawNode.bootstrap(self.config(), entries))
-            ready = self.node.ready()       # a member without these would start anew, not restart
-            self.disk.save(ready)
-            self.node.persisted(ready.mark)
-        else:
-            self.start(RawNode(self.config()))
-
-    def config(self) -> RaftConfig:
-        return RaftConfig(
-            id=self.id, rng=self.rng, trace=lambda line: None, election_ticks=5,
-            max_entries_bytes=130, max_inflight=3,
-        )
-
-    def start(self, node: RawNode) -> None:
-        self.node = node
-        self.unsynced: List[Ready] = []
-        self.seen_commit = self.disk.snapshot.index
-        node.raft.replication.snapshot_source = lambda peer: (
-            self.disk.snapshot if self.disk.snapshot.index else None)
-
-    def crash(self) -> None:
-        disk = self.disk
-        self.start(RawNode(
-            self.config(), hard_state=disk.hard_state, snapshot=disk.snapshot,
-            entries=list(disk.entries),
-        ))
-
-
-class _RaftStorm:
-    """Random events from one seed; what Raft promises is checked after every one (fig. 3.2)."""
+class _RaftStorm(RaftNetwork):
+    """Random events from one seed."""
 
     def __init__(self, seed: int, voters: int, joiners: int = 0) -> None:
         self.rng = random.Random(seed)
-        first = range(1, voters + 1)
-        self.members = {
-            member: _RaftStormMember(member, first, self.rng)
-            for member in range(1, voters + joiners + 1)
-        }
+        options = {
+            "rng": self.rng, "election_ticks": 5, "max_entries_bytes": 130, "max_inflight": 3}
+        super().__init__(voters, **options)
+        for id in range(voters + 1, voters + joiners + 1):
+            self.add(RawNode(_raft_config(id, **options)))
         self.changing = joiners > 0
-        self.wire: List[Message] = []
-        self.down: Set[Tuple[int, int]] = set()
         self.proposed = 0
-        self.leaders: Dict[int, int] = {}                       # term -> leader
-        self.votes: Dict[Tuple[int, int], int] = {}             # (term, voter) -> candidate
-        self.committed: Dict[int, Entry] = {}                   # index -> entry
-        self.events: List[Callable[[_RaftStormMember], None]] = []
+        self.events: List[Callable[[RaftMember], Any]] = []
         for weight, event in (
-            (90, self.tick), (80, self.ready), (80, self.sync), (120, self.deliver),
-            (30, self.propose), (30, self.apply), (1, self.crash), (1, self.compact),
-            (1, self.cut), (20, self.change), (1, self.transfer),
+            (90, lambda member: member.node.tick()), (80, self.ready), (80, self.sync_some),
+            (120, self.deliver), (30, self.propose_some), (30, self.apply_some),
+            (1, RaftMember.crash), (1, self.compact), (1, self.cut_some), (20, self.change),
+            (1, self.transfer),
         ):
             self.events += [event] * weight
 
@@ -367,30 +269,10 @@ class _RaftStorm:
 
     # events
 
-    def tick(self, member: _RaftStormMember) -> None:
-        member.node.tick()
+    def sync_some(self, member: RaftMember) -> None:
+        self.sync(member, self.rng.randint(1, 3))
 
-    def ready(self, member: _RaftStormMember) -> None:
-        if member.node.has_ready():
-            ready = member.node.ready()
-            member.unsynced.append(ready)
-            self.wire += ready.messages
-
-    def sync(self, member: _RaftStormMember) -> None:
-        """One or more Readys become durable at once, in order."""
-        count = self.rng.randint(1, 3)
-        batch, member.unsynced = member.unsynced[:count], member.unsynced[count:]
-        for ready in batch:
-            member.disk.save(ready)
-            for message in ready.held:
-                self.check_promise(member, message)
-        for ready in batch:
-            member.node.persisted(ready.mark)
-            self.wire += ready.held
-            if ready.snapshot is not None and member.node.raft.log.applied < ready.snapshot.index:
-                member.node.applied_to(ready.snapshot.index)
-
-    def deliver(self, member: _RaftStormMember) -> None:
+    def deliver(self, member: RaftMember) -> None:
         for _ in range(min(len(self.wire), 4)):
             self.deliver_one(self.rng.randrange(len(self.wire)))
 
@@ -402,7 +284,7 @@ class _RaftStorm:
             self.wire[position] = self.wire[-1]
             self.wire.pop()
         sender = self.members[message.sender].node
-        lost = fate > 0.95 or (message.sender, message.to) in self.down
+        lost = fate > 0.95 or (message.sender, message.to) in self.cuts
         if message.type == MsgType.SNAP:
             sender.report_snapshot(message.to, not lost)
         if not lost:
@@ -410,13 +292,7 @@ class _RaftStorm:
         elif self.rng.random() < 0.5:
             sender.report_unreachable(message.to)
 
-    def hand(self, message: Message) -> None:
-        target = self.members[message.to]
-        with contextlib.suppress(ProposalDropped):
-            target.node.step(message)
-        self.check(target)
-
-    def propose(self, member: _RaftStormMember) -> None:
+    def propose_some(self, member: RaftMember) -> None:
         entries = []
         for _ in range(self.rng.randint(1, 3)):
             self.proposed += 1
@@ -424,36 +300,26 @@ class _RaftStorm:
         with contextlib.suppress(ProposalDropped):
             member.node.propose(*entries)
 
-    def apply(self, member: _RaftStormMember) -> None:
-        for entry in member.node.committed_entries(self.rng.randint(1, 5)):
-            assert entry.index <= member.disk.last_index, "applied before it was durable"
-            if entry.type:
-                member.node.apply_conf_change(pyetcd.decode_conf_change(entry.data))
-            member.node.applied_to(entry.index)
+    def apply_some(self, member: RaftMember) -> None:
+        member.apply(self.rng.randint(1, 5))
 
-    def crash(self, member: _RaftStormMember) -> None:
-        member.crash()
-
-    def compact(self, member: _RaftStormMember) -> None:
-        """Snapshot at the applied index; keep a few entries in memory."""
+    def compact(self, member: RaftMember) -> None:
         log = member.node.raft.log
         if log.applied > max(member.disk.snapshot.index, log.offset):
-            member.disk.save_snapshot(
-                Snapshot(b"", member.node.raft.voters, log.applied, log.term(log.applied)))
-            member.node.compact(log.applied - self.rng.randint(0, 5))
+            member.compact(kept=self.rng.randint(0, 5))
 
-    def cut(self, member: _RaftStormMember) -> None:
+    def cut_some(self, member: RaftMember) -> None:
         """All is well, or one way is cut as well, or one member is alone."""
         fate = self.rng.random()
         if fate < 0.4:
-            self.down.clear()
+            self.cuts.clear()
         elif fate < 0.7:
-            self.down |= {(member.id, self.rng.choice(list(self.members)))}
+            self.cuts |= {(member.id, self.rng.choice(list(self.members)))}
         else:
-            self.down = {way for other in self.members
-                         for way in ((member.id, other), (other, member.id))}
+            self.cuts.clear()
+            self.isolate(member.id)
 
-    def change(self, member: _RaftStormMember) -> None:
+    def change(self, member: RaftMember) -> None:
         """Only a leader asks: it knows the voters, and must not remove the last but one, which
         could leave the last one waiting for ever for the vote of the removed (thesis §4.2.2)."""
         if self.changing and member.node.raft.role is RaftRole.LEADER:
@@ -464,62 +330,30 @@ class _RaftStorm:
             with contextlib.suppress(ProposalDropped):
                 member.node.propose_conf_change(_raft_change(kind, target))
 
-    def transfer(self, member: _RaftStormMember) -> None:
+    def transfer(self, member: RaftMember) -> None:
         member.node.transfer_leader(self.rng.choice(list(self.members)))
-
-    # what must always hold
-
-    def check(self, member: _RaftStormMember) -> None:
-        raft = member.node.raft
-        if raft.role is RaftRole.LEADER:
-            assert self.leaders.setdefault(raft.term, raft.id) == raft.id, "two leaders in a term"
-        log = raft.log
-        if log.commit > member.seen_commit:
-            start = max(member.seen_commit, log.offset)
-            if start == log.offset and start in self.committed:
-                assert self.committed[start].term == log.term(start), "snapshot differs"
-            for entry in log.slice(start + 1, log.commit + 1):
-                known = self.committed.setdefault(entry.index, entry)
-                assert known is entry or known == entry, f"committed {known} became {entry}"
-            member.seen_commit = log.commit
-
-    def check_promise(self, member: _RaftStormMember, message: Message) -> None:
-        if message.type == MsgType.APP_RESP and not message.reject:
-            assert message.index <= member.disk.last_index, "answer for what is not on disk"
-        if message.type == MsgType.VOTE_RESP and not message.reject:
-            vote = self.votes.setdefault((message.term, member.id), message.to)
-            assert vote == message.to, "two votes in a term"
-            assert member.disk.hard_state.term >= message.term
-
-    def check_logs(self) -> None:
-        """Log matching: equal (index, term) means that all before is equal."""
-        logs = [member.node.raft.log for member in self.members.values()]
-        for position, one in enumerate(logs):
-            for other in logs[:position]:
-                low, high = max(one.offset, other.offset), min(one.last_index, other.last_index)
-                while high > low and one.term(high) != other.term(high):
-                    high -= 1
-                if high > low:
-                    assert one.slice(low + 1, high + 1) == other.slice(low + 1, high + 1)
 
     # and in the end all is well
 
     def heal(self) -> None:
         """A good network again: within some elections a new entry is applied everywhere."""
-        self.down.clear()
+        self.cuts.clear()
         for message in self.wire:
             if message.type == MsgType.SNAP:
                 self.members[message.sender].node.report_snapshot(message.to, False)
         self.wire.clear()
         for _ in range(3000):
             self.calm_turn()
-            leaders = [m for m in self.members.values() if m.node.raft.role is RaftRole.LEADER]
-            lead = max(leaders, key=lambda m: m.node.raft.term, default=None)
-            if lead is not None and lead.node.raft.log.commit == lead.node.raft.log.last_index:
-                voters = [self.members[voter].node.raft for voter in lead.node.raft.voters]
-                if {raft.log.applied for raft in voters} == {lead.node.raft.log.last_index}:
+            lead = max(self.leading(), key=lambda raft: raft.term, default=None)
+            if lead is not None and lead.log.commit == lead.log.last_index:
+                voters = [self.members[voter].node.raft for voter in lead.voters]
+                if {raft.log.applied for raft in voters} == {lead.log.last_index}:
                     return
         raise AssertionError("no progress on a good network")
+
+    def leading(self) -> List[Raft]:
+        rafts = [node.raft for node in self.nodes.values()]
+        return [raft for raft in rafts if raft.role is RaftRole.LEADER]
 
     def calm_turn(self) -> None:
         for member in self.members.values():
@@ -528,12 +362,11 @@ class _RaftStorm:
             for _ in range(3):
                 self.ready(member)
                 while member.unsynced:
-                    self.sync(member)
-                self.apply(member)
+                    self.sync_some(member)
+                self.apply_some(member)
             self.check(member)
         wire, self.wire = self.wire, []
-        leaders = [m.node.raft for m in self.members.values()
-                   if m.node.raft.role is RaftRole.LEADER]
+        leaders = self.leading()
         voters = max(leaders, key=lambda raft: raft.term).voters if leaders else self.members
         for message in wire:
             # A transport refuses removed members; they could campaign for ever.

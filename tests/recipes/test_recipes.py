@@ -20,15 +20,14 @@ import pytest
 import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import manual_code
-from tests.kit.client_network import _net_black_hole
+from tests.kit.basics import eventually, manual_code
 from tests.kit.clients import (
     _CLIENT_WAIT_S,
     _client_background,
     _client_dead_url,
-    _client_eventually,
     _client_python,
     _ClientRawServer,
+    _net_black_hole,
 )
 
 
@@ -123,7 +122,7 @@ def test_recipe_lease_outlives_its_ttl_wakes_nobody_and_goes_with_stop(_recipe_c
     key = _client_dir + "/k"
     with pyetcd_client.Lease(_recipe_client, key, "me", ttl=1) as lease:
         made = _recipe_client.get(key)
-        _client_eventually(lambda: _recipe_client.get(key).modified_index > made.modified_index + 3)
+        eventually(lambda: _recipe_client.get(key).modified_index > made.modified_index + 3)
         assert lease.alive
         found = _recipe_client.get(key)
         names = [t.name for t in threading.enumerate() if t.name.startswith("pyetcd-")]
@@ -275,7 +274,7 @@ def test_recipe_lock_is_given_in_order_with_rising_tokens(_recipe_client, _clien
         first = locks[0].token
         for number, lock in enumerate(locks[1:]):
             stack.enter_context(_client_background(work, lock))
-            _client_eventually(lambda n=number: len(locks[0].contenders()) == n + 2)
+            eventually(lambda n=number: len(locks[0].contenders()) == n + 2)
         assert locks[0].release() is True
     tokens = [first, *(token for _, token in order)]
     assert [number for number, _ in order] == [1, 2, 3]
@@ -296,10 +295,10 @@ def test_recipe_lock_release_wakes_only_the_next(_recipe_client, _client_server,
         lock.acquire()
         for number, client in enumerate(clients):
             stack.enter_context(_client_background(work, client))
-            _client_eventually(lambda n=number: len(lock.contenders()) == n + 2)
-        _client_eventually(lambda: all(client.count("GET") == 1 for client in clients))
+            eventually(lambda n=number: len(lock.contenders()) == n + 2)
+        eventually(lambda: all(client.count("GET") == 1 for client in clients))
         lock.release()
-        _client_eventually(lambda: clients[0].count("GET") == 2)
+        eventually(lambda: clients[0].count("GET") == 2)
         gets = [client.count("GET") for client in clients]
         go_on.set()
     assert gets == [2, 1, 1, 1, 1]
@@ -312,7 +311,7 @@ def test_recipe_lock_who_gives_up_leaves_nothing(
         assert lock.acquire(blocking=False) is False
         assert lock.acquire(timeout=0.05) is False
         with _client_background(lock.acquire) as outcome:
-            _client_eventually(lambda: len(held.contenders()) == 2)
+            eventually(lambda: len(held.contenders()) == 2)
             lock.cancel()
         assert outcome == [False]
 
@@ -335,7 +334,7 @@ def test_recipe_lock_is_known_to_be_lost_before_another_gets_it(
             assert not lock.is_held
             with pytest.raises(pyetcd_client.LockExpired):
                 lock.check()
-        _client_eventually(lambda: lost)
+        eventually(lambda: lost)
         _recipe_client.fault = lambda call: None
     assert lost == [(False, 0)]
 
@@ -354,9 +353,9 @@ def test_recipe_lock_waiter_that_was_removed_stands_in_line_again(_recipe_client
     held, lock = (_recipe_lock(_recipe_client, _client_dir, ttl=1) for _ in range(2))
     held.acquire()
     with _client_background(lock.acquire) as outcome:
-        entry = _client_eventually(lambda: _recipe_client.ls(held.path)[1:])[0]
+        entry = eventually(lambda: _recipe_client.ls(held.path)[1:])[0]
         _recipe_client.delete(entry.key)
-        _client_eventually(lambda: [node for node in _recipe_client.ls(held.path)[1:]
+        eventually(lambda: [node for node in _recipe_client.ls(held.path)[1:]
                                     if node.key != entry.key])
         held.release()
     assert outcome == [True]
@@ -410,10 +409,10 @@ def test_recipe_lock_stands_in_one_line_with_python_etcd(
         assert theirs.acquire(blocking=False) is False
     assert theirs.acquire() is True
     with _client_background(ours.acquire) as outcome:
-        _client_eventually(lambda: len(theirs.client.read(ours.path)._children) == 2)
+        eventually(lambda: len(theirs.client.read(ours.path)._children) == 2)
         before = _recipe_client.count("GET")
         assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
-        _client_eventually(lambda: _recipe_client.count("GET") > before)
+        eventually(lambda: _recipe_client.count("GET") > before)
         assert outcome == [] and len(ours.contenders()) == 2
         theirs.release()
     assert outcome == [True] and ours.release()
@@ -423,10 +422,10 @@ def test_recipe_lock_threads_that_share_it_exclude_each_other(_recipe_client, _c
     lock = _recipe_lock(_recipe_client, _client_dir)
     with lock:
         with _client_background(lock.acquire, False) as outcome:
-            _client_eventually(lambda: outcome)
+            eventually(lambda: outcome)
         assert outcome == [False]
         with _client_background(lock.acquire, True, None, 0.05) as outcome:
-            _client_eventually(lambda: outcome)
+            eventually(lambda: outcome)
         assert outcome == [False] and lock.is_held
         assert lock.contenders() == [lock.uuid]
 
@@ -470,7 +469,7 @@ def test_recipe_rwlock_readers_share_and_writers_do_not(_recipe_client, _client_
         writer = both.write_lock()
         assert writer.acquire(blocking=False) is False
         with _client_background(writer.acquire) as outcome:
-            _client_eventually(lambda: len(first.contenders()) == 3)
+            eventually(lambda: len(first.contenders()) == 3)
             # A reader that comes after a writer waits for it.
             assert both.read_lock().acquire(timeout=0.05) is False
             assert outcome == []
@@ -488,12 +487,12 @@ def test_recipe_semaphore_lets_in_as_many_as_its_limit(_recipe_client, _client_d
         outcomes = []
         for number, unit in enumerate(units[2:]):
             outcomes.append(stack.enter_context(_client_background(unit.acquire)))
-            _client_eventually(lambda n=number: len(units[0].contenders()) == n + 3)
+            eventually(lambda n=number: len(units[0].contenders()) == n + 3)
         assert not any(outcomes)
         for released in range(4):               # out of order: what counts is the number
             units[(1, 0, 3, 2)[released]].release()
             # Sooner than WAIT_SLICE_S, after which a waiter looks without having been woken.
-            _client_eventually(lambda n=released: outcomes[n] == [True])
+            eventually(lambda n=released: outcomes[n] == [True])
             assert sum(unit.is_held for unit in units) == 2
     assert [unit.release() for unit in units[4:]] == [True, True]
 
@@ -514,7 +513,7 @@ def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_serve
         assert next(seen) is None
         assert first.campaign() and first.is_leader
         with _client_background(second.campaign) as outcome:
-            _client_eventually(lambda: len(first.contenders()) == 2)
+            eventually(lambda: len(first.contenders()) == 2)
             leaders = [next(seen)]
             assert outcome == [] and second.campaign(timeout=0.01) is False
             first.resign()
@@ -586,12 +585,12 @@ def test_recipe_queue_item_wakes_one_of_the_waiting(_recipe_client, _client_serv
         for number, client in enumerate(clients):
             consumer = pyetcd_client.Queue(client, _client_dir)
             outcomes.append(stack.enter_context(_client_background(consumer.get)))
-            _client_eventually(lambda n=number: len(line.contenders()) == n + 1)
-        _client_eventually(lambda: clients[2].count("GET") == 2)
+            eventually(lambda n=number: len(line.contenders()) == n + 1)
+        eventually(lambda: clients[2].count("GET") == 2)
         before = clients[2].count("GET")
         queue = pyetcd_client.Queue(_recipe_client, _client_dir)
         queue.put("a")
-        _client_eventually(lambda: outcomes[0])
+        eventually(lambda: outcomes[0])
         assert outcomes == [["a"], [], []] and clients[2].count("GET") == before
         queue.put("b"), queue.put("c")
     assert outcomes == [["a"], ["b"], ["c"]]
@@ -643,7 +642,7 @@ def test_recipe_double_barrier_rounds_begin_and_end_together(_recipe_client, _cl
             with barrier:
                 with lock:
                     inside.append((number, name))
-                _client_eventually(lambda n=number: sum(r == n for r, _ in inside) == 3)
+                eventually(lambda n=number: sum(r == n for r, _ in inside) == 3)
             with lock:
                 log.append((number, len(inside)))
 
@@ -722,11 +721,11 @@ def test_recipe_counter_can_be_cancelled():
         with Client(server.url) as client:
             counter = pyetcd_client.Counter(client, "k")
             with _client_background(add), _client_background(add):
-                _client_eventually(lambda: len(counter._scopes) == 2 and server.connections)
+                eventually(lambda: len(counter._scopes) == 2 and server.connections)
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     counter.add(timeout=0)
                 counter.cancel()
-                _client_eventually(lambda: ended == [False, False])
+                eventually(lambda: ended == [False, False])
 
 
 def test_recipe_counter_reads_a_number_that_others_wrote(_recipe_client, _client_dir):
@@ -812,8 +811,8 @@ def test_recipe_registry_lists_who_lives(_recipe_client, _client_dir):
         assert len(next(seen)) == 1
         _recipe_client.delete(first.key)        # it lists itself again
         assert missed.wait(_CLIENT_WAIT_S)
-        _client_eventually(lambda: registry.resolve("mail"))
-        assert _client_eventually(lambda: first.alive)
+        eventually(lambda: registry.resolve("mail"))
+        assert eventually(lambda: first.alive)
     assert registry.resolve("mail") == []
 
 
@@ -854,7 +853,7 @@ def test_recipe_deadline_holds_while_a_server_is_silent(wait, timeout, monkeypat
     with _ClientRawServer(_net_black_hole) as server, _recipe_no_threads(), \
             Client(server.url, total_timeout=3600, read_timeout=3600) as client:
         with _client_background(wait, client, "/d", timeout) as outcome:
-            _client_eventually(lambda: outcome)
+            eventually(lambda: outcome)
         assert isinstance(outcome[0], pyetcd_client.EtcdError) and server.requests
 
 
@@ -909,9 +908,9 @@ def test_recipe_every_wait_can_be_ended_from_another_thread(
             return wait(recipe, None)
 
     with _client_background(work) as outcome:
-        _client_eventually(lambda: recipe._scopes and next(iter(recipe._scopes)).waited)
+        eventually(lambda: recipe._scopes and next(iter(recipe._scopes)).waited)
         {"recipe": recipe.cancel, "scope": scope.cancel, "client": _recipe_client.close}[ender]()
-        _client_eventually(lambda: outcome)
+        eventually(lambda: outcome)
     if ender == "recipe":
         assert outcome == [nothing]
     else:
@@ -936,9 +935,9 @@ def test_recipe_iterators_end_when_they_are_closed(_recipe_client, _client_dir, 
                      pyetcd_client.ServiceRegistry(_recipe_client, _client_dir).watch("mail")):
         next(observed)
         with _client_background(lambda observed=observed: list(observed)) as outcome:
-            _client_eventually(lambda observed=observed: observed._scopes)
+            eventually(lambda observed=observed: observed._scopes)
             observed.close()
-            _client_eventually(lambda: outcome)
+            eventually(lambda: outcome)
         assert outcome == [[]]
 
 
@@ -952,7 +951,7 @@ def test_recipe_nothing_outlives_the_client(_recipe_client, _client_server, _cli
     assert lock.acquire() and lease.start().is_held
     client.close()
     with _recipe_no_threads():
-        _client_eventually(lambda: not any(
+        eventually(lambda: not any(
             thread.name.startswith("pyetcd-") for thread in threading.enumerate()))
     assert sorted(lost) == ["lease", "lock"] and not lock.is_held and not lease.alive
     assert isinstance(tree.error, pyetcd_client.Cancelled) and not tree.wait_for(1 << 60)
@@ -971,9 +970,9 @@ def test_recipe_release_does_not_wait_for_a_renewal_that_hangs(monkeypatch):
         assert lock.acquire()
         member.pause()
         with _client_background(lock.renew):
-            _client_eventually(lambda: lock._held._renewing.locked())
+            eventually(lambda: lock._held._renewing.locked())
             with _client_background(lock.release) as outcome:
-                _client_eventually(lambda: outcome)
+                eventually(lambda: outcome)
             client.close()
         member.resume()
     assert outcome == [True] and not lock.is_held
@@ -1058,7 +1057,7 @@ def test_recipe_lock_acquired_again_waits_unless_that_could_never_end(
             return lock.acquire(timeout=0.01)
         assert asyncio.run(task()) is False
         with _client_background(lock.acquire) as outcome:
-            _client_eventually(lambda: len(lock._scopes) == 1)
+            eventually(lambda: len(lock._scopes) == 1)
             assert not outcome and lock.release()
         assert outcome == [True] and lock.is_held
     assert lock.is_held                         # this block's hold was given up before
@@ -1099,7 +1098,7 @@ def test_recipe_lock_block_that_lost_it_does_not_release_what_another_thread_has
         _recipe_client.delete(lock.path, recursive=True)
         assert lost.wait(_CLIENT_WAIT_S)
         with _client_background(lock.acquire) as outcome:
-            _client_eventually(lambda: outcome)
+            eventually(lambda: outcome)
     assert outcome == [True] and lock.is_held and lock.release()
 
 
@@ -1305,7 +1304,7 @@ def test_recipe_cached_tree_is_of_one_moment_and_starts_again(_recipe_client, _c
             _recipe_client.delete(f"{_client_dir}/{number % 7}")
 
     with tree, _client_background(churn):
-        _client_eventually(lambda: len(changes) > 5)
+        eventually(lambda: len(changes) > 5)
         for _ in range(300):
             assert all(node.key == key for key, node in tree.items())
             assert len(tree.keys()) + len(tree.values()) >= 0
@@ -1331,7 +1330,7 @@ def test_recipe_cached_tree_survives_what_its_callback_raises(_recipe_client, _c
         for value in "ab":
             index = _recipe_client.set(_client_dir + "/k", value).modified_index
             assert tree.wait_for(index, _CLIENT_WAIT_S)
-        _client_eventually(lambda: len(caplog.records) == 2)
+        eventually(lambda: len(caplog.records) == 2)
         assert tree._thread.is_alive() and tree.error is None
 
 
@@ -1341,11 +1340,11 @@ def test_recipe_cached_tree_error_is_there_as_long_as_the_server_is_not():
         with pyetcd_client.CachedTree(client, "/c") as tree:
             assert tree.error is None
             member.kill()
-            assert isinstance(_client_eventually(lambda: tree.error), pyetcd_client.EtcdError)
+            assert isinstance(eventually(lambda: tree.error), pyetcd_client.EtcdError)
             member.start()
             index = client.set("/c/k", "2").modified_index
             assert tree.wait_for(index, _CLIENT_WAIT_S) and tree["/c/k"].value == "2"
-            _client_eventually(lambda: tree.error is None)
+            eventually(lambda: tree.error is None)
 
 
 def test_recipe_cached_tree_is_read_once_however_long_it_is_quiet(
@@ -1388,7 +1387,7 @@ def test_recipe_election_run_leads_while_the_function_runs(_recipe_client, _clie
     assert election.leader() is None
     with pyetcd_client.Election(_recipe_client, _client_dir), \
             _client_background(election.run, list) as outcome:
-        _client_eventually(lambda: len(election.contenders()) == 2)
+        eventually(lambda: len(election.contenders()) == 2)
         election.cancel()
     assert isinstance(outcome[0], pyetcd_client.LockExpired)
 
@@ -1418,13 +1417,13 @@ def test_recipe_watches_call_back_until_they_are_told_to_end(_recipe_client, _cl
         lambda value, node: data.append((value, node and node.key)))
     assert seen == [[]] and data == [(None, None)]
     _recipe_client.set(_client_dir + "/a", "1")
-    _client_eventually(lambda: seen[-1] == ["a"] and data[-1] == ("1", _client_dir + "/a"))
+    eventually(lambda: seen[-1] == ["a"] and data[-1] == ("1", _client_dir + "/a"))
     _recipe_client.delete(_client_dir + "/a")
-    _client_eventually(lambda: seen[-1] == [] and data[-1] == (None, None))
+    eventually(lambda: seen[-1] == [] and data[-1] == (None, None))
     _recipe_client.set(_client_dir + "/stop", "1")
-    _client_eventually(lambda: seen[-1] == ["stop"])
+    eventually(lambda: seen[-1] == ["stop"])
     watch.close()
-    _client_eventually(lambda: threading.active_count() and not any(
+    eventually(lambda: threading.active_count() and not any(
         t.name.startswith("pyetcd-watch") for t in threading.enumerate()))
     with pytest.raises(ValueError, match="already"):
         watch(print)
@@ -1602,7 +1601,7 @@ def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
 
     def finish():
         try:                            # on a busy machine the first results take longer
-            _client_eventually(lambda: end.is_set() or witness.spans["lock"] and witness.got)
+            eventually(lambda: end.is_set() or witness.spans["lock"] and witness.got)
         finally:
             end.set()
 
@@ -1633,7 +1632,7 @@ def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
     witness.check(pyetcd_client.Counter(client, directory + "/n").value)
     party = pyetcd_client.Party(client, directory + "/party")
     registry = pyetcd_client.ServiceRegistry(client, directory + "/services")
-    _client_eventually(lambda: not len(party) and not registry.resolve("storm"))
+    eventually(lambda: not len(party) and not registry.resolve("storm"))
     return len(witness.spans["lock"]), len(witness.got)
 
 
@@ -1646,43 +1645,28 @@ def test_recipe_storm_excludes_and_counts_and_hands_out_once(_client_server, _cl
     assert held and items
 
 
-@contextlib.contextmanager
-def _recipe_cluster(directory):
-    """Three members in this process; yields them by their ids."""
-    names = ("a", "b", "c")
-    servers = [pyetcd.Server(name=n, data_dir=str(directory / n), heartbeat_ms=50, election_ms=300)
-               for n in names]
-    try:
-        for server in servers:
-            server.bind()
-        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:      # each asks the others first
-            list(pool.map(lambda server: server.start(initial_cluster=initial), servers))
-        assert all(server.wait_ready(20) for server in servers)
-        yield {server.call(lambda etcd: etcd.member_id): server for server in servers}
-    finally:
-        for server in servers:
-            server.stop()
+def _recipe_chaotic(cluster, seed):
+    """Five clients that lose answers; each begins with another member."""
+    clients, urls = [], list(cluster.client_urls)
+    for number in range(5):
+        client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
+        client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
+        clients.append(client)
+    return clients
 
 
-def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
+def test_recipe_storm_survives_the_death_of_the_leader(monkeypatch):
     # Writes that are given up early are really on their way still, some in the old leader's log.
     monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", 0.5)
     seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
     print(f"PYETCD_RECIPE_SEED={seed}")
-    with _recipe_cluster(tmp_path) as servers, _recipe_no_threads():
-        urls = [server.client_urls[0] for server in servers.values()]
-        clients = []
-        for number in range(5):
-            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
-            rotated = urls[number % 3:] + urls[:number % 3]
-            client.endpoints = pyetcd_client.Endpoints(rotated)
-            clients.append(client)
+    with pyetcd.LocalCluster(3, heartbeat_ms=50, election_ms=300) as cluster, \
+            _recipe_no_threads():
+        clients = _recipe_chaotic(cluster, seed)
 
         def kill_leader(end):
             end.wait(0.5)
-            one = next(iter(servers.values()))
-            _client_eventually(lambda: servers.get(one.call(lambda etcd: etcd.lead))).kill()
+            cluster.wait_leader().kill()
             end.wait()
             monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
@@ -1714,12 +1698,7 @@ def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
         monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
     with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
-        urls = [member.client_url for member in cluster.members]
-        clients = []
-        for number in range(5):
-            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
-            client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
-            clients.append(client)
+        clients = _recipe_chaotic(cluster, seed)
         with pyetcd_client.CachedTree(clients[0], "/storm") as tree:
             with _recipe_postman(clients):
                 held, items = _recipe_storm(clients, "/storm", seconds, disturb)
