@@ -13404,7 +13404,7 @@ class WalWriter:
             return
         self._deferred = job
         if self._reactor.is_quiet:
-            self._sync_inline()
+            self._sync_inline(job)
         else:                           # messages to followers leave at the end of this turn
             self._reactor.call_soon(self._sync_alone)
 
@@ -13428,15 +13428,13 @@ class WalWriter:
 
     def _sync_alone(self) -> None:
         """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
-        if self._reactor.ready_sockets:
+        job = self._deferred
+        if job is None or self._reactor.ready_sockets:
             self._queue_deferred()
         else:
-            self._sync_inline()
+            self._sync_inline(job)
 
-    def _sync_inline(self) -> None:
-        job = self._deferred
-        if job is None:
-            return
+    def _sync_inline(self, job: WalJob) -> None:
         try:
             self._write_frames(job.data)
         except DiskFull:
