@@ -168,6 +168,25 @@ def test_journal_sim_members_that_sync_on_the_reactor(monkeypatch):
         assert _sim_scenario(seed, None).acknowledged, f"seed {seed}"
 
 
+def test_journal_syncs_of_the_turn_itself_keep_the_promises_of_raft(monkeypatch):
+    """The simulation, with half of the lone writes durable before submit() returns."""
+    submit, done = _SimWalWriter.submit, []
+
+    def submit_or_sync(writer, job):
+        is_plain = not (job.record or job.snapshot or job.cut or job.release_to)
+        alone = is_plain and not writer.waiting and writer._reactor.sim.rng.random() < 0.5
+        if alone and writer._try(lambda: writer._write_frames(job.data)):
+            done.append(job)
+            job.done()
+        else:
+            submit(writer, job)
+
+    monkeypatch.setattr(_SimWalWriter, "submit", submit_or_sync)
+    for seed in range(10):
+        assert _sim_scenario(seed, None).acknowledged, f"seed {seed}"
+    assert len(done) > 100
+
+
 def test_journal_disk_that_stalls_stops_its_leader_once(monkeypatch):
     """Its sync does not return: another leader takes over, and no acknowledged write is lost."""
     stalled, release, reactors = threading.Event(), threading.Event(), []
