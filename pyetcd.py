@@ -3872,7 +3872,7 @@ class Event:
     @property
     def is_created(self) -> bool:
         """True if the key is new: HTTP answers 201 instead of 200."""
-        return self.action == "create" or (self.action == "set" and self.prev is None)
+        return self.prev is None and self.action in ("create", "set")
 
     @property
     def _is_long(self) -> bool:
@@ -3884,7 +3884,7 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if LongNode in (self.node.__class__, self.prev.__class__):
+            if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
             else:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
@@ -5054,7 +5054,7 @@ class Store(NodeTree):
         refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._to_change(path) if self._detached else self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             if refresh:
                 raise self._count_failure("sets", self._not_found(path))
@@ -16165,7 +16165,7 @@ class KeysApi:
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
-        status = 201 if result.prev is None and result.is_created else 200
+        status = 201 if result.is_created else 200
         self._send(request, status, result.index, body[0], body[1:])
         elapsed_s = self._now() - started
         if method == "PUT":

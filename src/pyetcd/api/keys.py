@@ -232,7 +232,7 @@ class KeysApi:
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
-        status = 201 if result.prev is None and result.is_created else 200
+        status = 201 if result.is_created else 200
         self._send(request, status, result.index, body[0], body[1:])
         elapsed_s = self._now() - started
         if method == "PUT":

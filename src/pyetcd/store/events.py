@@ -195,7 +195,7 @@ class Event:
     @property
     def is_created(self) -> bool:
         """True if the key is new: HTTP answers 201 instead of 200."""
-        return self.action == "create" or (self.action == "set" and self.prev is None)
+        return self.prev is None and self.action in ("create", "set")
 
     @property
     def _is_long(self) -> bool:
@@ -207,7 +207,7 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if LongNode in (self.node.__class__, self.prev.__class__):
+            if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
             else:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)

@@ -373,7 +373,7 @@ class Store(NodeTree):
         refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._to_change(path) if self._detached else self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             if refresh:
                 raise self._count_failure("sets", self._not_found(path))
