@@ -129,6 +129,8 @@ class _WalkSide:
         text = re.sub(r'"ttl":(\d+)', lambda m: f'"ttl":{math.ceil(int(m[1]) / 10) * 10}', text)
         text = re.sub(r"\b20\d\d-\d\d-\d\d[T ][\d:.]+Z?", "TIME", text)
         text = text.replace("membership: ", "etcdserver: ")     # 3.4's word for it
+        # An id is made of the URL and the second: within one second it is the id that exists.
+        text = text.replace("etcdserver: ID exists", "etcdserver: peerURL exists")
         text = re.sub(r'(?<=CLUSTER=")[^"]+', lambda m: ",".join(sorted(m[0].split(","))), text)
         return re.sub(r"(?m)(^(failed to check the health of )?(member )?ID\d.*\n)+",
                       lambda m: "".join(sorted(m[0].splitlines(keepends=True))), text)
