@@ -19,6 +19,7 @@ from typing import (
     List,
     Mapping,
     Optional,
+    Sequence,
     Tuple,
     Union,
 )
@@ -173,9 +174,10 @@ _PLAIN_ENTRY = re.compile(b'\x08\0\x10%b\x18%b"%b' % ((_VARINT,) * 3))
 def decode_entry(data: Buffer) -> Entry:
     plain = _PLAIN_ENTRY.match(data)    # the usual form: 2 us instead of 7
     if plain is not None:
-        term, index, size = map(_varint_value, plain.groups())
-        if size == len(data) - plain.end():
-            entry = Entry(0, term, index, bytes(data[plain.end():]))
+        term, index, size = plain.groups()
+        start = plain.end()
+        if _varint_value(size) == len(data) - start:
+            entry = Entry(0, _varint_value(term), _varint_number(index), bytes(data[start:]))
             entry.encoded = bytes(data)
             return entry
     return Entry(**decode_known(data, _ENTRY, "Entry"))
@@ -184,6 +186,13 @@ def decode_entry(data: Buffer) -> Entry:
 @functools.lru_cache(maxsize=1_024)     # of terms and sizes
 def _varint_value(data: bytes) -> int:
     return decode_varint(data, 0)[0]
+
+
+def _varint_number(data: bytes) -> int:
+    """Return the value of a varint of at most ten bytes: most ids and indexes differ in two."""
+    if len(data) < 3:
+        return _varint_value(data)
+    return data[0] & 127 | (data[1] & 127) << 7 | _varint_value(data[2:]) << 14 & UINT64_MAX
 
 
 def encode_conf_change(change: ConfChange) -> bytes:
@@ -267,8 +276,10 @@ _SNAPSHOT_METADATA: Schema = {
 SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
 
 
-def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
+def joined_parts(parts: Sequence[bytes]) -> List[bytes]:
     """Join short parts that follow each other."""
+    if max(map(len, parts), default=0) <= SHARED_DATA_BYTES:
+        return [b"".join(parts)]
     joined: List[bytes] = []
     short: List[bytes] = []
     for part in parts:
@@ -287,23 +298,26 @@ def encode_message(message: Message) -> bytes:
 
 def encode_message_parts(message: Message) -> List[bytes]:
     """Encode a message, with no copy of long data; the snapshot is written even when empty."""
-    parts = [
-        b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
-            encode_varint(message.type), encode_varint(message.to),
-            encode_varint(message.sender), encode_varint(message.term),
-            encode_varint(message.log_term), encode_varint(message.index),
-        )
-    ]
+    head = _message_head(
+        message.type, message.to, message.sender, message.term, message.log_term)
+    parts = [b"%b\x30%b" % (head, encode_varint(message.index))]
     for entry in message.entries:
         head = encode_entry_head(entry)
         parts += (b"\x3a", encode_varint(len(head) + len(entry.data)), head, entry.data)
-    parts.append(b"\x40" + encode_varint(message.commit))
     snapshot = encode_snapshot_parts(message.snapshot)
-    parts += (b"\x4a", encode_varint(sum(map(len, snapshot))), *snapshot)
+    size = encode_varint(sum(map(len, snapshot)))
+    parts += (b"\x40%b\x4a%b" % (encode_varint(message.commit), size), *snapshot)
     parts.append(b"\x50%b\x58%b" % (_BYTE[message.reject], encode_varint(message.reject_hint)))
     if message.context is not None:
         parts.append(_bytes_field(b"\x62", message.context))
     return joined_parts(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _message_head(type: int, to: int, sender: int, term: int, log_term: int) -> bytes:
+    """Encode the fields that all messages of a kind to one member share for a term."""
+    return b"\x08%b\x10%b\x18%b\x20%b\x28%b" % tuple(
+        map(encode_varint, (type, to, sender, term, log_term)))
 
 
 def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
@@ -334,8 +348,7 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     return Message(
         _varint_value(kind), to=_varint_value(to), sender=_varint_value(sender),
         term=_varint_value(term), log_term=_varint_value(log_term),
-        index=decode_varint(index, 0)[0], commit=decode_varint(commit, 0)[0],
-        reject_hint=_varint_value(hint),
+        index=_varint_number(index), commit=_varint_number(commit), reject_hint=_varint_value(hint),
     )
 
 
@@ -456,7 +469,8 @@ _LONG_REQUEST: Schema = {
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
-_PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
+_PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
+_VALUE_HEAD = re.compile(b'"' + _VARINT)
 
 
 def _decode_plain_put(data: bytes) -> Optional[Request]:
@@ -464,14 +478,15 @@ def _decode_plain_put(data: bytes) -> Optional[Request]:
     head = _PUT_HEAD.match(data)
     if head is None or not data.endswith(_PLAIN_REST):
         return None
-    size, path_at = decode_varint(data, head.end())
-    value_tag = path_at + size
-    size, value_at = decode_varint(data, value_tag + 1)
-    end = value_at + size
-    if data[value_tag] != 0x22 or end + len(_PLAIN_REST) != len(data):
+    id, size = head.groups()
+    path_end = head.end() + _varint_value(size)
+    value = _VALUE_HEAD.match(data, path_end)
+    if value is None or value.end() + _varint_value(value[1]) + len(_PLAIN_REST) != len(data):
         return None
-    id, _ = decode_varint(head.group(1), 0)
-    return Request(id, "PUT", text_of(data[path_at:value_tag]), text_of(data[value_at:end]))
+    return Request(
+        _varint_number(id), "PUT", text_of(data[head.end():path_end]),
+        text_of(data[value.end():-len(_PLAIN_REST)]),
+    )
 
 
 def decode_request(data: Buffer) -> Optional[Request]:

@@ -229,7 +229,13 @@ def read_command(data: Buffer) -> Optional[Request]:
     Raises CodecError.
     """
     request = decode_request(data)
-    return None if request is None else _with_clean_path(request.as_unicode())
+    if request is None:
+        return None
+    path = request.path
+    if path.startswith("/1/") and "//" not in path and "/." not in path and path[-1] != "/":
+        if path.isascii() and request.val.isascii() and request.prev_value.isascii():
+            return request              # as most are: these lines save 1 us
+    return _with_clean_path(request.as_unicode())
 
 
 def _with_clean_path(request: Request) -> Request:
@@ -255,20 +261,15 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         _check_change(entry.data)
     elif entry.type:
         raise CodecError(f"an entry of unknown type {entry.type}")
+    elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
+        request = decode_request_head(entry.data)
+        request = request and _with_clean_path(request.as_unicode())
+        if request and request.path.startswith("/0/"):
+            raise CodecError(f"{len(entry.data)} bytes below /0")
+        _check_path(request, identity)
     elif entry.data:
-        is_long = len(entry.data) > LONG_REQUEST_BYTES
-        if is_long:                     # see Applier.prepare()
-            request = decode_request_head(entry.data)
-            request = request and _with_clean_path(request.as_unicode())
-        else:
-            request = entry.request = read_command(entry.data)
-        if request is not None and not request.path.startswith("/1/"):
-            if is_long and request.path.startswith("/0/"):
-                raise CodecError(f"{len(entry.data)} bytes below /0")
-            _check_own_path(request, identity)
-        if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
-            if len(request.path) * request.path.count("/") > PATH_COST_MAX:
-                raise CodecError(f"a key of {request.path.count('/')} path elements")
+        request = entry.request = read_command(entry.data)
+        _check_path(request, identity)
 
 
 def check_proposal(entry: Entry) -> None:
@@ -288,6 +289,16 @@ def check_proposal(entry: Entry) -> None:
 
 
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
+
+
+def _check_path(request: Optional[Request], identity: Identity) -> None:
+    if request is None:
+        return
+    path = request.path
+    if not path.startswith("/1/"):
+        _check_own_path(request, identity)
+    if len(path) > _PATH_CHARS_CHEAP and len(path) * path.count("/") > PATH_COST_MAX:
+        raise CodecError(f"a key of {path.count('/')} path elements")
 
 
 def _check_own_path(request: Request, identity: Identity) -> None:
@@ -327,20 +338,21 @@ class MemberInspector(MessageInspector):
             return "its sender is no member, and may propose nothing"
         if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
             return "nobody has read the snapshot in it"
-        fault, work = self._fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+        fault, work, entries = self._fault(message), 0, message.entries
+        if fault or not entries or message.type not in (MsgType.APP, MsgType.PROP):
             return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry, self._cluster.identity)
-                if message.type == MsgType.PROP:
+        identity, is_proposal = self._cluster.identity, message.type == MsgType.PROP
+        try:
+            for entry in entries:
+                check_entry(entry, identity)
+                if is_proposal:
                     check_proposal(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
+                work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+                if work > STEP_BYTES:
+                    work = 0
+                    yield
+        except CodecError as error:
+            return str(error)
         return ""
 
     def read_state(self, data: Buffer) -> StoreState:

@@ -359,7 +359,8 @@ class EtcdServer:
             self._take(node.ready())
         self.journal.submit()
         self.store.begin_turn()
-        self.counts.time_apply(self._apply, self.reactor.now)
+        if node.raft.log.applied < node.raft.log.commit:
+            self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
         if self.snapshots.is_requested:

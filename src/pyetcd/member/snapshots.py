@@ -146,8 +146,11 @@ class SnapshotKeeper:
     @property
     def is_requested(self) -> bool:
         """True if a follower or a client waits for a snapshot, and none is in the making."""
-        is_old = self.index < self.least_index and self._reactor.now() >= self._not_before
-        return (bool(self._waiting) or is_old) and not self.busy
+        if not self._waiting and (
+            self.index >= self.least_index or self._reactor.now() < self._not_before
+        ):
+            return False
+        return not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
         """Call receiver(file, etcd index) with the state of a later moment, without the disk."""

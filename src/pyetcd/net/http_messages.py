@@ -231,6 +231,13 @@ class ChunkedDecoder:
         After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
         """
         buffer, body, at = self.rest, [], 0
+        if not buffer and not self._left and self._trailers is None:
+            line = _CHUNK_SIZE.match(data, 0, _CHUNK_SIZE_BYTES_MAX)
+            if line is not None:
+                start, size = line.end(), int(line[1], 16)
+                if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
+                    self.chunks += 1
+                    return data[start:-2]       # one chunk, as a peer sends its messages
         buffer += data
         while self._trailers is None and at < len(buffer):
             if not self._left:

@@ -289,19 +289,24 @@ class Reactor:
                     is_late = clock() > until
         if self._late:
             self._serve_late(until)
-        served = timed = called = clock()
+        served = called = clock()
+        phases["sockets"] += served - started
         if self._timers and self._timers[0][0] <= served:
             self._run_timers(served)
-            timed = called = clock()
+            called = clock()
+            phases["timers"] += called - served
         if self._posted or self._client_calls:
+            timed = called
             for _ in range(len(self._posted)):
                 posted, args = self._posted.popleft()
                 posted(*args)
             if self._client_calls:
                 self._run_client_calls(clock() + CLIENTS_SECONDS)
             called = clock()
+            phases["posted"] += called - timed
         self.on_turn()
         done = clock()
+        phases["server"] += done - called
         if self._flushes:
             for flush in self._flushes:     # and those added meanwhile
                 flush()
@@ -309,10 +314,6 @@ class Reactor:
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
-        phases["sockets"] += served - started
-        phases["timers"] += timed - served
-        phases["posted"] += called - timed
-        phases["server"] += done - called
         phases["flush"] += ended - done
         self.turns += 1
         if ended - started > self.slowest_turn_s:

@@ -139,7 +139,8 @@ class FrameDecoder:
             if found or work > STEP_BYTES:
                 work = 0
                 yield found.pop() if found else None
-        self._partial = bytearray(data[offset:])
+        if offset < end or self._partial:
+            self._partial = bytearray(data[offset:])
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         """Consume one frame at `offset`; return its size, which may exceed the data."""
@@ -188,7 +189,7 @@ class AppV2Decoder(FrameDecoder):
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         if self._left > 0:
-            return self._entry(data, offset)
+            return (yield from self._some_entries(data, offset))
         if self._left == 0:
             return self._commit(data, offset, found)
         kind = data[offset]
@@ -210,17 +211,26 @@ class AppV2Decoder(FrameDecoder):
             self._entries, self._left, self._bytes = [], count, 0
         return 9
 
-    def _entry(self, data: bytes, offset: int) -> int:
-        start = offset + 8
-        end = start + _frame_size(data, offset)
-        self_bytes = self._bytes + end - offset
-        if self_bytes > RAFT_BODY_BYTES_MAX:
-            raise CodecError(f"frame of {self_bytes} bytes")
-        if end <= len(data):
-            self._entries.append(decode_entry(data[start:end]))
+    def _some_entries(self, data: bytes, offset: int) -> Generator[None, None, int]:
+        """Decode the complete entries at `offset`; return their size, or that of a longer one."""
+        at, end, work = offset, len(data), 0
+        while self._left > 0:
+            start = at + 8
+            following = start + (_U64.unpack_from(data, at)[0] if start <= end else 0)
+            size = following - at
+            if self._bytes + size > RAFT_BODY_BYTES_MAX:
+                raise CodecError(f"frame of {self._bytes + size} bytes")
+            if following > end:
+                return at - offset or size
+            self._entries.append(decode_entry(data[start:following]))
             self._left -= 1
-            self._bytes = self_bytes
-        return end - offset
+            self._bytes += size
+            at = following
+            work += STEP_BYTES // STEP_ENTRIES + size
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return at - offset
 
     def _commit(self, data: bytes, offset: int, found: List[Message]) -> int:
         if len(data) >= offset + 8:

@@ -5,6 +5,7 @@ A link may lose, repeat and reorder messages: Raft tolerates it.
 
 from __future__ import annotations
 
+import functools
 from typing import Dict, Generator, Iterator, List, Optional, Tuple, Union
 
 from ..base.basics import Backoff
@@ -19,7 +20,7 @@ from ..base.limits import (
     STREAM_RETRY_SECONDS_MAX,
 )
 from ..base.messages import Message
-from ..base.text import text_of
+from ..base.text import finish, text_of
 from ..base.versions import UNKNOWN_VERSION, major_minor
 from ..net.http_calls import ANSWER_BYTES_MAX, Answer, HttpCall
 from ..net.http_requests import StreamReply
@@ -63,6 +64,9 @@ def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
     return text
 
 
+_SHORT_BYTES = 1_024        # of a message: decoded at once, 1.5 ms if all of it are heartbeats
+
+
 class StreamReader:
     """A stream from a peer, dialed by this member, and dialed again whenever it ends."""
 
@@ -82,6 +86,7 @@ class StreamReader:
         self._answer = Answer()
         self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
         self._unread_bytes = 0                      # received, in no message yet
+        self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
@@ -103,6 +108,7 @@ class StreamReader:
         context = self._context
         self._decoder = None
         self._unread_bytes = 0
+        self._is_decoding = False
         self._answer = Answer()
         self._url = self._picker.pick()
         self._call = HttpCall(
@@ -132,23 +138,26 @@ class StreamReader:
             return
         self._status.activate()
         self._unread_bytes += len(data)
-        is_decoded = False
-
-        def decoded(error: Optional[CodecError]) -> None:
-            nonlocal is_decoded
-            is_decoded = True
-            if call is not self._call:
-                return                              # the stream was closed meanwhile
-            if error is None:
-                self._backoff.reset()
-                call.resume()
-            else:
-                call.cancel()
-                self._on_done(error)
-
-        self._context.decoding.add(self._receive(call, self._decoder.messages(data)), decoded)
-        if not is_decoded:
+        steps = self._receive(call, self._decoder.messages(data))
+        if self._unread_bytes <= _SHORT_BYTES and not self._is_decoding:
+            self._decoded(call, finish(steps))
+            return
+        self._is_decoding = True
+        self._context.decoding.add(steps, functools.partial(self._decoded, call))
+        if self._is_decoding:
             call.pause()                            # back-pressure, until all of it is decoded
+
+    def _decoded(self, call: HttpCall, error: Optional[CodecError]) -> None:
+        if call is not self._call:
+            return                                  # the stream was closed meanwhile
+        if error is not None:
+            call.cancel()
+            self._on_done(error)
+            return
+        self._backoff.reset()
+        if self._is_decoding:
+            self._is_decoding = False
+            call.resume()
 
     def _receive(
         self, call: HttpCall, messages: Iterator[Optional[Message]]

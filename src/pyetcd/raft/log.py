@@ -27,6 +27,7 @@ class RaftLog:
         stable <= handed <= last_index
 
     offset    index of the snapshot point; its entry is gone, its term is known
+    last_index  of the last entry, or of the snapshot point
     applied   the state machine has it;  commit: a quorum has it
     handed    given to the disk by Ready;  stable: known to be durable
     generation  grows whenever entries that were handed out are replaced: marks of an earlier
@@ -40,7 +41,7 @@ class RaftLog:
         commit: int = 0, applied: int = 0,
     ) -> None:
         """All of `entries` is durable.  Raises InvariantError if the indexes do not fit."""
-        self.offset = self.commit = self.stable = self._handed = offset.index
+        self.offset = self.commit = self.stable = self._handed = self.last_index = offset.index
         self._offset_term = offset.term
         self._entries: List[Entry] = []
         self._replaced: List[Entry] = []    # by a snapshot; freed in slices
@@ -64,11 +65,6 @@ class RaftLog:
     def first_index(self) -> int:
         """Index of the first entry held, or of the next one if there is none."""
         return self.offset + 1
-
-    @property
-    def last_index(self) -> int:
-        """Index of the last entry, or of the snapshot point."""
-        return self.offset + len(self._entries)
 
     @property
     def last_id(self) -> EntryID:
@@ -167,11 +163,13 @@ class RaftLog:
         if first <= self.last_index:
             self._truncate(first)
         self._entries.extend(entries)
+        self.last_index = self.offset + len(self._entries)
 
     def _truncate(self, first: int) -> None:
         if first <= self.commit:
             raise InvariantError(f"entry {first} conflicts with committed entry {self.commit}")
         del self._entries[first - self.offset - 1:]
+        self.last_index = first - 1
         if first <= self._handed:
             self._handed = first - 1
             self.stable = min(self.stable, first - 1)
@@ -219,7 +217,7 @@ class RaftLog:
         """Replace the whole log by a received snapshot.  It is handed out, then durable."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
-        self.offset = self.commit = self._handed = snapshot.index
+        self.offset = self.commit = self._handed = self.last_index = snapshot.index
         self._offset_term = snapshot.term
         self._replaced, self._entries = self._entries, []
         self.stable = 0

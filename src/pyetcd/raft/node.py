@@ -146,16 +146,18 @@ class RawNode:
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
             return "such a message never leaves its member"
-        if kind == MsgType.PROP and not message.entries:
-            return "it proposes nothing"
         if message.term > raft.term + TERM_LEAP_MAX:
             return f"no election leads from term {raft.term} to term {message.term}"
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
             return _append_violation(message)
+        if kind in _RESPONSES:
+            return ""
         if kind == MsgType.SNAP:
             return _snapshot_violation(message)
+        if kind == MsgType.PROP and not message.entries:
+            return "it proposes nothing"
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -217,7 +219,8 @@ class RawNode:
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
-            or self._is_append_due or raft.term != known.term or raft.vote != known.vote
+            or raft.replication.is_due and self._is_append_due
+            or raft.term != known.term or raft.vote != known.vote
         )
 
     @property
@@ -267,6 +270,8 @@ def _is_contiguous(message: Message) -> bool:
 
 
 def _append_violation(message: Message) -> str:
+    if not message.entries and message.log_term <= message.term:
+        return ""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]

@@ -52,7 +52,7 @@ class Replication:
         self._config = config
         self._log = log
         self._mail = mail
-        self._append_due = False                    # some progress is due
+        self.is_due = False                         # some progress is due
         self._broadcast_due = False                 # every progress is due
 
     def set_voters(self, voters: Iterable[int]) -> None:
@@ -67,7 +67,7 @@ class Replication:
 
     def reset(self) -> None:
         """Begin a new term: forget everything but the ids."""
-        self._append_due = self._broadcast_due = self.commit_unsent = False
+        self.is_due = self._broadcast_due = self.commit_unsent = False
         self.progress = {voter: self._new_progress() for voter in self.progress}
 
     @property
@@ -75,16 +75,12 @@ class Replication:
         """The highest index that is durable on a majority."""
         return quorum_index([progress.match_index for progress in self.progress.values()])
 
-    @property
-    def is_due(self) -> bool:
-        return self._append_due or self._broadcast_due
-
     def mark_due(self, progress: Progress) -> None:
         """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
-        progress.due = self._append_due = True
+        progress.due = self.is_due = True
 
     def mark_all_due(self) -> None:
-        self._broadcast_due = True
+        self._broadcast_due = self.is_due = True
 
     def note_proposer(self, member: int) -> None:
         """The last entries come from a member's clients, which wait until it knows the commit."""
@@ -113,7 +109,7 @@ class Replication:
     def send_due(self) -> None:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
-        self._append_due = self._broadcast_due = False
+        self.is_due = self._broadcast_due = False
         self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():

@@ -51,8 +51,8 @@ class NodeTree:
 
     @property
     def has_garbage(self) -> bool:
-        is_replaced = bool(self._replaced) and not self._replaced[0][1]
-        return bool(self._detached) or self._expiring_ns > 0 or is_replaced
+        return bool(
+            self._detached or self._expiring_ns or self._replaced and not self._replaced[0][1])
 
     def collect_garbage(self) -> None:
         """Free REMOVED_NODES_MAX nodes at most until the next call.
@@ -61,7 +61,8 @@ class NodeTree:
         the first call there is no limit.
         """
         self._budget = REMOVED_NODES_MAX
-        self._free_detached()
+        if self._detached:
+            self._free_detached()
         if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
             nodes, _, ttl = self._replaced[0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
