@@ -3897,10 +3897,10 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if self._is_long:
-                self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
-            else:
+            if self.node.__class__ is not LongNode is not self.prev.__class__:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
+            else:
+                self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
         return self._json
 
     def client_json(self) -> bytes:
@@ -14770,10 +14770,11 @@ class EtcdServer:
         elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            request = request if encoded else request.as_unicode()
-            data = encoded or encode_request(request)
-            self._queue.append(Entry(0, 0, 0, data, request))
-            self._queued_bytes += len(data)
+            if not encoded:
+                request = request.as_unicode()
+                encoded = encode_request(request)
+            self._queue.append(Entry(0, 0, 0, encoded, request))
+            self._queued_bytes += len(encoded)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -14929,15 +14930,16 @@ class EtcdServer:
         del entries[first_part(entries):]
         log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            is_long = len(entry.data) > LONG_REQUEST_BYTES and not entry.type
-            if not store.accepts_changes or is_long and not prepare(entry):
+            if not store.accepts_changes:
                 break
-            if not entry.type:
+            if entry.type:
+                log.applied_to(self.raft_index)
+                if not self._apply_conf_change(entry):
+                    return
+            elif len(entry.data) <= LONG_REQUEST_BYTES or prepare(entry):
                 self._apply_normal(entry)
-                continue
-            log.applied_to(self.raft_index)
-            if not self._apply_conf_change(entry):
-                return
+            else:
+                break
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
             self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once

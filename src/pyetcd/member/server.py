@@ -278,10 +278,11 @@ class EtcdServer:
         elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            request = request if encoded else request.as_unicode()
-            data = encoded or encode_request(request)
-            self._queue.append(Entry(0, 0, 0, data, request))
-            self._queued_bytes += len(data)
+            if not encoded:
+                request = request.as_unicode()
+                encoded = encode_request(request)
+            self._queue.append(Entry(0, 0, 0, encoded, request))
+            self._queued_bytes += len(encoded)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -437,15 +438,16 @@ class EtcdServer:
         del entries[first_part(entries):]
         log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            is_long = len(entry.data) > LONG_REQUEST_BYTES and not entry.type
-            if not store.accepts_changes or is_long and not prepare(entry):
+            if not store.accepts_changes:
                 break
-            if not entry.type:
+            if entry.type:
+                log.applied_to(self.raft_index)
+                if not self._apply_conf_change(entry):
+                    return
+            elif len(entry.data) <= LONG_REQUEST_BYTES or prepare(entry):
                 self._apply_normal(entry)
-                continue
-            log.applied_to(self.raft_index)
-            if not self._apply_conf_change(entry):
-                return
+            else:
+                break
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
             self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
