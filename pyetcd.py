@@ -677,6 +677,7 @@ REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; a
 UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
 UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
 SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
+HEAD_CACHE_BYTES_MAX = 2_048        # of a head that is remembered
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -7058,7 +7059,7 @@ class HttpHead:
             self.path = text_of(unquote(raw_path.encode("latin-1")))
         except ValueError:
             raise BadRequest() from None
-        connection = _list_header(headers, "connection")
+        connection = _list_header(headers, "connection") if "connection" in headers else ()
         self.keep_alive = "close" not in connection and bool(minor or "keep-alive" in connection)
         self.chunked = _is_chunked(headers, minor)
         self.body_size = _content_length(headers)
@@ -7096,11 +7097,23 @@ def _is_chunked(headers: Dict[str, str], minor: int) -> bool:
 def _content_length(headers: Dict[str, str]) -> int:
     if "content-length" not in headers:
         return 0
-    lengths = set(_list_header(headers, "content-length")) or {""}
-    length = lengths.pop()
-    if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
+    length = headers["content-length"]
+    if "," in length:
+        lengths = set(_list_header(headers, "content-length"))
+        length = lengths.pop() if len(lengths) == 1 else ""
+    if not (length.isascii() and length.isdigit()) or len(length) > 18:
         raise BadRequest()
     return int(length)
+
+
+def _parse_header_line(line: bytes) -> Tuple[str, str]:
+    match = _HEADER.fullmatch(line)
+    if match is None:
+        raise BadRequest()
+    return match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
+
+
+_parse_usual_line = functools.lru_cache(maxsize=1_024)(_parse_header_line)
 
 
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
@@ -7112,11 +7125,7 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
     for line in lines:
-        match = _HEADER.fullmatch(line)
-        if match is None:
-            raise BadRequest()
-        name = match.group(1).decode("ascii").lower()
-        value = match.group(2).strip(b" \t").decode("latin-1")
+        name, value = _parse_usual_line(line) if len(line) <= 256 else _parse_header_line(line)
         if name in headers:
             repeated.setdefault(name, [headers[name]]).append(value)
         else:
@@ -7173,21 +7182,23 @@ class HeadFinder:
 
 def _lines_of(raw: bytes) -> List[bytes]:
     """Return the lines of a head, whose line ends have a CR or not."""
+    lines = raw.split(b"\r\n")
+    if len(lines) > raw.count(b"\n"):
+        return lines                    # all have one
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
     """Parse the head of a request, without its final empty line.  Raises BadRequest."""
-    check_start(raw)
-    if raw.count(b"\n") >= HEADER_LINES_MAX:
-        raise BadRequest("431 Request Header Fields Too Large", 431)
     lines = _lines_of(raw)
-    if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
-        raise BadRequest("414 Request-URI Too Long", 414)
     match = _REQUEST_LINE.fullmatch(lines[0])
     if match is None:
         raise BadRequest()
+    if len(lines) > HEADER_LINES_MAX:
+        raise BadRequest("431 Request Header Fields Too Large", 431)
+    if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
+        raise BadRequest("414 Request-URI Too Long", 414)
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
@@ -9090,6 +9101,15 @@ class Service:
         self._connections.add(connection)
         return connection
 
+    def parse_head(self, raw: bytes) -> HttpHead:
+        """Parse a head that is not in `heads`, and remember it if it is short."""
+        head = parse_head(raw)
+        if len(raw) <= HEAD_CACHE_BYTES_MAX:
+            if len(self.heads) >= HEAD_CACHE_MAX:
+                self.heads.clear()
+            self.heads[raw] = head
+        return head
+
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
@@ -9261,12 +9281,25 @@ class Connection:
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """Return the request if `data` is exactly one with a cached head.  A hot path."""
+        """Return the request if `data` is exactly one, and a simple one.  A hot path."""
         end = data.find(b"\r\n\r\n")
-        head = self._service.heads.get(data[:end]) if end >= 0 else None
-        if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
-            return HttpRequest(head, data[end + 4:], self)
-        return None
+        if end < 0:
+            return None
+        service, raw = self._service, data[:end]
+        head = service.heads.get(raw)
+        if head is None:
+            if end > HEAD_CACHE_BYTES_MAX or raw.count(b"\n") != raw.count(b"\r\n"):
+                return None             # it may end earlier
+            try:
+                head = service.parse_head(raw)
+            except BadRequest:
+                return None             # again in _process(), which answers
+        size = head.body_size
+        if not head.is_simple or len(data) != end + 4 + size:
+            return None
+        if size and size > service.body_limit(head):
+            return None
+        return HttpRequest(head, data[end + 4:], self)
 
     def _next_request(self) -> Optional[HttpRequest]:
         head = self._head or self._take_head()
@@ -9297,15 +9330,7 @@ class Connection:
         end, stop = found
         raw = bytes(self._in[:end])
         del self._in[:stop]
-        heads = self._service.heads
-        head = heads.get(raw)
-        if head is None:
-            head = parse_head(raw)
-            if end <= 2048:
-                if len(heads) >= HEAD_CACHE_MAX:
-                    heads.clear()
-                heads[raw] = head
-        self._head = head
+        self._head = head = self._service.heads.get(raw) or self._service.parse_head(raw)
         if head.chunked or head.body_size:
             self._body_max = self._service.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):
@@ -15155,6 +15180,7 @@ _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTAL
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
 
+@functools.lru_cache(maxsize=64)
 def is_form_type(content_type: str) -> bool:
     """True if a body of this Content-Type is a form.
 
@@ -15332,7 +15358,8 @@ class KeyTarget:
         self.bad_key = _bad_key(self.command.path)
         self.bad_type = self.bad_query = ""
         try:
-            self.fields = parse_form(head.query.encode("latin-1"), QUERY_FIELDS_MAX)
+            if head.query:
+                self.fields = parse_form(head.query.encode("latin-1"), QUERY_FIELDS_MAX)
         except InvalidForm as error:
             self.bad_query = error.cause
         if head.method in ("PUT", "POST"):

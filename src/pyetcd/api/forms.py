@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from typing import Dict, Generator, List, Mapping, Optional
 
@@ -140,6 +141,7 @@ _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTAL
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
 
+@functools.lru_cache(maxsize=64)
 def is_form_type(content_type: str) -> bool:
     """True if a body of this Content-Type is a form.
 
@@ -317,7 +319,8 @@ class KeyTarget:
         self.bad_key = _bad_key(self.command.path)
         self.bad_type = self.bad_query = ""
         try:
-            self.fields = parse_form(head.query.encode("latin-1"), QUERY_FIELDS_MAX)
+            if head.query:
+                self.fields = parse_form(head.query.encode("latin-1"), QUERY_FIELDS_MAX)
         except InvalidForm as error:
             self.bad_query = error.cause
         if head.method in ("PUT", "POST"):

@@ -73,6 +73,7 @@ REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; a
 UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
 UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
 SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
+HEAD_CACHE_BYTES_MAX = 2_048        # of a head that is remembered
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable

@@ -12,6 +12,7 @@ from ..base.ids import package_logger
 from ..base.limits import (
     CHUNKED_SLICE_BYTES,
     CHUNKS_MAX,
+    HEAD_CACHE_BYTES_MAX,
     HEAD_CACHE_MAX,
     OUTPUT_BYTES_MAX,
     OUTPUT_JOIN_BYTES_MAX,
@@ -83,6 +84,15 @@ class Service:
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
         return connection
+
+    def parse_head(self, raw: bytes) -> HttpHead:
+        """Parse a head that is not in `heads`, and remember it if it is short."""
+        head = parse_head(raw)
+        if len(raw) <= HEAD_CACHE_BYTES_MAX:
+            if len(self.heads) >= HEAD_CACHE_MAX:
+                self.heads.clear()
+            self.heads[raw] = head
+        return head
 
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
@@ -255,12 +265,25 @@ class Connection:
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """Return the request if `data` is exactly one with a cached head.  A hot path."""
+        """Return the request if `data` is exactly one, and a simple one.  A hot path."""
         end = data.find(b"\r\n\r\n")
-        head = self._service.heads.get(data[:end]) if end >= 0 else None
-        if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
-            return HttpRequest(head, data[end + 4:], self)
-        return None
+        if end < 0:
+            return None
+        service, raw = self._service, data[:end]
+        head = service.heads.get(raw)
+        if head is None:
+            if end > HEAD_CACHE_BYTES_MAX or raw.count(b"\n") != raw.count(b"\r\n"):
+                return None             # it may end earlier
+            try:
+                head = service.parse_head(raw)
+            except BadRequest:
+                return None             # again in _process(), which answers
+        size = head.body_size
+        if not head.is_simple or len(data) != end + 4 + size:
+            return None
+        if size and size > service.body_limit(head):
+            return None
+        return HttpRequest(head, data[end + 4:], self)
 
     def _next_request(self) -> Optional[HttpRequest]:
         head = self._head or self._take_head()
@@ -291,15 +314,7 @@ class Connection:
         end, stop = found
         raw = bytes(self._in[:end])
         del self._in[:stop]
-        heads = self._service.heads
-        head = heads.get(raw)
-        if head is None:
-            head = parse_head(raw)
-            if end <= 2048:
-                if len(heads) >= HEAD_CACHE_MAX:
-                    heads.clear()
-                heads[raw] = head
-        self._head = head
+        self._head = head = self._service.heads.get(raw) or self._service.parse_head(raw)
         if head.chunked or head.body_size:
             self._body_max = self._service.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):

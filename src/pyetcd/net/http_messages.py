@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
@@ -48,7 +49,7 @@ class HttpHead:
             self.path = text_of(unquote(raw_path.encode("latin-1")))
         except ValueError:
             raise BadRequest() from None
-        connection = _list_header(headers, "connection")
+        connection = _list_header(headers, "connection") if "connection" in headers else ()
         self.keep_alive = "close" not in connection and bool(minor or "keep-alive" in connection)
         self.chunked = _is_chunked(headers, minor)
         self.body_size = _content_length(headers)
@@ -86,11 +87,23 @@ def _is_chunked(headers: Dict[str, str], minor: int) -> bool:
 def _content_length(headers: Dict[str, str]) -> int:
     if "content-length" not in headers:
         return 0
-    lengths = set(_list_header(headers, "content-length")) or {""}
-    length = lengths.pop()
-    if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
+    length = headers["content-length"]
+    if "," in length:
+        lengths = set(_list_header(headers, "content-length"))
+        length = lengths.pop() if len(lengths) == 1 else ""
+    if not (length.isascii() and length.isdigit()) or len(length) > 18:
         raise BadRequest()
     return int(length)
+
+
+def _parse_header_line(line: bytes) -> Tuple[str, str]:
+    match = _HEADER.fullmatch(line)
+    if match is None:
+        raise BadRequest()
+    return match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
+
+
+_parse_usual_line = functools.lru_cache(maxsize=1_024)(_parse_header_line)
 
 
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
@@ -102,11 +115,7 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
     for line in lines:
-        match = _HEADER.fullmatch(line)
-        if match is None:
-            raise BadRequest()
-        name = match.group(1).decode("ascii").lower()
-        value = match.group(2).strip(b" \t").decode("latin-1")
+        name, value = _parse_usual_line(line) if len(line) <= 256 else _parse_header_line(line)
         if name in headers:
             repeated.setdefault(name, [headers[name]]).append(value)
         else:
@@ -163,21 +172,23 @@ class HeadFinder:
 
 def _lines_of(raw: bytes) -> List[bytes]:
     """Return the lines of a head, whose line ends have a CR or not."""
+    lines = raw.split(b"\r\n")
+    if len(lines) > raw.count(b"\n"):
+        return lines                    # all have one
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
     """Parse the head of a request, without its final empty line.  Raises BadRequest."""
-    check_start(raw)
-    if raw.count(b"\n") >= HEADER_LINES_MAX:
-        raise BadRequest("431 Request Header Fields Too Large", 431)
     lines = _lines_of(raw)
-    if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
-        raise BadRequest("414 Request-URI Too Long", 414)
     match = _REQUEST_LINE.fullmatch(lines[0])
     if match is None:
         raise BadRequest()
+    if len(lines) > HEADER_LINES_MAX:
+        raise BadRequest("431 Request Header Fields Too Large", 431)
+    if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
+        raise BadRequest("414 Request-URI Too Long", 414)
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
