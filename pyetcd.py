@@ -9101,15 +9101,6 @@ class Service:
         self._connections.add(connection)
         return connection
 
-    def parse_head(self, raw: bytes) -> HttpHead:
-        """Parse a head that is not in `heads`, and remember it if it is short."""
-        head = parse_head(raw)
-        if len(raw) <= HEAD_CACHE_BYTES_MAX:
-            if len(self.heads) >= HEAD_CACHE_MAX:
-                self.heads.clear()
-            self.heads[raw] = head
-        return head
-
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
@@ -9158,6 +9149,16 @@ class Service:
         for connection, (since, _) in list(self.unread.items()):
             if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
+
+
+def _parse_new_head(raw: bytes, heads: Dict[bytes, HttpHead]) -> HttpHead:
+    """Parse a head that is not in `heads`, and remember it there if it is short."""
+    head = parse_head(raw)
+    if len(raw) <= HEAD_CACHE_BYTES_MAX:
+        if len(heads) >= HEAD_CACHE_MAX:
+            heads.clear()
+        heads[raw] = head
+    return head
 
 
 class Connection:
@@ -9291,7 +9292,7 @@ class Connection:
             if end > HEAD_CACHE_BYTES_MAX or raw.count(b"\n") != raw.count(b"\r\n"):
                 return None             # it may end earlier
             try:
-                head = service.parse_head(raw)
+                head = _parse_new_head(raw, service.heads)
             except BadRequest:
                 return None             # again in _process(), which answers
         size = head.body_size
@@ -9330,7 +9331,8 @@ class Connection:
         end, stop = found
         raw = bytes(self._in[:end])
         del self._in[:stop]
-        self._head = head = self._service.heads.get(raw) or self._service.parse_head(raw)
+        heads = self._service.heads
+        self._head = head = heads.get(raw) or _parse_new_head(raw, heads)
         if head.chunked or head.body_size:
             self._body_max = self._service.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):
@@ -14795,11 +14797,10 @@ class EtcdServer:
         elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            if not encoded:
-                request = request.as_unicode()
-                encoded = encode_request(request)
-            self._queue.append(Entry(0, 0, 0, encoded, request))
-            self._queued_bytes += len(encoded)
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
+            self._queue.append(Entry(0, 0, 0, data, request))
+            self._queued_bytes += len(data)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -14816,9 +14817,8 @@ class EtcdServer:
             except ReconfigurationRefused as error:
                 done(error)
                 return
-        context = None
-        if change_type != ConfChangeType.REMOVE_NODE:
-            context = utf8(member.context_json())
+        is_removal = change_type == ConfChangeType.REMOVE_NODE
+        context = None if is_removal else utf8(member.context_json())
         change = ConfChange(self.ids.next(), change_type, member.id, context)
         if self.proposals.add(change.id, done, self.reactor.now()):
             self._changes.append(change)
@@ -14865,7 +14865,7 @@ class EtcdServer:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
         if self.stopping:
             return
-        node, hub, refused = self.node, self.store.hub, False
+        node, log, hub, refused = self.node, self.node.raft.log, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
@@ -14877,7 +14877,7 @@ class EtcdServer:
             self._take(node.ready())
         self.journal.submit()
         self.store.begin_turn()
-        if node.raft.log.applied < node.raft.log.commit:
+        if log.applied < log.commit:
             self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
@@ -14955,16 +14955,15 @@ class EtcdServer:
         del entries[first_part(entries):]
         log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            if not store.accepts_changes:
+            is_long = len(entry.data) > LONG_REQUEST_BYTES
+            if not store.accepts_changes or is_long and not entry.type and not prepare(entry):
                 break
-            if entry.type:
-                log.applied_to(self.raft_index)
-                if not self._apply_conf_change(entry):
-                    return
-            elif len(entry.data) <= LONG_REQUEST_BYTES or prepare(entry):
+            if not entry.type:
                 self._apply_normal(entry)
-            else:
-                break
+                continue
+            log.applied_to(self.raft_index)
+            if not self._apply_conf_change(entry):
+                return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
             self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once

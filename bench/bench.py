@@ -114,7 +114,7 @@ class Bench:
         """
         url = member.url(target)
         if self.warm_up_s > 0:
-            self._wrk.run(url, script, connections, self.warm_up_s)
+            self._wrk.run(url, script, connections, self.warm_up_s, warms=True)
         cpu_s = cluster.cpu_seconds()
         load = self._wrk.run(url, script, connections, self.seconds)
         cpu_s = cluster.cpu_seconds() - cpu_s

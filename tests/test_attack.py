@@ -287,6 +287,8 @@ _HEAD_BYTES = (b"a", b" ", b"a: b\r\n", b"a:" , b"\r\n", b"\n", b"%41", b"\0", b
 _SLOW_PARSERS = {
     "parse_header_lines": (
         lambda data: pyetcd.parse_header_lines(data.split(b"\r\n")), _HEAD_BYTES),
+    "_parse_new_head": (lambda data: pyetcd._parse_new_head(
+        b"GET / HTTP/1.1\r\nHost: x\r\na: " + data, {}), _HEAD_BYTES),
     "_parse_header_line": (lambda data: pyetcd._parse_header_line(b"a:" + data), _HEAD_BYTES),
     "parse_head": (lambda data: pyetcd.parse_head(
         b"GET / HTTP/1.1\r\nHost: x\r\na: " + data), _HEAD_BYTES),

@@ -282,6 +282,16 @@ def test_codec_request_forms_in_an_entry():
     assert pyetcd.decode_request(b"\x08\x05\x22\x03\x0a\x01a") is None
 
 
+def test_codec_varints_of_ids_are_read_like_any_other():
+    """The short way for numbers that differ in their lowest bits, up to ten bytes of any value."""
+    rng = random.Random(20156)
+    for _ in range(2_000):
+        data = pyetcd.encode_varint(rng.getrandbits(rng.choice((3, 7, 14, 15, 21, 35, 63, 64))))
+        padded = bytes(byte | 128 for byte in rng.randbytes(rng.randrange(10))) + b"\x7f"
+        for varint in (data, padded):
+            assert pyetcd._varint_number(varint) == pyetcd.decode_varint(varint, 0)[0]
+
+
 def test_codec_plain_put_is_read_like_any_other():
     """The short way for a PUT of a value returns what the general one does, also for near ones."""
     rng = random.Random(20152)

@@ -1144,6 +1144,39 @@ def test_http_garbage_is_answered_and_the_connection_closed(http_server, raw, st
     assert _http_ask(http_server, "GET", "/version")[0] == 200
 
 
+_HTTP_PUT = (b"PUT /v2/keys/piece HTTP/1.1\r\nHost: x\r\n"
+             b"Content-Type: application/x-www-form-urlencoded\r\n")
+
+
+@pytest.mark.parametrize("raw", [
+    b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /version HTTP/1.1\nHost: x\r\n\r\n",
+    b"GET /version HTTP/1.1\r\nHost: x\n\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /version HTTP/1.0\n\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /version HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+    b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"nonsense\r\n\r\n", b"\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n",
+    _HTTP_PUT + b"Content-Length: 7\r\n\r\nvalue=1",
+    _HTTP_PUT + b"Content-Length: 7, 7\r\n\r\nvalue=1",
+    _HTTP_PUT + b"Content-Length: 7, 8\r\n\r\nvalue=1",
+    _HTTP_PUT + b"Content-Length: ,\r\n\r\n", _HTTP_PUT + b"Content-Length:\r\n\r\n",
+    _HTTP_PUT + b"Content-Length: 7\r\n\r\nvalue=12",
+    _HTTP_PUT + b"Transfer-Encoding: chunked\r\n\r\n7\r\nvalue=1\r\n0\r\n\r\n",
+    _HTTP_PUT + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\nvalue=1",
+], ids=str)
+def test_http_a_request_alone_is_answered_as_behind_another(http_server, raw):
+    """A request that arrives in one piece takes a short way; the others take the long one."""
+    first = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    answers = []
+    for sent in (_HTTP_PUT + b"Content-Length: 7\r\n\r\nvalue=1", first, raw, first + raw):
+        with _HttpSocket(http_server) as client:
+            client.send(sent)
+            client.socket.shutdown(socket.SHUT_WR)
+            answers.append(re.sub(
+                rb'(Index(?:": ?|: )|Length: |Term: |Date: )[^\r\n,}]+', rb"\1N", client.rest()))
+    assert answers[1] + answers[2] == answers[3] and answers[2]
+
+
 @given(raw=st.binary(max_size=80))
 def test_http_head_of_any_bytes_is_parsed_or_refused(raw):
     """BadRequest is all that parse_head ever raises; every parsed head can be routed to a key."""

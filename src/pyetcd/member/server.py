@@ -278,11 +278,10 @@ class EtcdServer:
         elif not encoded and request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            if not encoded:
-                request = request.as_unicode()
-                encoded = encode_request(request)
-            self._queue.append(Entry(0, 0, 0, encoded, request))
-            self._queued_bytes += len(encoded)
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
+            self._queue.append(Entry(0, 0, 0, data, request))
+            self._queued_bytes += len(data)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -299,9 +298,8 @@ class EtcdServer:
             except ReconfigurationRefused as error:
                 done(error)
                 return
-        context = None
-        if change_type != ConfChangeType.REMOVE_NODE:
-            context = utf8(member.context_json())
+        is_removal = change_type == ConfChangeType.REMOVE_NODE
+        context = None if is_removal else utf8(member.context_json())
         change = ConfChange(self.ids.next(), change_type, member.id, context)
         if self.proposals.add(change.id, done, self.reactor.now()):
             self._changes.append(change)
@@ -348,7 +346,7 @@ class EtcdServer:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
         if self.stopping:
             return
-        node, hub, refused = self.node, self.store.hub, False
+        node, log, hub, refused = self.node, self.node.raft.log, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
@@ -360,7 +358,7 @@ class EtcdServer:
             self._take(node.ready())
         self.journal.submit()
         self.store.begin_turn()
-        if node.raft.log.applied < node.raft.log.commit:
+        if log.applied < log.commit:
             self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
@@ -438,16 +436,15 @@ class EtcdServer:
         del entries[first_part(entries):]
         log, store, prepare = self.node.raft.log, self.store, self.applier.prepare
         for entry in entries:
-            if not store.accepts_changes:
+            is_long = len(entry.data) > LONG_REQUEST_BYTES
+            if not store.accepts_changes or is_long and not entry.type and not prepare(entry):
                 break
-            if entry.type:
-                log.applied_to(self.raft_index)
-                if not self._apply_conf_change(entry):
-                    return
-            elif len(entry.data) <= LONG_REQUEST_BYTES or prepare(entry):
+            if not entry.type:
                 self._apply_normal(entry)
-            else:
-                break
+                continue
+            log.applied_to(self.raft_index)
+            if not self._apply_conf_change(entry):
+                return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
             self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once

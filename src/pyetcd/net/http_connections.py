@@ -85,15 +85,6 @@ class Service:
         self._connections.add(connection)
         return connection
 
-    def parse_head(self, raw: bytes) -> HttpHead:
-        """Parse a head that is not in `heads`, and remember it if it is short."""
-        head = parse_head(raw)
-        if len(raw) <= HEAD_CACHE_BYTES_MAX:
-            if len(self.heads) >= HEAD_CACHE_MAX:
-                self.heads.clear()
-            self.heads[raw] = head
-        return head
-
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
@@ -142,6 +133,16 @@ class Service:
         for connection, (since, _) in list(self.unread.items()):
             if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
+
+
+def _parse_new_head(raw: bytes, heads: Dict[bytes, HttpHead]) -> HttpHead:
+    """Parse a head that is not in `heads`, and remember it there if it is short."""
+    head = parse_head(raw)
+    if len(raw) <= HEAD_CACHE_BYTES_MAX:
+        if len(heads) >= HEAD_CACHE_MAX:
+            heads.clear()
+        heads[raw] = head
+    return head
 
 
 class Connection:
@@ -275,7 +276,7 @@ class Connection:
             if end > HEAD_CACHE_BYTES_MAX or raw.count(b"\n") != raw.count(b"\r\n"):
                 return None             # it may end earlier
             try:
-                head = service.parse_head(raw)
+                head = _parse_new_head(raw, service.heads)
             except BadRequest:
                 return None             # again in _process(), which answers
         size = head.body_size
@@ -314,7 +315,8 @@ class Connection:
         end, stop = found
         raw = bytes(self._in[:end])
         del self._in[:stop]
-        self._head = head = self._service.heads.get(raw) or self._service.parse_head(raw)
+        heads = self._service.heads
+        self._head = head = heads.get(raw) or _parse_new_head(raw, heads)
         if head.chunked or head.body_size:
             self._body_max = self._service.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):
