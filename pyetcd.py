@@ -3677,7 +3677,10 @@ class RawNode:
 
 
 def _is_contiguous(message: Message) -> bool:
-    first, indexes = message.index + 1, [entry.index for entry in message.entries]
+    first, entries = message.index + 1, message.entries
+    if len(entries) <= 1:
+        return not entries or entries[0].index == first
+    indexes = [entry.index for entry in entries]
     return indexes == list(range(first, first + len(indexes)))
 
 
@@ -5185,7 +5188,10 @@ class Store(NodeTree):
     def begin_turn(self) -> None:
         """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        self.collect_garbage()
+        if self._detached or self._replaced:
+            self.collect_garbage()
+        else:
+            self._budget = REMOVED_NODES_MAX
         if self._expiring_ns and not self._detached:
             self.expire(self._expiring_ns)
 
@@ -5834,8 +5840,16 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        if error.errno not in codes:
-            raise
+        raise_disk_full(error, path, undo, codes)
+        raise
+
+
+def raise_disk_full(
+    error: OSError, path: str, undo: Callable[[], None] = _nothing,
+    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+) -> None:
+    """Raise DiskFull after undo() if `error` is of these codes."""
+    if error.errno in codes:
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
@@ -6760,9 +6774,12 @@ class Wal:
         Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
-        path = os.path.join(self.directory, name)
-        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
+        try:
             self._disk.write(handle, *data)
+        except OSError as error:
+            path = os.path.join(self.directory, name)
+            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
+            raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
@@ -10095,6 +10112,8 @@ class MessageEncoder:
     def encode(message: Message) -> List[bytes]:
         """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
+        if len(data) == 1 and len(data[0]) < SHARED_DATA_BYTES:
+            return [_pack_u64(len(data[0])) + data[0]]      # as most are
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
@@ -11891,7 +11910,9 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         _check_path(request, identity)
     elif entry.data:
         request = entry.request = read_command(entry.data)
-        _check_path(request, identity)
+        path = request.path if request is not None else ""
+        if not path.startswith("/1/") or len(path) > _PATH_CHARS_CHEAP:
+            _check_path(request, identity)
 
 
 def check_proposal(entry: Entry) -> None:
@@ -13477,7 +13498,8 @@ class WalWriter:
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
-        self._queue_deferred()
+        if self._deferred is not None:
+            self._queue_deferred()
         if not self._may_sync_inline(job):
             self._queue(job)
             return
@@ -13616,6 +13638,8 @@ def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
 
 def first_part(entries: Sequence[Entry]) -> int:
     """Return how many of `entries` are the work of one turn."""
+    if len(entries) <= 1:
+        return len(entries)
     return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
 
 
@@ -13673,7 +13697,8 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it is idle; a commit index alone waits for company."""
-        self._encode_on()
+        if self._steps is not None:
+            self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -13916,11 +13941,14 @@ class SnapshotKeeper:
                 self._job.cancel()
                 self._job = None
 
-    def work(self, compact: Callable[[int], bool]) -> None:
+    def work(self, compact: Callable[[int], bool], begin: Callable[[], None]) -> None:
         """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
+        begin    calls begin() if a snapshot is due
         """
+        if (self._waiting or self.index < self.least_index) and self.is_requested:
+            begin()
         if self._compact_to:
             if compact(self._compact_to):
                 self._compact_to = 0
@@ -14881,9 +14909,7 @@ class EtcdServer:
             self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_requested:
-            self._maybe_snapshot()
-        self.snapshots.work(self._compact)
+        self.snapshots.work(self._compact, self._maybe_snapshot)
         self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():

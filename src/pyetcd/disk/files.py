@@ -129,8 +129,16 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        if error.errno not in codes:
-            raise
+        raise_disk_full(error, path, undo, codes)
+        raise
+
+
+def raise_disk_full(
+    error: OSError, path: str, undo: Callable[[], None] = _nothing,
+    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+) -> None:
+    """Raise DiskFull after undo() if `error` is of these codes."""
+    if error.errno in codes:
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error

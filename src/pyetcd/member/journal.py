@@ -96,7 +96,8 @@ class WalWriter:
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
-        self._queue_deferred()
+        if self._deferred is not None:
+            self._queue_deferred()
         if not self._may_sync_inline(job):
             self._queue(job)
             return
@@ -235,6 +236,8 @@ def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
 
 def first_part(entries: Sequence[Entry]) -> int:
     """Return how many of `entries` are the work of one turn."""
+    if len(entries) <= 1:
+        return len(entries)
     return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
 
 
@@ -292,7 +295,8 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it is idle; a commit index alone waits for company."""
-        self._encode_on()
+        if self._steps is not None:
+            self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:

@@ -362,9 +362,7 @@ class EtcdServer:
             self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_requested:
-            self._maybe_snapshot()
-        self.snapshots.work(self._compact)
+        self.snapshots.work(self._compact, self._maybe_snapshot)
         self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():

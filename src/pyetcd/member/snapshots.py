@@ -166,11 +166,14 @@ class SnapshotKeeper:
                 self._job.cancel()
                 self._job = None
 
-    def work(self, compact: Callable[[int], bool]) -> None:
+    def work(self, compact: Callable[[int], bool], begin: Callable[[], None]) -> None:
         """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
+        begin    calls begin() if a snapshot is due
         """
+        if (self._waiting or self.index < self.least_index) and self.is_requested:
+            begin()
         if self._compact_to:
             if compact(self._compact_to):
                 self._compact_to = 0

@@ -101,6 +101,8 @@ class MessageEncoder:
     def encode(message: Message) -> List[bytes]:
         """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
+        if len(data) == 1 and len(data[0]) < SHARED_DATA_BYTES:
+            return [_pack_u64(len(data[0])) + data[0]]      # as most are
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 

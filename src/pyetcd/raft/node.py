@@ -265,7 +265,10 @@ class RawNode:
 
 
 def _is_contiguous(message: Message) -> bool:
-    first, indexes = message.index + 1, [entry.index for entry in message.entries]
+    first, entries = message.index + 1, message.entries
+    if len(entries) <= 1:
+        return not entries or entries[0].index == first
+    indexes = [entry.index for entry in entries]
     return indexes == list(range(first, first + len(indexes)))
 
 
