@@ -5195,15 +5195,12 @@ class Store(NodeTree):
         if self._expiring_ns and not self._detached:
             self.expire(self._expiring_ns)
 
-    def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
-        return list(self._expirations(cutoff_ns))
-
     def expire(self, cutoff_ns: int) -> None:
-        """Do delete_expired() in slices; the next turns remove what is beyond this turn's budget.
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each.
 
-        Until then no other change is accepted, and no snapshot may begin, as an entry of the log
-        is half applied.  A leader of Go expires any number of keys with one entry.
+        The next turns remove what is beyond this turn's budget.  Until then no other change is
+        accepted, and no snapshot may begin, as an entry of the log is half applied.  A leader of
+        Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
         for _ in self._expirations(cutoff_ns):
@@ -5274,7 +5271,7 @@ class Store(NodeTree):
     def install(self, state: StoreState) -> None:
         """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next expire().  Source: etcd 2.3 store/store.go, Recovery.
         """
         self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
@@ -13945,7 +13942,7 @@ class SnapshotKeeper:
         """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
-        begin    calls begin() if a snapshot is due
+        begin    called if a snapshot is requested
         """
         if (self._waiting or self.index < self.least_index) and self.is_requested:
             begin()

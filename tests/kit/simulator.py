@@ -1381,7 +1381,7 @@ def _bug_received_snapshot_keeps_the_voters(patch):
 
 def _bug_keys_expire_by_the_local_clock(patch):
     patch.setattr(pyetcd.Applier, "_sync", lambda self, request: (
-        self._store.delete_expired(self.clock()) and None))
+        self._store.expire(self.clock())))
     patch.setitem(pyetcd._METHODS, "SYNC", pyetcd.Applier._sync)
 
 

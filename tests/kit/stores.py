@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import List
+
 import pytest
 
-from pyetcd import Store
+from pyetcd import Event, Store
+
+
+def delete_expired(store: Store, cutoff_ns: int) -> List[Event]:
+    """Do Store.expire() in one turn; return the events."""
+    return list(store._expirations(cutoff_ns))
 
 
 def store_json(

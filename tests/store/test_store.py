@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import pytest
 import pyetcd
 from pyetcd import Event, Store, Watcher
 from tests.kit.basics import TESTDATA
-from tests.kit.stores import store_json
+from tests.kit.stores import delete_expired, store_json
 
 _STORE_NOW = 1_800_000_000 * pyetcd.NS + 123_456_789       # 2027-01-15T08:00:00.123456789Z
 _STORE_LATER = _STORE_NOW + 1000 * pyetcd.NS
@@ -264,7 +265,7 @@ def test_store_set_dir_replaces_a_file_by_an_empty_directory(store: Store) -> No
 def test_store_set_without_ttl_makes_permanent(store: Store) -> None:
     _store_call(store, "set", "/a", expires_ns=_store_in(5))
     _store_call(store, "set", "/a")
-    assert not store.has_ttl and store.delete_expired(_STORE_LATER) == []
+    assert not store.has_ttl and delete_expired(store, _STORE_LATER) == []
 
 
 @pytest.mark.parametrize("verb", ["set", "create", "update", "compare_and_swap", "refresh"])
@@ -322,7 +323,7 @@ def test_store_instant_before_2000_expires_for_update_and_swap(store: Store, ver
     body = _store_body(_store_call(store, verb, "/a", value="2", expires_ns=wrapped))
     assert body["node"]["ttl"] == -9_223_372_036
     assert body["node"]["expiration"].startswith("1734-")
-    assert len(store.delete_expired(_STORE_NOW)) == 1
+    assert len(delete_expired(store, _STORE_NOW)) == 1
 
 
 # -- create
@@ -532,7 +533,7 @@ def test_store_expiry_is_earliest_first_with_one_index_each(store: Store) -> Non
     for name, seconds in (("c", 3), ("a", 1), ("b", 2), ("d", 99)):
         _store_call(store, "set", "/" + name, expires_ns=_store_in(seconds))
     assert store._ttl.first()[0] == _store_in(1)
-    events = store.delete_expired(_store_in(3))
+    events = delete_expired(store, _store_in(3))
     assert [(event.key, event.index) for event in events] == [
         ("/1/a", 5), ("/1/b", 6), ("/1/c", 7)]
     assert store._ttl.first()[0] == _store_in(99) and store.has_ttl
@@ -543,12 +544,12 @@ def test_store_expiry_of_equal_instants_goes_by_key(store: Store) -> None:
     """Members must agree on the indexes, whether they applied the writes or took a snapshot."""
     for name in "bca":
         _store_call(store, "set", "/" + name, expires_ns=_store_in(1))
-    assert [event.key for event in store.delete_expired(_store_in(1))] == ["/1/a", "/1/b", "/1/c"]
+    assert [event.key for event in delete_expired(store, _store_in(1))] == ["/1/a", "/1/b", "/1/c"]
 
 
 def test_store_expire_event_of_a_file(store: Store) -> None:
     _store_call(store, "set", "/a", value="1", expires_ns=_store_in(1))
-    [event] = store.delete_expired(_store_in(1.3))
+    [event] = delete_expired(store, _store_in(1.3))
     assert _store_body(event) == {
         "action": "expire", "node": {"key": "/a", "modifiedIndex": 2, "createdIndex": 1},
         "prevNode": {"key": "/a", "value": "1", "expiration": "2027-01-15T08:00:01.123456789Z",
@@ -567,11 +568,11 @@ def test_store_expires_many_in_steps_like_at_once(store: Store) -> None:
     until_ns, step_ns = _store_in(700), 0
     while step_ns < until_ns:
         step_ns = store.expiry_step_ns(until_ns)
-        expired = store.delete_expired(step_ns)
+        expired = delete_expired(store, step_ns)
         sizes.append(len(expired))
         events += expired
     assert max(sizes) <= pyetcd.EXPIRED_KEYS_MAX + 10 and min(sizes[:-1]) > 0
-    at_once = other.delete_expired(until_ns)
+    at_once = delete_expired(other, until_ns)
     assert [e.key for e in events] == [e.key for e in at_once] and len(events) > 1_000
     assert store.expiry_step_ns(until_ns) == until_ns
 
@@ -579,7 +580,7 @@ def test_store_expires_many_in_steps_like_at_once(store: Store) -> None:
 def test_store_expired_directory_takes_its_children_without_events(store: Store) -> None:
     _store_call(store, "set", "/d", dir=True, expires_ns=_store_in(2))
     _store_call(store, "set", "/d/a", expires_ns=_store_in(2.5))
-    [event] = store.delete_expired(_STORE_LATER)
+    [event] = delete_expired(store, _STORE_LATER)
     assert _store_body(event)["node"] == {"key": "/d", "modifiedIndex": 3, "createdIndex": 1}
     assert _store_body(event)["prevNode"]["dir"] is True
     assert not store.has_ttl and store._ttl.first()[0] == 0
@@ -591,7 +592,7 @@ def test_store_until_expiry_a_key_exists(store: Store) -> None:
     with pytest.raises(pyetcd.NodeExists):
         _store_call(store, "create", "/a")
     _store_call(store, "set", "/a", refresh=True, expires_ns=_store_in(5))
-    assert store.delete_expired(_STORE_NOW) == []
+    assert delete_expired(store, _STORE_NOW) == []
 
 
 def test_store_ttl_heap_stays_small_under_refresh(store: Store) -> None:
@@ -661,7 +662,7 @@ def test_store_watch_exact_is_not_told_about_children(store: Store) -> None:
     _, seen = _store_watch(store, "/d", stream=True)
     _store_call(store, "set", "/d/a")
     _store_call(store, "update", "/d", expires_ns=_store_in(1))
-    store.delete_expired(_store_in(1))
+    delete_expired(store, _store_in(1))
     assert [event["action"] for event in seen] == ["update", "expire", "expire"]
 
 
@@ -932,7 +933,7 @@ def _store_fill(store: Store) -> None:
     _store_call(store, "set", "/gone", value="x")
     _store_call(store, "delete", "/gone")
     _store_call(store, "set", "/late", expires_ns=_store_in(1))
-    store.delete_expired(_store_in(3.5))
+    delete_expired(store, _store_in(3.5))
     store.create("/0/members/1/attributes", value="{}", now_ns=_STORE_NOW)
 
 
@@ -967,8 +968,8 @@ def test_store_snapshot_round_trip_keeps_everything(store: Store) -> None:
     for since in range(1, store.current_index + 1):
         assert _store_watch(other, "", since=since, recursive=True)[1] == _store_watch(
             store, "", since=since, recursive=True)[1]
-    assert ["".join(event.history_texts()) for event in other.delete_expired(_STORE_LATER)] == [
-        "".join(event.history_texts()) for event in store.delete_expired(_STORE_LATER)]
+    assert ["".join(event.history_texts()) for event in delete_expired(other, _STORE_LATER)] == [
+        "".join(event.history_texts()) for event in delete_expired(store, _STORE_LATER)]
 
 
 def test_store_snapshot_says_what_the_specification_shows(store: Store) -> None:
@@ -1134,7 +1135,7 @@ def _store_mutate(store: Store, rng: random.Random) -> None:
         lambda: store.create(path, unique=True, now_ns=_STORE_NOW),
         lambda: store.update(path, expires_ns=expires_ns, now_ns=_STORE_NOW),
         lambda: store.delete(path, recursive=rng.random() < 0.5, dir=True, now_ns=_STORE_NOW),
-        lambda: store.delete_expired(_store_in(rng.randint(0, 100))),
+        lambda: delete_expired(store, _store_in(rng.randint(0, 100))),
     ]
     try:
         rng.choice(operations)()
@@ -1328,7 +1329,7 @@ class _StoreReplay:
         """Let time pass; the leader looks for expired keys every half second."""
         self.now_ns += int(seconds * pyetcd.NS)
         while self.ticks * pyetcd.NS // 2 <= self.now_ns - _STORE_NOW:
-            self.store.delete_expired(_STORE_NOW + self.ticks * pyetcd.NS // 2)
+            delete_expired(self.store, _STORE_NOW + self.ticks * pyetcd.NS // 2)
             self.ticks += 1
 
     def request(self, case: Any) -> Tuple[int, Any, List[bytes], Optional[Watcher]]:
@@ -1555,7 +1556,7 @@ def test_store_removal_of_many_is_a_bounded_amount_of_work_in_a_turn(
         store.listing("/1/d/s", now_ns=_STORE_NOW)
     assert store.value("/1/d/s/7") is None and store.children("/1/d/s") == []
     assert b'"/1/d' not in store.save().partition(b"WatcherHub")[0]
-    events = store.delete_expired(_store_in(2))
+    events = delete_expired(store, _store_in(2))
     assert [event.key for event in events] == ["/1/e", "/1/f"]
     assert len(told["/e/s/8"]) == 1 and silent == []
     turns = 0
@@ -1581,7 +1582,7 @@ def test_store_writes_find_what_is_dead_gone(
     assert store.has_garbage
     event = _store_call(store, "create", "/d/5")
     assert event.prev is None and event.is_created and not store.has_garbage
-    assert store.children("/1/d") == [("5", False)] and store.delete_expired(_STORE_LATER) == []
+    assert store.children("/1/d") == [("5", False)] and delete_expired(store, _STORE_LATER) == []
 
 
 def test_store_frees_the_tree_before_a_recover_in_slices(
@@ -1658,7 +1659,7 @@ def test_store_expires_the_keys_of_one_entry_in_slices(
             _store_call(each, "set", f"/k/{number}", expires_ns=_store_in(1 + number % 7))
             _store_call(each, "set", f"/later/{number}", expires_ns=_store_in(1_000))
     store.expire(_store_in(10))
-    other.delete_expired(_store_in(10))
+    delete_expired(other, _store_in(10))
     turns = 0
     while store.has_garbage:
         assert not store.accepts_changes and turns < 40
@@ -1710,7 +1711,9 @@ def test_store_counts_the_characters_of_what_it_holds(seed: int) -> None:
                 (store.compare_and_delete, {}), (store.delete, {"recursive": True}),
             ))
             change(path, now_ns=now, **options)
-        rng.choice((lambda now: [], store.delete_expired, lambda now: store.begin_turn()))(now)
+        rng.choice((
+            lambda now: [], functools.partial(delete_expired, store), lambda now: store.begin_turn()
+        ))(now)
         now += 1
         assert store.chars == counted(store), (seed, step)
     again = Store()

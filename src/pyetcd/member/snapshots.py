@@ -170,7 +170,7 @@ class SnapshotKeeper:
         """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
-        begin    calls begin() if a snapshot is due
+        begin    called if a snapshot is requested
         """
         if (self._waiting or self.index < self.least_index) and self.is_requested:
             begin()

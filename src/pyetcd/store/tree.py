@@ -496,15 +496,12 @@ class Store(NodeTree):
         if self._expiring_ns and not self._detached:
             self.expire(self._expiring_ns)
 
-    def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
-        return list(self._expirations(cutoff_ns))
-
     def expire(self, cutoff_ns: int) -> None:
-        """Do delete_expired() in slices; the next turns remove what is beyond this turn's budget.
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each.
 
-        Until then no other change is accepted, and no snapshot may begin, as an entry of the log
-        is half applied.  A leader of Go expires any number of keys with one entry.
+        The next turns remove what is beyond this turn's budget.  Until then no other change is
+        accepted, and no snapshot may begin, as an entry of the log is half applied.  A leader of
+        Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
         for _ in self._expirations(cutoff_ns):
@@ -575,7 +572,7 @@ class Store(NodeTree):
     def install(self, state: StoreState) -> None:
         """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next expire().  Source: etcd 2.3 store/store.go, Recovery.
         """
         self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
