@@ -182,6 +182,7 @@ def _fail_reactor(server, patch):
 
 def _fail_turn(server, patch):
     patch.setattr(pyetcd.EtcdServer, "_apply", _raise_bug)
+    server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
 
 
 def _fail_stop(server, patch):
