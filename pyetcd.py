@@ -1708,7 +1708,7 @@ def _varint_value(data: bytes) -> int:
 
 
 def _varint_number(data: bytes) -> int:
-    """Return the value of a varint of at most ten bytes: most ids and indexes differ in two."""
+    """Return the value of a varint of at most ten bytes: most ids differ in the first two."""
     if len(data) < 3:
         return _varint_value(data)
     return data[0] & 127 | (data[1] & 127) << 7 | _varint_value(data[2:]) << 14 & UINT64_MAX
@@ -3901,10 +3901,10 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if self.node.__class__ is not LongNode is not self.prev.__class__:
-                self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
-            else:
+            if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
+            else:
+                self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
     def client_json(self) -> bytes:
@@ -5188,10 +5188,7 @@ class Store(NodeTree):
     def begin_turn(self) -> None:
         """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        if self._detached or self._replaced:
-            self.collect_garbage()
-        else:
-            self._budget = REMOVED_NODES_MAX
+        self.collect_garbage()
         if self._expiring_ns and not self._detached:
             self.expire(self._expiring_ns)
 
@@ -10109,8 +10106,6 @@ class MessageEncoder:
     def encode(message: Message) -> List[bytes]:
         """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
-        if len(data) == 1 and len(data[0]) < SHARED_DATA_BYTES:
-            return [_pack_u64(len(data[0])) + data[0]]      # as most are
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
@@ -10222,7 +10217,7 @@ class AppV2Decoder(FrameDecoder):
         return 9
 
     def _some_entries(self, data: bytes, offset: int) -> Generator[None, None, int]:
-        """Decode the complete entries at `offset`; return their size, or that of a longer one."""
+        """Decode the whole entries at `offset`; return their size, or that of one that is cut."""
         at, end, work = offset, len(data), 0
         while self._left > 0:
             start = at + 8
@@ -11901,14 +11896,14 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         raise CodecError(f"an entry of unknown type {entry.type}")
     elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
         request = decode_request_head(entry.data)
-        request = request and _with_clean_path(request.as_unicode())
-        if request and request.path.startswith("/0/"):
-            raise CodecError(f"{len(entry.data)} bytes below /0")
-        _check_path(request, identity)
+        if request is not None:
+            request = _with_clean_path(request.as_unicode())
+            if request.path.startswith("/0/"):
+                raise CodecError(f"{len(entry.data)} bytes below /0")
+            _check_path(request, identity)
     elif entry.data:
         request = entry.request = read_command(entry.data)
-        path = request.path if request is not None else ""
-        if not path.startswith("/1/") or len(path) > _PATH_CHARS_CHEAP:
+        if request is not None:
             _check_path(request, identity)
 
 
@@ -11931,9 +11926,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_path(request: Optional[Request], identity: Identity) -> None:
-    if request is None:
-        return
+def _check_path(request: Request, identity: Identity) -> None:
     path = request.path
     if not path.startswith("/1/"):
         _check_own_path(request, identity)
@@ -13495,8 +13488,7 @@ class WalWriter:
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
-        if self._deferred is not None:
-            self._queue_deferred()
+        self._queue_deferred()
         if not self._may_sync_inline(job):
             self._queue(job)
             return
@@ -13745,7 +13737,8 @@ class Journal:
         self._encode_on()
 
     def _encode_on(self) -> None:
-        if self._steps is not None and next(self._steps, self) is self:
+        assert self._steps is not None
+        if next(self._steps, self) is self:
             self._steps = None
 
     def _write_steps(self, batch: Batch) -> Generator[None, None, None]:
@@ -13944,7 +13937,7 @@ class SnapshotKeeper:
         compact  drops a slice of the log up to an index; True when all of it is dropped
         begin    called if a snapshot is requested
         """
-        if (self._waiting or self.index < self.least_index) and self.is_requested:
+        if self.is_requested:
             begin()
         if self._compact_to:
             if compact(self._compact_to):

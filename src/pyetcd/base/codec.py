@@ -189,7 +189,7 @@ def _varint_value(data: bytes) -> int:
 
 
 def _varint_number(data: bytes) -> int:
-    """Return the value of a varint of at most ten bytes: most ids and indexes differ in two."""
+    """Return the value of a varint of at most ten bytes: most ids differ in the first two."""
     if len(data) < 3:
         return _varint_value(data)
     return data[0] & 127 | (data[1] & 127) << 7 | _varint_value(data[2:]) << 14 & UINT64_MAX

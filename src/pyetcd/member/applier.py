@@ -263,14 +263,14 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         raise CodecError(f"an entry of unknown type {entry.type}")
     elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
         request = decode_request_head(entry.data)
-        request = request and _with_clean_path(request.as_unicode())
-        if request and request.path.startswith("/0/"):
-            raise CodecError(f"{len(entry.data)} bytes below /0")
-        _check_path(request, identity)
+        if request is not None:
+            request = _with_clean_path(request.as_unicode())
+            if request.path.startswith("/0/"):
+                raise CodecError(f"{len(entry.data)} bytes below /0")
+            _check_path(request, identity)
     elif entry.data:
         request = entry.request = read_command(entry.data)
-        path = request.path if request is not None else ""
-        if not path.startswith("/1/") or len(path) > _PATH_CHARS_CHEAP:
+        if request is not None:
             _check_path(request, identity)
 
 
@@ -293,9 +293,7 @@ def check_proposal(entry: Entry) -> None:
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
-def _check_path(request: Optional[Request], identity: Identity) -> None:
-    if request is None:
-        return
+def _check_path(request: Request, identity: Identity) -> None:
     path = request.path
     if not path.startswith("/1/"):
         _check_own_path(request, identity)

@@ -96,8 +96,7 @@ class WalWriter:
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
-        if self._deferred is not None:
-            self._queue_deferred()
+        self._queue_deferred()
         if not self._may_sync_inline(job):
             self._queue(job)
             return
@@ -346,7 +345,8 @@ class Journal:
         self._encode_on()
 
     def _encode_on(self) -> None:
-        if self._steps is not None and next(self._steps, self) is self:
+        assert self._steps is not None
+        if next(self._steps, self) is self:
             self._steps = None
 
     def _write_steps(self, batch: Batch) -> Generator[None, None, None]:

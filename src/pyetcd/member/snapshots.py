@@ -172,7 +172,7 @@ class SnapshotKeeper:
         compact  drops a slice of the log up to an index; True when all of it is dropped
         begin    called if a snapshot is requested
         """
-        if (self._waiting or self.index < self.least_index) and self.is_requested:
+        if self.is_requested:
             begin()
         if self._compact_to:
             if compact(self._compact_to):

@@ -101,8 +101,6 @@ class MessageEncoder:
     def encode(message: Message) -> List[bytes]:
         """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
-        if len(data) == 1 and len(data[0]) < SHARED_DATA_BYTES:
-            return [_pack_u64(len(data[0])) + data[0]]      # as most are
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
@@ -214,7 +212,7 @@ class AppV2Decoder(FrameDecoder):
         return 9
 
     def _some_entries(self, data: bytes, offset: int) -> Generator[None, None, int]:
-        """Decode the complete entries at `offset`; return their size, or that of a longer one."""
+        """Decode the whole entries at `offset`; return their size, or that of one that is cut."""
         at, end, work = offset, len(data), 0
         while self._left > 0:
             start = at + 8

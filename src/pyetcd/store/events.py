@@ -207,10 +207,10 @@ class Event:
         The keys are without the namespace (`/1`).
         """
         if self._json is None:
-            if self.node.__class__ is not LongNode is not self.prev.__class__:
-                self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
-            else:
+            if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
+            else:
+                self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
     def client_json(self) -> bytes:

@@ -37,7 +37,7 @@ from ..base.errors import (
     NotFile,
     RootReadOnly,
 )
-from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX, NS, REMOVED_NODES_MAX
+from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX, NS
 from ..base.text import Value, as_unicode, in_pieces, json_string, load_json, parse_time
 from .events import (
     _PERMANENT,
@@ -489,10 +489,7 @@ class Store(NodeTree):
     def begin_turn(self) -> None:
         """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        if self._detached or self._replaced:
-            self.collect_garbage()
-        else:
-            self._budget = REMOVED_NODES_MAX
+        self.collect_garbage()
         if self._expiring_ns and not self._detached:
             self.expire(self._expiring_ns)
 
