@@ -67,7 +67,9 @@ if __name__ == "__main__":
         if "_PAST_IMAGE" in globals():
             _leave_past_image(*globals()["_PAST_IMAGE"])
         # Not in a debugger, a profiler or a module that runs this file: they have frames below.
-        elif (hasattr(os, "memfd_create") and not sys.gettrace() and "__file__" in globals()
+        # Not from byte code either, which left nothing behind.
+        elif (hasattr(os, "memfd_create") and not sys.gettrace()
+              and globals().get("__file__", ".pyc")[-4:] != ".pyc"
               and sys._getframe().f_back is None):
             _enter_fresh_image()            # before the other imports, made again there: 25 ms
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -1409,6 +1410,9 @@ def test_image_is_left_out_where_it_cannot_be(tmp_path):
         done = subprocess.run([sys.executable, *options], cwd=tmp_path, capture_output=True,
                               text=True, check=False)
         assert '"is_fresh": false' in done.stdout, (options, done.stderr)
+    code = py_compile.compile(str(tmp_path / "pyetcd.py"), doraise=True)
+    done = subprocess.run([sys.executable, code], capture_output=True, text=True, check=False)
+    assert '"is_fresh": false' in done.stdout, done.stderr      # nothing was compiled
     with open(tmp_path / "pyetcd.py", "rb") as script:
         done = subprocess.run([sys.executable, "-"], stdin=script, capture_output=True, text=True,
                               check=False)
