@@ -179,6 +179,20 @@ def test_aid_first_leader_is_elected_at_once():
         assert cluster.leader().leading_term() == 2
 
 
+def test_aid_first_election_is_begun_again_where_the_candidate_was_no_voter_yet(monkeypatch):
+    """A member that has not applied the first entries of its log ignores that it should lead."""
+    campaign, ignored = pyetcd.RawNode.campaign, []
+
+    def ignore_first(node):
+        if ignored:
+            campaign(node)
+        ignored.append(node)
+
+    monkeypatch.setattr(pyetcd.RawNode, "campaign", ignore_first)
+    with pyetcd.LocalCluster(3, heartbeat_ms=1_000, election_ms=40_000) as cluster:
+        assert cluster.leader() is cluster.members[-1]
+
+
 def test_aid_members_are_known_to_all_when_the_cluster_is_ready():
     """And nothing of the start is left to do: the index stays where it is."""
     with pyetcd.LocalCluster(3) as cluster:

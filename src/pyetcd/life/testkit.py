@@ -30,6 +30,7 @@ from ..member.cluster import Member, format_id
 from ..member.server import EtcdServer
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
+from ..raft.core import RaftRole
 from .embedding import Server, checked_settings
 
 if TYPE_CHECKING:
@@ -528,18 +529,22 @@ class LocalCluster:
         True when the campaign has begun, or if the cluster had an election before.
         """
         candidate = self.members[-1]
-        if not candidate.call(_is_new) or all(
+        return bool(candidate.call(_has_begun)) or all(
             _accepts(one, other) and _accepts(other, one)
             for one in [candidate] for other in self.members if other is not candidate
-        ):
-            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
-            return True
-        return False
+        ) and bool(candidate.call(_begin_election))
 
 
-def _is_new(etcd: EtcdServer) -> bool:
-    """True before the first election of a cluster; later ones need no help."""
-    return etcd.node.raft.term <= 1
+def _begin_election(etcd: EtcdServer) -> bool:
+    """Campaign; False as long as the member has not applied that it is a voter."""
+    if not _has_begun(etcd):
+        etcd.node.campaign()
+    return _has_begun(etcd)
+
+
+def _has_begun(etcd: EtcdServer) -> bool:
+    """True from the first campaign of a cluster; later ones need no help."""
+    return etcd.node.raft.term > 1 or etcd.node.raft.role is not RaftRole.FOLLOWER
 
 
 def _accepts(member: LocalMember, sender: LocalMember) -> bool:
