@@ -513,6 +513,30 @@ def test_page_in_a_browser_asks_for_a_login_and_forgets_it(browser, member):
     page.shows("Insufficient credentials", "#dialog")
 
 
+def test_page_in_a_browser_shows_a_user_what_it_may_read(browser, member):
+    """Without rights on `/` there is no tree; the key opens by its address, another does not."""
+    url = member.client_url
+    _put(member, "/app/mine", "m1ne")
+    _put(member, "/other", "th3irs")
+    _auth_enable(url)
+    rights = {"kv": {"read": ["/app/*"], "write": ["/app/*"]}}
+    assert _auth_call(url, "PUT", "roles/app", {"role": "app", "permissions": rights})[0] == 201
+    assert _auth_call(url, "PUT", "users/nina", {
+        "user": "nina", "password": "ninapw", "roles": ["app"]})[0] == 200
+    page = Page(browser, url, "keys/app/mine")
+    page.type("#user", "nina")
+    page.type("#password", "ninapw")
+    page.click("#dialog button", "Log in")
+    page.holds("m1ne")
+    page.shows("A key can be opened by its address", "#tree")
+    page.type("#value", "changed")
+    page.click("#save")
+    page.shows("Saved /app/mine", "#toasts")
+    page.run("location.hash = '#/keys/other'")
+    page.shows("nina may not do this", "#detail")
+    assert "th3irs" not in page.run("return document.documentElement.outerHTML")
+
+
 def test_page_in_a_browser_that_is_read_only_offers_no_write(browser, tmp_path):
     with pyetcd.LocalMember(directory=str(tmp_path), ui="readonly") as member:
         _put(member, "/a", "1")

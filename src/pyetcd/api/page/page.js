@@ -559,10 +559,11 @@ const openKey = guarded(async key => {
     mine.dir = await isDirectory(key, signal);
     mine.node = mine.dir ? {key, dir: true} : await readNode(key, signal);
   } catch (error) {
-    if (error.code !== 100) throw error;
-    if (opened === mine) fill($("detail"), mine.head, h("p.empty", "There is no such key."),
-      h("div.bar", button("Create it", "write", () => create(key))));
-    return;
+    const absent = error.code === 100;
+    if (opened === mine) fill($("detail"), mine.head, h("p.empty", absent ? "There is no such key." : error.message),
+      absent && h("div.bar", button("Create it", "write", () => create(key))));
+    if (absent) return;
+    throw error;
   }
   if (opened !== mine) return;
   const row = tree.flat.findIndex(node => node.key === key);
