@@ -12552,13 +12552,6 @@ class PasswordChecks:
             done(known)
 
 
-class Credential(NamedTuple):
-    """User and password in a request."""
-
-    user: str
-    password: str
-
-
 # ============================================================================
 # member/auth -- Auth records in the store, their changes through consensus, and the guard before a request.
 # ----------------------------------------------------------------------------
@@ -12592,22 +12585,22 @@ class Auth:
 
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
-        user: Optional[User] = self._record("users", name, parse_stored_user)
+        user: Optional[User] = self._record("user", name)
         return user
 
     def role(self, name: str) -> Optional[Role]:
         """Return a role; root exists without being stored."""
         role: Optional[Role] = Role(ROOT, EVERYTHING)
-        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+        return role if name == ROOT else self._record("role", name)
 
-    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+    def _record(self, kind: str, name: str) -> Any:
         self._refresh()
         key = kind, name
         if key not in self._records:    # missing records are not remembered
-            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}s/{name}")
             if not stored:
                 return None
-            self._records[key] = parse(name, stored)
+            self._records[key] = parse_stored(kind, name, stored)
         return self._records[key]
 
     def _refresh(self) -> None:
@@ -12639,7 +12632,7 @@ class Auth:
     @property
     def has_users(self) -> bool:
         """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+        return bool(self._store.children(AUTH_PREFIX + "/users"))
 
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
         """True if a verified user (None: a guest) may read or write `key`."""
@@ -12664,69 +12657,27 @@ class Auth:
         return user is not None
 
 
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user in a record of the store; None, with a log line, if it holds none."""
+def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
+    """Return the `user` or `role` in a record of the store; None, with a log line, if none is."""
     try:
         value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role in a record of the store; None, with a log line, if it holds none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
+        if kind == "user":
+            password = go_text(str(value["password"]))
+            return User(name, password, string_list(value.get("roles"))).with_root()
+        kv = value["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored %s %s: what is stored is no %s", kind, name, kind)
         return None
 
 
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRunner(NamedTuple):
-    """Runs a change that waits several times; then done(its result, or its exception).
-
-    do     as EtcdServer.do
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    do: Callable[[Request, Callable[[Any], None]], None]
-    reactor: Reactor
-    steps: Steps
-    done: Callable[[Any], None]
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with the result of the one before."""
-        try:
-            step = self.steps.send(value)
-        except StopIteration as stop:
-            self.done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self.done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self.do(step, self.go_on)
-            else:
-                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self.done(error)
-        else:
-            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
+# callable, which runs on another thread, and gets its result.
+Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+    """Changes of users and roles, through consensus: each method returns Steps.
 
     A change reads its record through consensus, too, and is written only if the record is the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
@@ -12757,10 +12708,7 @@ class AuthStore:
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
-        return (
-            yield from self._update(
-                "user", name, parse_stored_user, change, "grant/revoke/password")
-        )
+        return (yield from self._update("user", name, change, "grant/revoke/password"))
 
     def delete_user(self, name: str) -> Steps:
         if name == ROOT and self._auth.enabled:
@@ -12776,23 +12724,14 @@ class AuthStore:
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
+    def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
         """Return the changed role."""
         self._check_role(name)
 
         def change(old: "Role") -> "Role":
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            return old._replace(permissions=permissions)
+            return old._replace(permissions=old.permissions.grant(grant).revoke(revoke))
 
-        return (
-            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
-        )
+        return (yield from self._update("role", name, change, "grant/revoke"))
 
     def delete_role(self, name: str) -> Steps:
         self._check_role(name)
@@ -12831,15 +12770,14 @@ class AuthStore:
         )
 
     def _update(
-        self, kind: str, name: str, parse: Callable[[str, str], Any],
-        change: Callable[[Any], Any], options: str,
+        self, kind: str, name: str, change: Callable[[Any], Any], options: str
     ) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
         while True:
             text, index = yield from self._read(path, missing)
-            old = parse(name, text)
+            old = parse_stored(kind, name, text)
             if old is None:
                 raise missing
             new = change(old)
@@ -12889,8 +12827,8 @@ class AuthStore:
         return result
 
 
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+def parse_credential(header: str) -> Optional[Tuple[str, str]]:
+    """Return user and password in a Basic Authorization header (RFC 7617); None: malformed."""
     kind, _, encoded = header.partition(" ")
     if kind.lower() != "basic":
         return None
@@ -12898,7 +12836,7 @@ def parse_credential(header: str) -> Optional[Credential]:
         user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
     except ValueError:
         return None
-    return Credential(user, password) if colon else None
+    return (user, password) if colon else None
 
 
 class Guard:
@@ -12954,10 +12892,10 @@ class Guard:
         if credential is None:
             self._log.error("malformed basic auth encoding")
             return False
-        name = credential.user
+        name, password = credential
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), password)
         if right is None:
             return None
         user = self._auth.user(name)
@@ -12982,6 +12920,7 @@ class Guard:
             return
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # without one there is a verdict
+        name, password = credential
 
         def checked(known: "bool") -> None:
             if known:
@@ -12990,9 +12929,8 @@ class Guard:
                 text = json_string(f"the password could not be checked{_TRY_AGAIN}")
                 request.reply(503, f'{{"message":{text}}}'.encode())
 
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
+        sender = Sender(name, request.remote.rpartition(":")[0])
+        self._auth.checks.check(sender, self._auth.stored_hash(name), password, checked)
 
 
 # ============================================================================
@@ -15641,46 +15579,23 @@ def refuse_credentials(request: HttpRequest) -> None:
     write_message(request, 401, "Insufficient credentials")
 
 
-class UserBody(NamedTuple):
-    """The body of a PUT of a user."""
-
-    name: str
-    password: str
-    roles: Names
-    grant: Names
-    revoke: Names
-
-    @classmethod
-    def parse(cls, body: bytes) -> "UserBody":
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        return cls(
-            GoJson.string_member(value, "user"), GoJson.string_member(value, "password"),
-            *(string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke")),
-        )
+def parse_user_body(body: bytes) -> Tuple[User, Names, Names]:
+    """Return the user, the roles to grant and those to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    roles, grant, revoke = (
+        string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke"))
+    name, password = (GoJson.string_member(value, name) for name in ("user", "password"))
+    return User(name, password, roles), grant, revoke
 
 
-class RoleBody(NamedTuple):
-    """The body of a PUT of a role."""
-
-    name: str
-    permissions: Permissions
-    grant: Optional[Permissions]
-    revoke: Optional[Permissions]
-
-    @classmethod
-    def parse(cls, body: bytes) -> "RoleBody":
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        name = GoJson.string_member(value, "role")
-        found = [cls._permissions(value, part) for part in ("permissions", "grant", "revoke")]
-        return cls(name, found[0] or Permissions(), *found[1:])
-
-    @staticmethod
-    def _permissions(value: object, name: str) -> Optional[Permissions]:
-        kv = GoJson.member(GoJson.member(value, name), "kv")
-        found = make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write"))
-        return found if found.read is not None or found.write is not None else None
+def parse_role_body(body: bytes) -> Tuple[Role, Permissions, Permissions]:
+    """Return the role, what to grant and what to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    kvs = [GoJson.member(GoJson.member(value, name), "kv")
+           for name in ("permissions", "grant", "revoke")]
+    permissions, grant, revoke = (
+        make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write")) for kv in kvs)
+    return Role(GoJson.string_member(value, "role"), permissions), grant, revoke
 
 
 class AuthApi:
@@ -15769,7 +15684,7 @@ class AuthApi:
             self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
             for user in users
         )
-        self._reply_list(request, "users", "null", shown, [])
+        self._reply_list(request, "users", shown, [])
 
     @staticmethod
     def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
@@ -15777,21 +15692,22 @@ class AuthApi:
         return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, UserBody.parse, name, "User")
+        body = self._parse(request, parse_user_body, name, "User")
         if body is None:
             return
-        if body.roles and (body.grant or body.revoke):
+        user, grant, revoke = body
+        if user.roles and (grant or revoke):
             self._message(request, 400, "User JSON contains both roles and grant/revoke")
             return
-        if len(utf8(body.password)) > PASSWORD_BYTES_MAX or "\0" in body.password:
+        if len(utf8(user.password)) > PASSWORD_BYTES_MAX or "\0" in user.password:
             self._message(request, 400, "the password is too long, or has a NUL in it")
             return
-        updates = bool(body.grant or body.revoke) or not body.roles and self._auth.user(name)
+        updates = bool(grant or revoke) or not user.roles and self._auth.user(name)
         if updates:
-            steps = self._store.update_user(name, body.password, body.grant, body.revoke)
+            steps = self._store.update_user(name, user.password, grant, revoke)
         else:
-            steps = self._store.create_user(User(name, body.password, body.roles))
-        status = 200 if updates or body.roles else 201
+            steps = self._store.create_user(user)
+        status = 200 if updates or user.roles else 201
         self._run(request, steps,
                   lambda user: self._reply(request, status, user.json(hide_password=True)))
 
@@ -15799,20 +15715,21 @@ class AuthApi:
 
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
-        self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
+        self._reply_list(request, "roles", (role.json() for role in roles), [])
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, RoleBody.parse, name, "Role")
+        body = self._parse(request, parse_role_body, name, "Role")
         if body is None:
             return
-        updates = any(part and not part.is_empty for part in (body.grant, body.revoke))
-        if updates and not body.permissions.is_empty:
+        role, grant, revoke = body
+        updates = not (grant.is_empty and revoke.is_empty)
+        if updates and not role.permissions.is_empty:
             self._message(request, 400, "Role JSON contains both permissions and grant/revoke")
             return
         if updates:
-            steps = self._store.update_role(name, body.grant, body.revoke)
+            steps = self._store.update_role(name, grant, revoke)
         else:
-            steps = self._store.create_role(Role(name, body.permissions))
+            steps = self._store.create_role(role)
         self._run(request, steps,
                   lambda role: self._reply(request, 200 if updates else 201, role.json()))
 
@@ -15830,20 +15747,39 @@ class AuthApi:
         except ValueError:
             self._message(request, 400, "Invalid JSON in request body.")
             return None
-        if body.name != name:
+        if body[0].name != name:
             self._message(request, 400, f"{what} JSON name does not match the name in the URL")
             return None
         return body
 
-    def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Make a change; then call reply(its result), or answer with its error."""
-        def done(result: "Any") -> None:
-            if isinstance(result, (AuthError, EtcdError)):
-                self._fail(request, result)
-            else:
-                reply(result)
+    def _run(
+        self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
+    ) -> None:
+        """Make a change; then call reply(its result), or answer with its error.
 
-        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
+        value  the result of the step before
+        """
+        go_on = functools.partial(self._run, request, steps, reply)
+
+        def worked(error: "Optional[BaseException]", result: "Any") -> None:
+            if error is None:
+                go_on(result)
+            elif isinstance(error, AuthError):
+                self._fail(request, error)
+            else:
+                self._fail(request, AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+        try:
+            step = steps.send(value)
+        except StopIteration as stop:
+            reply(stop.value)
+        except (AuthError, EtcdError) as error:
+            self._fail(request, error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self._server.do(step, go_on)
+            else:
+                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=worked)
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -15858,8 +15794,7 @@ class AuthApi:
         request.reply(status, utf8(json_text(value) + "\n"), headers=self._cluster_line)
 
     def _reply_list(
-        self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
-        texts: List[str],
+        self, request: HttpRequest, name: str, shown: Iterator[object], texts: List[str]
     ) -> None:
         """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
@@ -15867,10 +15802,9 @@ class AuthApi:
         if request.connection.closed:
             return
         if len(some) == ITEMS_IN_SLICE:
-            self._server.reactor.call_in_turn(
-                self._reply_list, request, name, empty, shown, texts)
+            self._server.reactor.call_in_turn(self._reply_list, request, name, shown, texts)
             return
-        listing = f"[{','.join(texts)}]" if texts else empty
+        listing = f"[{','.join(texts)}]" if texts else "null"
         request.reply(200, utf8(f'{{"{name}":{listing}}}\n'), headers=self._cluster_line)
 
     def _reply_empty(self, request: HttpRequest) -> None:

@@ -1318,7 +1318,7 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
         kinds = collections.Counter(type(thing).__name__ for thing in gc.get_objects())
         return sum(kinds[name] for name in (
             "Connection", "HttpRequest", "StreamReply", "KeyWatch", "Watcher", "HttpCall",
-            "Forward", "Download", "socket", "traceback", "StepsRunner"))
+            "Forward", "Download", "socket", "traceback"))
 
     def go(server, request, times):
         for first in range(0, times, 50):

@@ -439,10 +439,3 @@ class PasswordChecks:
                 if not self._pending[place]:
                     del self._pending[place]
             done(known)
-
-
-class Credential(NamedTuple):
-    """User and password in a request."""
-
-    user: str
-    password: str
