@@ -11318,10 +11318,8 @@ class Member(NamedTuple):
         })
 
     def attributes_json(self) -> str:
-        fields = {"name": self.name, "clientURLs": self.client_urls}
-        if self.features:
-            fields["features"] = self.features
-        return json_text(fields)
+        features = {"features": self.features} if self.features else {}
+        return json_text({"name": self.name, "clientURLs": self.client_urls, **features})
 
     def raft_attributes_json(self) -> str:
         learner = {"isLearner": True} if self.is_learner else {}
@@ -11337,14 +11335,13 @@ def _hash_id(data: bytes) -> int:
     return int.from_bytes(hashlib.sha1(data).digest()[:8], "big")
 
 
-def member_id(peer_urls: Iterable[str], token: str, unix_s: Optional[int] = None) -> int:
+def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL.  unix_s: the time when a member is
-    added at run time; the token is empty then.  Source: etcd 2.3 etcdserver/member.go.
+    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
+    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
     """
-    time_text = "" if unix_s is None else str(unix_s)
-    return _hash_id(utf8("".join(sorted(peer_urls)) + token + time_text))
+    return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
 
 def cluster_id(member_ids: Iterable[int]) -> int:
@@ -11386,8 +11383,8 @@ class Cluster:
     those of the flags.  Thread: reactor.  Source: etcd 2.3 etcdserver/cluster.go.
     """
 
-    def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
-        self.token = token
+    def __init__(self, store: Optional[Store] = None) -> None:
+        self.store = Store() if store is None else store
         self.id = 0
         self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
@@ -11396,12 +11393,11 @@ class Cluster:
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
         self.v3_mark = V3Mark()                     # of data that this member does not keep
         self.was_lowered = False                    # the version: snapshots must be newer
-        self._store = store
 
     @classmethod
     def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
-        cluster = cls(token)
+        cluster = cls()
         for name, urls in initial.items():
             id = member_id(urls, token)
             if id in cluster.members or not id:
@@ -11410,32 +11406,16 @@ class Cluster:
         cluster.id = cluster_id(cluster.members)
         return cluster
 
-    def set_store(self, store: Store) -> None:
-        """Let changes go to `store`."""
-        self._store = store
-
-    @property
-    def store(self) -> Store:
-        if self._store is None:
-            raise InvariantError("a cluster without a store cannot change")
-        return self._store
-
     def recover(self) -> None:
         """Read everything from the store again: a snapshot has replaced it."""
-        store = self.store
-        self.members = {}
-        for name in self._ids("/0/members"):
-            member = self._read_member(name)
-            self.members[member.id] = member
+        members = map(self._read_member, self._ids("/0/members"))
+        self.members = {member.id: member for member in members}
         self.removed = {int(name, 16) for name in self._ids("/0/removed_members")}
-        self.version = store.value("/0/version")
+        self.version = self.store.value("/0/version")
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            SERVER_LOG.info(
-                "added %smember %s [%s] to cluster %s from store", self._local(member.id),
-                format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
-            )
+            self._log("added", member, "to", " from store")
         if self.version:
             SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
@@ -11520,7 +11500,7 @@ class Cluster:
         if not member.name and member.id in self.members:
             member = self.members[member.id]._replace(peer_urls=member.peer_urls)
         self.members[member.id] = member
-        self._log("added", member.id, " ".join(member.peer_urls), "to")
+        self._log("added", member, "to")
         if member.is_learner:
             SERVER_LOG.warning(
                 "member %s is a learner, which gets the log from a leader of etcd only: let a"
@@ -11544,7 +11524,7 @@ class Cluster:
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
-        self._log("update", id, " ".join(member.peer_urls), "in")
+        self._log("update", member, "in")
 
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
@@ -11570,18 +11550,13 @@ class Cluster:
 
     def _check_version(self, version: str) -> None:
         if not self.identity.bears(version):
+            bearing = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
+            hint = f", or start this one with -compat-version {bearing[0]}" if bearing else ""
             raise InvariantError(
                 f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
                 f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
-                f" that is at least as new as the cluster{self._identity_hint(version)}"
+                f" that is at least as new as the cluster{hint}"
             )
-
-    @staticmethod
-    def _identity_hint(version: str) -> str:
-        """Return the value of -compat-version that bears a cluster version, for the operator."""
-        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
-        name = next(bearing, "")
-        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -11627,13 +11602,11 @@ class Cluster:
             )
             raise NotEnoughActive(what, left, size)
 
-    def _local(self, id: int) -> str:
-        return "local " if id == self.local_id else ""
-
-    def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
+    def _log(self, verb: str, member: Member, preposition: str, source: str = "") -> None:
+        local = "local " if member.id == self.local_id else ""
         SERVER_LOG.info(
-            "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
-            preposition, format_id(self.id),
+            "%s %smember %s [%s] %s cluster %s%s", verb, local, format_id(member.id),
+            " ".join(member.peer_urls), preposition, format_id(self.id), source,
         )
 
 
@@ -11644,16 +11617,13 @@ def parse_member(context: bytes, id: int) -> Member:
     """
     try:
         fields = load_json(context)
-        urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
-        name, features = fields.get("name") or "", fields.get("features") or ()
-        texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
-        first_client = 1 + len(urls)
-        first_feature = first_client + len(clients)
-        return Member(
-            id, tuple(sorted(texts[1:first_client])), texts[0],
-            tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
-            fields.get("isLearner") is True,
+        name = as_unicode(str(fields.get("name") or ""))
+        urls, clients, features = (
+            tuple(as_unicode(str(text)) for text in fields.get(part) or ())
+            for part in ("peerURLs", "clientURLs", "features")
         )
+        is_learner = fields.get("isLearner") is True
+        return Member(id, tuple(sorted(urls)), name, clients, features, is_learner)
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
 
@@ -12248,12 +12218,9 @@ class User(NamedTuple):
         return self._replace(roles=tuple(sorted(roles)))
 
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 def go_text(text: str) -> str:
     """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
-    return _SURROGATES.sub("\ufffd", text)
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def string_list(value: object) -> Names:
@@ -13150,7 +13117,6 @@ class Counter(Reading):
         self._values[values] = self._values.get(values, 0) + 1
 
     def value(self, *values: str) -> int:
-        """Return the number with these label values."""
         return self._values.get(values, 0)
 
 
@@ -13166,54 +13132,44 @@ class Histogram:
     """
 
     kind = "histogram"
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)       # the last one: what is above all bounds
+        self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def observe_many(self, values: List[float]) -> None:
         """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
-        for position, bound in enumerate(self._bounds):
+        for position, bound in enumerate(self.bounds):
             below = bisect.bisect_right(values, bound)
-            self._counts[position] += below - before
+            self.counts[position] += below - before
             before = below
-        self._counts[-1] += len(values) - before
-        self._sum += sum(values)
-
-    @property
-    def totals(self) -> Tuple[List[int], float]:
-        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
-        return self._counts[:], self._sum
-
-    @property
-    def bounds(self) -> Sequence[float]:
-        """The upper bounds of all buckets but the last."""
-        return self._bounds
+        self.counts[-1] += len(values) - before
+        self.sum += sum(values)
 
     @property
     def count(self) -> int:
-        return sum(self._counts)
+        return sum(self.counts)
 
     @property
     def mean(self) -> float:
-        return self._sum / (self.count or 1)
+        return self.sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
         count = self.count
         comma, below = "," if labels else "", 0
-        for bound, here in zip(self._bounds, self._counts):
+        for bound, here in zip(self.bounds, self.counts):
             below += here
             yield "_bucket", f'{labels}{comma}le="{bound!r}"', below
         yield "_bucket", f'{labels}{comma}le="+Inf"', count
-        yield "_sum", labels, self._sum
+        yield "_sum", labels, self.sum
         yield "_count", labels, count
 
 
@@ -13254,13 +13210,11 @@ class Metrics:
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
-        """Add and return a counter."""
         counter = Counter(labels)
         self.add(name, help, counter)
         return counter
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
-        """Add a number that goes up and down."""
         self.add(name, help, Reading("gauge", (), lambda: {(): read()}))
 
     def fact(self, name: str, help: str, label: str, read: Callable[[], str]) -> None:
@@ -13326,14 +13280,11 @@ class Traffic:
             self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
             self.failures.inc(*labels)
         if message.type == MsgType.APP:
-            self._sent_append(sent)
-
-    def _sent_append(self, sent: Sent) -> None:
-        self._stats.send_append(sent.size)
-        if not sent.ok:
-            self._leader_stats.fail(sent.to)
-        elif sent.message.entries:
-            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+            self._stats.send_append(sent.size)
+            if not sent.ok:
+                self._leader_stats.fail(to)
+            elif message.entries:
+                self._sent_at.setdefault(to, self._now() - sent.seconds)
 
     def received(self, sender: int, message: Message, size: int) -> None:
         """Count a message; the latency of a follower is from entries to its next answer."""
@@ -13345,7 +13296,6 @@ class Traffic:
             self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
 
     def round_trip(self, member_id: int, seconds: float) -> None:
-        """Count the answer of a peer to a probe."""
         self.round_trips.child(format_id(member_id)).observe(seconds)
 
 
@@ -13723,7 +13673,10 @@ class Journal:
 
 
 class SnapshotJob:
-    """Encodes the store as a snapshot file, in slices between other work."""
+    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
+
+    walk  to be closed if the snapshot is given up
+    """
 
     SLICE_S = 0.002
 
@@ -13737,14 +13690,11 @@ class SnapshotJob:
         self.started = now()            # monotonic
         self.work_seconds = 0.0         # of all slices
         self.walked_bytes = 0           # so far, of the store's JSON
+        self.walk = store.snapshot_chunks()
         self._voters = voters
         self._now = now
-        self._walk = store.snapshot_chunks()
         self._steps = self._run()
-
-    def begin(self) -> None:
-        """Take the first step, which fixes the state of the snapshot."""
-        next(self._steps, None)
+        next(self._steps)               # fixes the state of the snapshot
 
     def work(self) -> None:
         """Work for a few milliseconds; in the end `done` is the file to write."""
@@ -13757,7 +13707,7 @@ class SnapshotJob:
     def _run(self) -> Iterator[None]:
         """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
-        for chunk in self._walk:
+        for chunk in self.walk:
             pieces.append(chunk)
             self.walked_bytes += len(chunk)
             yield
@@ -13769,10 +13719,6 @@ class SnapshotJob:
                 crc = crc32c(memoryview(piece)[offset:offset + CRC_BLOCK_BYTES], crc)
                 yield
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
-
-    def cancel(self) -> None:
-        """Give the walk up."""
-        self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
@@ -13844,7 +13790,6 @@ class SnapshotKeeper:
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
@@ -13865,9 +13810,13 @@ class SnapshotKeeper:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
             self._receivers.remove(receiver)
-            if self._job is not None and not self._receivers:
-                self._job.cancel()
-                self._job = None
+            if not self._receivers:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        if self._job is not None:
+            self._job.walk.close()
+            self._job = None
 
     def work(self, compact: Callable[[int], bool], begin: Callable[[], None]) -> None:
         """Do a slice of the walk; at its end write record and file.
@@ -13925,10 +13874,8 @@ class SnapshotKeeper:
 
     def received(self, index: int) -> None:
         """Give up a walk over the old store, which the leader's snapshot has replaced."""
-        if self._job is not None:
-            self._job.cancel()
-            self._job = None
-            self._waiting, self._receivers = self._receivers + self._waiting, []
+        self._give_up()
+        self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
@@ -14070,6 +14017,7 @@ class QuorumReads:
         self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
         self._question = first_id       # number of the last one, unique for this member
+        self._context = b""             # that goes to the leader with it, and comes back
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
         self._index = 0                 # its answer: the index to apply before; 0: not known
@@ -14103,12 +14051,9 @@ class QuorumReads:
             served += self._asked
             self._asked, self._index = [], 0
 
-    @property
-    def _context(self) -> bytes:
-        return struct.pack(">QQ", self._member_id, self._question)
-
     def _ask(self, node: RawNode) -> None:
         self._question = (self._question + 1) & UINT64_MAX
+        self._context = struct.pack(">QQ", self._member_id, self._question)
         self._asked, self._waiting = self._waiting, []
         self._ticks = self._index = 0
         node.read_index(self._context)
@@ -14153,17 +14098,15 @@ class Leadership:
         lead = raft.lead
         if lead == seen:
             return False
-        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, raft.term)
-            self._lost_at = self._reactor.now()
-        elif not seen:
-            log.info("%s elected leader %s at term %d", me, new, raft.term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
         self._seen = lead
         if lead:
             self._since = self._reactor.now()
+            what = f"changed leader from {seen:x} to" if seen else "elected leader"
+        else:
+            self._lost_at = self._reactor.now()
+            what = "lost leader"
+        package_logger("raft.node").info(
+            "%x %s %x at term %d", raft.id, what, lead or seen, raft.term)
         return True
 
     def unled_s(self) -> float:
@@ -14299,15 +14242,14 @@ Propose = Callable[[Request, Done], None]       # as EtcdServer.do
 LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
 
 
-def report_leader_wait(
-    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
-) -> None:
+def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s: float) -> None:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
+    unled_s  seconds without a leader
     """
-    seconds, members = unled_s(), cluster.members
-    if seconds < LEADER_WAIT_SECONDS / 2:
+    members = cluster.members
+    if unled_s < LEADER_WAIT_SECONDS / 2:
         return
     missing = sorted(
         f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
@@ -14315,7 +14257,7 @@ def report_leader_wait(
     )
     SERVER_LOG.warning(
         "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
-        len(members) // 2 + 1, len(members), seconds,
+        len(members) // 2 + 1, len(members), unled_s,
     )
 
 
@@ -14323,12 +14265,11 @@ class Publication:
     """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
     def __init__(
-        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
-        propose: Propose, done: Callable[[], None],
+        self, config: ServerConfig, cluster: Cluster, reactor: Reactor, propose: Propose,
+        done: Callable[[], None],
     ) -> None:
         self._config = config
         self._cluster = cluster
-        self._member_id = member_id
         self._reactor = reactor
         self._propose = propose
         self._done = done
@@ -14338,12 +14279,9 @@ class Publication:
         """Propose it unless it is applied; one more proposal is harmless."""
         if self._is_applied:
             return
-        config = self._config
-        member = Member(
-            self._member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        config, id = self._config, self._cluster.local_id
+        member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
+        path = f"/0/members/{format_id(id)}/attributes"
         self._propose(
             Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
@@ -14355,7 +14293,7 @@ class Publication:
             self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
         self._is_applied = True
-        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
+        _check_peer_urls(self._config, self._cluster.members.get(self._cluster.local_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
             " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
@@ -14392,28 +14330,27 @@ class VersionMonitor:
     PERIOD_S = 4.0
 
     def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        self, reactor: Reactor, cluster: Cluster, propose: Propose,
         tls: Optional[TlsContext] = None,
     ) -> None:
         self._reactor = reactor
         self._cluster = cluster
-        self._member_id = member_id
         self._propose = propose
         self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
+        self._timer = Timer(_nothing, ())
 
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        current, own = self._cluster.version, self._cluster.identity.reported
-        if current and version_key(current) == version_key(own):
+        cluster, own = self._cluster, self._cluster.identity.reported
+        if cluster.version and version_key(cluster.version) == version_key(own):
             return
-        self._versions = {self._member_id: own}
-        for member in list(self._cluster.members.values()):
+        self._versions = {cluster.local_id: own}
+        for member in cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
+            if member.id != cluster.local_id and urls:
                 self._ask(member, urls[0])
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
         self._decide()
@@ -14422,9 +14359,7 @@ class VersionMonitor:
         for call in self._calls:
             call.cancel()
         self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
 
     def _ask(self, member: Member, url: str) -> None:
         def done(error: "Optional[Exception]", answer: "Answer") -> None:
@@ -14445,15 +14380,15 @@ class VersionMonitor:
             known = version_key(current) if current else (0, 0)
             keys = sorted(map(version_key, self._versions.values()))
             if keys[0] > known or keys[-1] < known:
-                self._propose_version("%d.%d.0" % keys[0], current)
+                self._propose_version("%d.%d.0" % keys[0])
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(self._cluster.identity.min_cluster, current)
+            self._propose_version(self._cluster.identity.min_cluster)
 
-    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
-        short = wanted.rpartition(".")[0]
+    def _propose_version(self, wanted: str) -> None:
+        short, current = wanted.rpartition(".")[0], self._cluster.version
         if current:
-            before = current.rpartition(".")[0]
-            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+            SERVER_LOG.info("updating the cluster version from %s to %s",
+                            current.rpartition(".")[0], short)
         else:
             SERVER_LOG.info("setting up the initial cluster version to %s", short)
         self.stop()
@@ -14490,11 +14425,7 @@ class ExpirySync:
 
     def tick(self) -> None:
         """Propose the time if keys have a TTL; every SYNC_SECONDS."""
-        if self._store.has_ttl and not self._is_under_way:
-            self._propose_step()
-
-    def _propose_step(self) -> None:
-        if not self._may_propose():
+        if self._is_under_way or not self._store.has_ttl or not self._may_propose():
             return
         now_ns = self._wall_ns()
         time_ns = self._store.expiry_step_ns(now_ns)
@@ -14505,7 +14436,7 @@ class ExpirySync:
     def _step_applied(self, is_last: bool, result: Any) -> None:
         self._is_under_way = False
         if result is None and not is_last:      # a step that failed is repeated by tick()
-            self._propose_step()
+            self.tick()
 
 
 def purge_periodically(
@@ -14625,11 +14556,8 @@ class EtcdServer:
             tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
-        self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
-        )
-        self.publication = Publication(
-            config, self.cluster, self.member_id, reactor, self.do, published)
+        self.versions = VersionMonitor(reactor, self.cluster, self.do, boot.peer_tls)
+        self.publication = Publication(config, self.cluster, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
@@ -14676,7 +14604,7 @@ class EtcdServer:
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
             reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
-                self.cluster, self.transport.problem, self._leadership.unled_s)),
+                self.cluster, self.transport.problem, self._leadership.unled_s())),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),
@@ -15057,6 +14985,24 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
     request.reply(status, body, "application/json", headers)
 
 
+def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
+    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
+
+    An empty piece stands for work without a result.
+    """
+    if reply.closed:
+        return
+    piece = next(pieces, None)
+    go_on = functools.partial(reactor.call_in_turn, send_pieces, reply, pieces, reactor)
+    if piece is None:
+        reply.end()
+    elif piece:
+        reply.when_read(go_on)
+        reply.write(piece)
+    else:
+        go_on()
+
+
 def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]:
     """Return name -> first value of a query, or of a body in the same form.
 
@@ -15263,12 +15209,6 @@ def parse_key_request(
     )
 
 
-def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
-    key = clean_path(url_path[len("/v2/keys"):])
-    return "/1" if key == "/" else "/1" + key
-
-
 def canonical_path(path: str) -> str:
     """Return `path` without `//`, `.` and `..`, but with its trailing slash (Go ServeMux)."""
     clean = clean_path(path)
@@ -15303,12 +15243,13 @@ class KeyTarget:
     )
 
     def __init__(self, head: HttpHead) -> None:
-        self.command = Request(0, head.method, key_path(head.path))
-        self.encoded = encode_target(head.method, self.command.path)
+        path = "/1" + clean_path(head.path[len("/v2/keys"):]).rstrip("/")
+        self.command = Request(0, head.method, path)
+        self.encoded = encode_target(head.method, path)
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
-        self.bad_key = _bad_key(self.command.path)
+        self.bad_key = _bad_key(path)
         self.bad_type = self.bad_query = ""
         try:
             if head.query:
@@ -15350,14 +15291,12 @@ class KeyTarget:
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
-        if self.bad_query:
-            self.error = InvalidForm(self.bad_query)
-            return
         command = self.command
-        if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)
-            return
         try:
+            if self.bad_query:
+                raise InvalidForm(self.bad_query)
+            if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
+                raise InvalidForm(self.bad_key)
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
         except EtcdError as error:
             self.error = error.with_traceback(None)
@@ -15373,21 +15312,20 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(self, request: HttpRequest, *, stream: bool) -> None:
+    def __init__(
+        self, store: Store, command: Request, request: HttpRequest, headers: str
+    ) -> None:
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
-        self._stream = stream
+        self._stream = command.stream
         self._reply: Optional[StreamReply] = None
         self._early: List[Event] = []       # events of the history, before the reply has started
         self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
-
-    def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
-        watcher = store.watch(
-            command.path, recursive=command.recursive, stream=self._stream, since=command.since,
+        self._watcher = store.watch(
+            command.path, recursive=command.recursive, stream=command.stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
-        self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
         self._reply.on_close = self._unregister
         early, self._early = self._early, []
@@ -16241,7 +16179,7 @@ class KeysApi:
         self._watches.inc()
         headers = self._cluster_line + self._index_lines(self._store.current_index)
         try:
-            KeyWatch(request, stream=command.stream).start(self._store, command, request, headers)
+            KeyWatch(self._store, command, request, headers)
         except EventIndexCleared as error:
             self._fail(request, "GET", error)
 
@@ -16345,8 +16283,7 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        rest = request.path[len("/v2/members"):]
-        rest = rest[1:] if rest.startswith("/") else rest
+        rest = request.path[len("/v2/members/"):]
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
@@ -16376,11 +16313,23 @@ class MembersApi:
 
     def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
         """Add a member with the URLs in the body, or give them to member `id`."""
-        urls = self._peer_urls(request)
-        if urls:
-            self._warn_of_local(urls)
-            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, change, Member(id, urls))
+        content_type = request.headers.get("content-type", "")
+        if content_type != "application/json":
+            self._message(
+                request, 415, f"Bad Content-Type {content_type}, accept application/json"
+            )
+            return
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return
+        try:
+            urls = parse_peer_urls(request.body)
+        except ValueError as error:
+            self._message(request, 400, str(error))
+            return
+        self._warn_of_local(urls)
+        id = id or member_id(urls, str(self._server.reactor.wall_ns() // NS))
+        self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
         """Warn of loopback URLs in a cluster of several machines."""
@@ -16391,23 +16340,6 @@ class MembersApi:
                 "a member is added at %s, which each member takes for its own machine; if it runs"
                 " elsewhere, give its address with PUT /v2/members/<id>", ",".join(near),
             )
-
-    def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """Return the URLs in the body; () after an error, which is answered."""
-        content_type = request.headers.get("content-type", "")
-        if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
-            return ()
-        if request.body_too_large:
-            self._message(request, 413, "Request Entity Too Large")
-            return ()
-        try:
-            return parse_peer_urls(request.body)
-        except ValueError as error:
-            self._message(request, 400, str(error))
-            return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
         done = functools.partial(self._reply_change, request, change, member)
@@ -16751,15 +16683,12 @@ class Overview:
         self._calls = {}
 
     def _ask(self, member_id: int, url: str) -> None:
-        answer = Answer()
-        self._calls[member_id] = HttpCall(
-            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
-            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
-            on_head=answer.take_head, on_data=answer.take_data,
-            on_done=functools.partial(self._answered, member_id, answer),
+        self._calls[member_id] = fetch(
+            self._server.reactor, url, "/status", functools.partial(self._answered, member_id),
+            connect_timeout_s=1.0, idle_timeout_s=1.0, tls=self._server.versions.tls,
         )
 
-    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+    def _answered(self, member_id: int, error: Optional[Exception], answer: Answer) -> None:
         """An etcd answers 404: it is there, and says no more."""
         del self._calls[member_id]
         if error is None:
@@ -18196,12 +18125,10 @@ class _Logged:
         setattr(self.connection, name, value)
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Send a part of the reply."""
         self._look(data)
         self.connection.send(data, more)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Send the end of the reply."""
         self._look(data)
         self.connection.finish(data, keep_alive, more)
 
@@ -18263,10 +18190,10 @@ class Ring:
         server, keys = self._server, self._keys
         keys.count_puts()
         stats = server.store.stats
-        counts, sync_s = server.journal.writer.sync_durations.totals
+        syncs = server.journal.writer.sync_durations
         return _Totals(
             server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
-            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+            keys.reads, keys.write_durations.counts[:], syncs.count, syncs.sum,
         )
 
     def _sample(self) -> None:
@@ -18364,12 +18291,8 @@ class Download:
         self._server = server
         self._ended = ended
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
-        self._reply: Optional[StreamReply] = None
-        self._pieces: Iterator[bytes] = iter(())
-        # Kept, as withdraw() needs the same object.
-        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
-        server.snapshots.request(self._receiver)
+        server.snapshots.request(self._start)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -18379,31 +18302,19 @@ class Download:
             f'Content-Disposition: attachment; filename="{file.name}"\r\n'
         )
         self.file = file
-        self._pieces = iter((file.head, *file.pieces))
-        self._reply = self._request.start_stream(
+        reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._client_gone
-        self._send_piece()
+        reply.on_close = self._client_gone
+        send_pieces(reply, self._pieces(file), self._server.reactor)
 
-    def _send_piece(self) -> None:
-        """Send the next piece: one in a turn, so that other requests get theirs."""
-        if self._reply is None or self._reply.closed:
-            return
-        piece = next(self._pieces, None)
-        if piece is None:
-            self._reply.end()
-            self._receiver = None
-            self._ended(self)
-            return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
-        self._reply.write(piece)
+    def _pieces(self, file: SnapshotFile) -> Iterator[bytes]:
+        yield file.head
+        yield from file.pieces
+        self._ended(self)
 
     def _client_gone(self) -> None:
-        self._pieces = iter(())
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            self._server.snapshots.withdraw(receiver)
+        self._server.snapshots.withdraw(self._start)
         self._ended(self)
 
 
@@ -18570,7 +18481,6 @@ HITS_MAX = 500                      # of one search; likewise
 PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
 BROWSES_MAX = 8                     # listings and searches at a time; above: 503
 BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
-UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
 _READS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -18613,7 +18523,7 @@ class UiApi:
         self._page, self._headers = make_page()
         self._overview = Overview(server)
         self._ring = Ring(server, keys) if self._mode != "false" else None
-        self._browses: Set[Browse] = set()
+        self._browses = 0               # under way
 
     def stop(self) -> None:
         """Ask the other members no more."""
@@ -18622,9 +18532,8 @@ class UiApi:
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
-        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
-            return None
-        if self._mode == "false":
+        is_of_page = path in ("/", "/ui") or path.startswith("/ui/")
+        if self._mode == "false" or not is_of_page:
             return None
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")
@@ -18714,7 +18623,7 @@ class UiApi:
     def _browse(
         self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
     ) -> None:
-        if len(self._browses) >= BROWSES_MAX:
+        if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
         store = self._server.store
@@ -18726,10 +18635,30 @@ class UiApi:
                 write_error(request, error, "")
             return
         rows = search(nodes, text, where) if text else listing(nodes)
-        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
-                        self._browses.discard)
-        self._browses.add(browse)
-        browse.start()
+        index = store.current_index
+        reply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        pieces = self._row_pieces(rows, HITS_MAX if text else LISTED_MAX, index)
+        reply.on_close = pieces.close
+        send_pieces(reply, pieces, self._server.reactor)
+
+    def _row_pieces(self, rows: "Rows", rows_max: int, index: int) -> Generator[bytes, None, None]:
+        """Yield lines of JSON: arrays of rows, then an object that says whether there is more."""
+        self._browses += 1
+        try:
+            left, looked, is_last = rows_max, 0, False
+            while not is_last:
+                some = list(itertools.islice(rows, BROWSE_SLICE_NODES))
+                looked += len(some)
+                found = [row for row in some if row][:left]
+                left -= len(found)
+                line = f"[{','.join(found)}]\n" if found else ""
+                is_last = not left or len(some) < BROWSE_SLICE_NODES
+                if is_last:
+                    line += json_text({"index": index, "looked": looked, "more": not left}) + "\n"
+                yield line.encode()
+        finally:
+            self._browses -= 1
 
 
 _NO_STORE = "Cache-Control: no-store\r\n"
@@ -18739,18 +18668,17 @@ def _send_to_page(request: HttpRequest) -> None:
     request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
 
 
-def _refuse_readonly(request: HttpRequest) -> None:
-    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
-                  " or -ui=false")
+def _forbid(why: str, request: HttpRequest) -> None:
+    write_message(request, 403, why)
 
 
-def _refuse_headerless(request: HttpRequest) -> None:
-    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
-
-
-def _refuse_foreign(request: HttpRequest) -> None:
-    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
-                  " knowledge: name the page's origin in -cors if it may")
+_refuse_readonly = functools.partial(
+    _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
+_refuse_headerless = functools.partial(
+    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_foreign = functools.partial(
+    _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
+    " page's origin in -cors if it may")
 
 
 def is_foreign(head: HttpHead) -> bool:
@@ -18817,57 +18745,6 @@ def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
         before = here[1 - len(inside):] if len(inside) > 1 else ""
         yield ""
     return False
-
-
-class Browse:
-    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
-
-    Lines of JSON: arrays of rows, then an object that says whether there is more.
-    """
-
-    def __init__(
-        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
-        ended: "Callable[[Browse], None]",
-    ) -> None:
-        self._reactor = server.reactor
-        self._rows = rows
-        self._left = rows_max
-        self._ended = ended
-        self._looked = 0
-        index = server.store.current_index
-        self._end = f'"index":{index}'
-        self._reply: StreamReply = request.start_stream(
-            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
-        self._reply.on_close = self._gone
-
-    def start(self) -> None:
-        """Write the first slice."""
-        self._go_on()
-
-    def _go_on(self) -> None:
-        reply = self._reply
-        if reply.closed:
-            self._ended(self)
-            return
-        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
-        self._looked += len(looked)
-        found = [row for row in looked if row][:self._left]
-        self._left -= len(found)
-        if found:
-            reply.write(f"[{','.join(found)}]\n".encode())
-        if not self._left or len(looked) < BROWSE_SLICE_NODES:
-            more = str(not self._left).lower()
-            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
-            reply.end()
-            self._ended(self)
-        elif reply.pending > UNREAD_BYTES_MAX:
-            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
-        else:
-            self._reactor.call_in_turn(self._go_on)
-
-    def _gone(self) -> None:
-        self._rows = iter(())
-        self._ended(self)
 
 
 # ============================================================================
@@ -19094,9 +18971,9 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 class DiscoveryService:
     """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
-    do    EtcdServer.do
-    keys  the handler of /v2/keys requests
-    wall_ns  the clock whose time the tokens hold; None: they hold none
+    do       EtcdServer.do
+    keys     the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -19104,7 +18981,7 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
+        keys: Callable[[HttpRequest], None], wall_ns: Callable[[], int],
     ) -> None:
         self._do = do
         self._keys = keys
@@ -19145,7 +19022,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
+        token = make_token(self._wall_ns())
 
         def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
@@ -19173,16 +19050,15 @@ class DiscoveryService:
         self._keys(request)
 
 
-def make_token(wall_ns: Optional[int]) -> str:
-    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+def make_token(wall_ns: int) -> str:
+    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
 
-    wall_ns  unix nanoseconds; None: all of it is by chance
+    Source: RFC 9562 §5.7, UUID of version 7.
     """
     token = bytearray(os.urandom(16))
-    if wall_ns is not None:                     # RFC 9562 §5.7
-        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
-        token[6] = token[6] & 0x0F | 0x70
-        token[8] = token[8] & 0x3F | 0x80
+    token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+    token[6] = token[6] & 0x0F | 0x70
+    token[8] = token[8] & 0x3F | 0x80
     return token.hex()
 
 
@@ -20603,7 +20479,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     _log_void_flags(config, data_dir)
     _log_config(config, data_dir)
     store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
+    cluster = Cluster(store)
     snapshotter = Snapshotter(data_dir.snap)
     known = set(Wal.snapshots(data_dir.wal))
     snapshotter.check_log(data_dir.wal, known)
@@ -20680,7 +20556,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
     if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
-    cluster.set_store(boot.store)
+    cluster.store = boot.store
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -20997,7 +20873,7 @@ def _create_log(
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
-    cluster.set_store(store)
+    cluster.store = store
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
@@ -23310,7 +23186,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
-    cluster = _AnyVersionCluster("", store)
+    cluster = _AnyVersionCluster(store)
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
@@ -23718,7 +23594,7 @@ class _Replay:
 
     def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
         self.store = Store()
-        self.cluster: Cluster = _AnyVersionCluster("", self.store)
+        self.cluster: Cluster = _AnyVersionCluster(self.store)
         self.commands: List[CommandEntry] = []
         self.v3_entries = self.changes = 0
         self.applied_at: List[Tuple[int, int]] = []

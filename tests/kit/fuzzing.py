@@ -181,7 +181,7 @@ _FUZZ_DECODERS = (
 def fuzz_peer_door(data):
     """Whatever passes the door of a follower can be written, read again, applied and restored."""
     store = Store()
-    cluster = Cluster("t", store)
+    cluster = Cluster(store)
     cluster.members = {2: pyetcd.Member(2, ("http://127.0.0.1:1",))}
     node = RawNode(pyetcd.RaftConfig(id=1, rng=random.Random(1), trace=lambda text: None),
                    snapshot=pyetcd.Snapshot(b"", (1, 2), 1, 1))
@@ -238,7 +238,7 @@ def fuzz_codec(data):
 def fuzz_apply(data):
     """What a peer committed is applied, whatever it is: errors are results."""
     store = Store()
-    cluster = Cluster("t", store)
+    cluster = Cluster(store)
     applier = Applier(store, cluster, 1, clock=lambda: 1)
     for at in range(0, len(data), 64):
         with contextlib.suppress(InvariantError):               # a version newer than ours
