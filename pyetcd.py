@@ -9489,6 +9489,7 @@ class Connection:
             self.send(data, more)
         if not keep_alive or self._eof and not self._in:
             self._close_after = True
+            self._flush_soon()
         elif self._in:
             self._line_up()
         elif not self._events & selectors.EVENT_READ and not self.closed:
@@ -11320,10 +11321,8 @@ class Member(NamedTuple):
         })
 
     def attributes_json(self) -> str:
-        fields = {"name": self.name, "clientURLs": self.client_urls}
-        if self.features:
-            fields["features"] = self.features
-        return json_text(fields)
+        features = {"features": self.features} if self.features else {}
+        return json_text({"name": self.name, "clientURLs": self.client_urls, **features})
 
     def raft_attributes_json(self) -> str:
         learner = {"isLearner": True} if self.is_learner else {}
@@ -11339,14 +11338,13 @@ def _hash_id(data: bytes) -> int:
     return int.from_bytes(hashlib.sha1(data).digest()[:8], "big")
 
 
-def member_id(peer_urls: Iterable[str], token: str, unix_s: Optional[int] = None) -> int:
+def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL.  unix_s: the time when a member is
-    added at run time; the token is empty then.  Source: etcd 2.3 etcdserver/member.go.
+    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
+    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
     """
-    time_text = "" if unix_s is None else str(unix_s)
-    return _hash_id(utf8("".join(sorted(peer_urls)) + token + time_text))
+    return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
 
 def cluster_id(member_ids: Iterable[int]) -> int:
@@ -11388,8 +11386,8 @@ class Cluster:
     those of the flags.  Thread: reactor.  Source: etcd 2.3 etcdserver/cluster.go.
     """
 
-    def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
-        self.token = token
+    def __init__(self, store: Optional[Store] = None) -> None:
+        self.store = Store() if store is None else store
         self.id = 0
         self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
@@ -11398,12 +11396,11 @@ class Cluster:
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
         self.v3_mark = V3Mark()                     # of data that this member does not keep
         self.was_lowered = False                    # the version: snapshots must be newer
-        self._store = store
 
     @classmethod
     def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
-        cluster = cls(token)
+        cluster = cls()
         for name, urls in initial.items():
             id = member_id(urls, token)
             if id in cluster.members or not id:
@@ -11412,32 +11409,16 @@ class Cluster:
         cluster.id = cluster_id(cluster.members)
         return cluster
 
-    def set_store(self, store: Store) -> None:
-        """Let changes go to `store`."""
-        self._store = store
-
-    @property
-    def store(self) -> Store:
-        if self._store is None:
-            raise InvariantError("a cluster without a store cannot change")
-        return self._store
-
     def recover(self) -> None:
         """Read everything from the store again: a snapshot has replaced it."""
-        store = self.store
-        self.members = {}
-        for name in self._ids("/0/members"):
-            member = self._read_member(name)
-            self.members[member.id] = member
+        members = map(self._read_member, self._ids("/0/members"))
+        self.members = {member.id: member for member in members}
         self.removed = {int(name, 16) for name in self._ids("/0/removed_members")}
-        self.version = store.value("/0/version")
+        self.version = self.store.value("/0/version")
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            SERVER_LOG.info(
-                "added %smember %s [%s] to cluster %s from store", self._local(member.id),
-                format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
-            )
+            self._log("added", member, "to", " from store")
         if self.version:
             SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
@@ -11522,7 +11503,7 @@ class Cluster:
         if not member.name and member.id in self.members:
             member = self.members[member.id]._replace(peer_urls=member.peer_urls)
         self.members[member.id] = member
-        self._log("added", member.id, " ".join(member.peer_urls), "to")
+        self._log("added", member, "to")
         if member.is_learner:
             SERVER_LOG.warning(
                 "member %s is a learner, which gets the log from a leader of etcd only: let a"
@@ -11546,7 +11527,7 @@ class Cluster:
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
-        self._log("update", id, " ".join(member.peer_urls), "in")
+        self._log("update", member, "in")
 
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
@@ -11572,18 +11553,13 @@ class Cluster:
 
     def _check_version(self, version: str) -> None:
         if not self.identity.bears(version):
+            bearing = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
+            hint = f", or start this one with -compat-version {bearing[0]}" if bearing else ""
             raise InvariantError(
                 f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
                 f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
-                f" that is at least as new as the cluster{self._identity_hint(version)}"
+                f" that is at least as new as the cluster{hint}"
             )
-
-    @staticmethod
-    def _identity_hint(version: str) -> str:
-        """Return the value of -compat-version that bears a cluster version, for the operator."""
-        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
-        name = next(bearing, "")
-        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -11629,13 +11605,11 @@ class Cluster:
             )
             raise NotEnoughActive(what, left, size)
 
-    def _local(self, id: int) -> str:
-        return "local " if id == self.local_id else ""
-
-    def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
+    def _log(self, verb: str, member: Member, preposition: str, source: str = "") -> None:
+        local = "local " if member.id == self.local_id else ""
         SERVER_LOG.info(
-            "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
-            preposition, format_id(self.id),
+            "%s %smember %s [%s] %s cluster %s%s", verb, local, format_id(member.id),
+            " ".join(member.peer_urls), preposition, format_id(self.id), source,
         )
 
 
@@ -11646,16 +11620,13 @@ def parse_member(context: bytes, id: int) -> Member:
     """
     try:
         fields = load_json(context)
-        urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
-        name, features = fields.get("name") or "", fields.get("features") or ()
-        texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
-        first_client = 1 + len(urls)
-        first_feature = first_client + len(clients)
-        return Member(
-            id, tuple(sorted(texts[1:first_client])), texts[0],
-            tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
-            fields.get("isLearner") is True,
+        name = as_unicode(str(fields.get("name") or ""))
+        urls, clients, features = (
+            tuple(as_unicode(str(text)) for text in fields.get(part) or ())
+            for part in ("peerURLs", "clientURLs", "features")
         )
+        is_learner = fields.get("isLearner") is True
+        return Member(id, tuple(sorted(urls)), name, clients, features, is_learner)
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
 
@@ -12250,12 +12221,9 @@ class User(NamedTuple):
         return self._replace(roles=tuple(sorted(roles)))
 
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 def go_text(text: str) -> str:
     """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
-    return _SURROGATES.sub("\ufffd", text)
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def string_list(value: object) -> Names:
@@ -12554,13 +12522,6 @@ class PasswordChecks:
             done(known)
 
 
-class Credential(NamedTuple):
-    """User and password in a request."""
-
-    user: str
-    password: str
-
-
 # ============================================================================
 # member/auth -- Auth records in the store, their changes through consensus, and the guard before a request.
 # ----------------------------------------------------------------------------
@@ -12594,22 +12555,22 @@ class Auth:
 
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
-        user: Optional[User] = self._record("users", name, parse_stored_user)
+        user: Optional[User] = self._record("user", name)
         return user
 
     def role(self, name: str) -> Optional[Role]:
         """Return a role; root exists without being stored."""
         role: Optional[Role] = Role(ROOT, EVERYTHING)
-        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+        return role if name == ROOT else self._record("role", name)
 
-    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+    def _record(self, kind: str, name: str) -> Any:
         self._refresh()
         key = kind, name
         if key not in self._records:    # missing records are not remembered
-            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}s/{name}")
             if not stored:
                 return None
-            self._records[key] = parse(name, stored)
+            self._records[key] = parse_stored(kind, name, stored)
         return self._records[key]
 
     def _refresh(self) -> None:
@@ -12641,7 +12602,7 @@ class Auth:
     @property
     def has_users(self) -> bool:
         """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+        return bool(self._store.children(AUTH_PREFIX + "/users"))
 
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
         """True if a verified user (None: a guest) may read or write `key`."""
@@ -12666,69 +12627,27 @@ class Auth:
         return user is not None
 
 
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user in a record of the store; None, with a log line, if it holds none."""
+def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
+    """Return the `user` or `role` in a record of the store; None, with a log line, if none is."""
     try:
         value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role in a record of the store; None, with a log line, if it holds none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
+        if kind == "user":
+            password = go_text(str(value["password"]))
+            return User(name, password, string_list(value.get("roles"))).with_root()
+        kv = value["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored %s %s: what is stored is no %s", kind, name, kind)
         return None
 
 
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRunner(NamedTuple):
-    """Runs a change that waits several times; then done(its result, or its exception).
-
-    do     as EtcdServer.do
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    do: Callable[[Request, Callable[[Any], None]], None]
-    reactor: Reactor
-    steps: Steps
-    done: Callable[[Any], None]
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with the result of the one before."""
-        try:
-            step = self.steps.send(value)
-        except StopIteration as stop:
-            self.done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self.done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self.do(step, self.go_on)
-            else:
-                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self.done(error)
-        else:
-            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
+# callable, which runs on another thread, and gets its result.
+Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+    """Changes of users and roles, through consensus: each method returns Steps.
 
     A change reads its record through consensus, too, and is written only if the record is the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
@@ -12759,10 +12678,7 @@ class AuthStore:
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
-        return (
-            yield from self._update(
-                "user", name, parse_stored_user, change, "grant/revoke/password")
-        )
+        return (yield from self._update("user", name, change, "grant/revoke/password"))
 
     def delete_user(self, name: str) -> Steps:
         if name == ROOT and self._auth.enabled:
@@ -12778,23 +12694,14 @@ class AuthStore:
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
+    def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
         """Return the changed role."""
         self._check_role(name)
 
         def change(old: "Role") -> "Role":
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            return old._replace(permissions=permissions)
+            return old._replace(permissions=old.permissions.grant(grant).revoke(revoke))
 
-        return (
-            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
-        )
+        return (yield from self._update("role", name, change, "grant/revoke"))
 
     def delete_role(self, name: str) -> Steps:
         self._check_role(name)
@@ -12833,15 +12740,14 @@ class AuthStore:
         )
 
     def _update(
-        self, kind: str, name: str, parse: Callable[[str, str], Any],
-        change: Callable[[Any], Any], options: str,
+        self, kind: str, name: str, change: Callable[[Any], Any], options: str
     ) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
         while True:
             text, index = yield from self._read(path, missing)
-            old = parse(name, text)
+            old = parse_stored(kind, name, text)
             if old is None:
                 raise missing
             new = change(old)
@@ -12891,8 +12797,8 @@ class AuthStore:
         return result
 
 
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+def parse_credential(header: str) -> Optional[Tuple[str, str]]:
+    """Return user and password in a Basic Authorization header (RFC 7617); None: malformed."""
     kind, _, encoded = header.partition(" ")
     if kind.lower() != "basic":
         return None
@@ -12900,7 +12806,7 @@ def parse_credential(header: str) -> Optional[Credential]:
         user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
     except ValueError:
         return None
-    return Credential(user, password) if colon else None
+    return (user, password) if colon else None
 
 
 class Guard:
@@ -12956,10 +12862,10 @@ class Guard:
         if credential is None:
             self._log.error("malformed basic auth encoding")
             return False
-        name = credential.user
+        name, password = credential
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), password)
         if right is None:
             return None
         user = self._auth.user(name)
@@ -12984,6 +12890,7 @@ class Guard:
             return
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # without one there is a verdict
+        name, password = credential
 
         def checked(known: "bool") -> None:
             if known:
@@ -12992,9 +12899,8 @@ class Guard:
                 text = json_string(f"the password could not be checked{_TRY_AGAIN}")
                 request.reply(503, f'{{"message":{text}}}'.encode())
 
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
+        sender = Sender(name, request.remote.rpartition(":")[0])
+        self._auth.checks.check(sender, self._auth.stored_hash(name), password, checked)
 
 
 # ============================================================================
@@ -13214,7 +13120,6 @@ class Counter(Reading):
         self._values[values] = self._values.get(values, 0) + 1
 
     def value(self, *values: str) -> int:
-        """Return the number with these label values."""
         return self._values.get(values, 0)
 
 
@@ -13230,54 +13135,44 @@ class Histogram:
     """
 
     kind = "histogram"
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)       # the last one: what is above all bounds
+        self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def observe_many(self, values: List[float]) -> None:
         """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
-        for position, bound in enumerate(self._bounds):
+        for position, bound in enumerate(self.bounds):
             below = bisect.bisect_right(values, bound)
-            self._counts[position] += below - before
+            self.counts[position] += below - before
             before = below
-        self._counts[-1] += len(values) - before
-        self._sum += sum(values)
-
-    @property
-    def totals(self) -> Tuple[List[int], float]:
-        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
-        return self._counts[:], self._sum
-
-    @property
-    def bounds(self) -> Sequence[float]:
-        """The upper bounds of all buckets but the last."""
-        return self._bounds
+        self.counts[-1] += len(values) - before
+        self.sum += sum(values)
 
     @property
     def count(self) -> int:
-        return sum(self._counts)
+        return sum(self.counts)
 
     @property
     def mean(self) -> float:
-        return self._sum / (self.count or 1)
+        return self.sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
         count = self.count
         comma, below = "," if labels else "", 0
-        for bound, here in zip(self._bounds, self._counts):
+        for bound, here in zip(self.bounds, self.counts):
             below += here
             yield "_bucket", f'{labels}{comma}le="{bound!r}"', below
         yield "_bucket", f'{labels}{comma}le="+Inf"', count
-        yield "_sum", labels, self._sum
+        yield "_sum", labels, self.sum
         yield "_count", labels, count
 
 
@@ -13318,13 +13213,11 @@ class Metrics:
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
-        """Add and return a counter."""
         counter = Counter(labels)
         self.add(name, help, counter)
         return counter
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
-        """Add a number that goes up and down."""
         self.add(name, help, Reading("gauge", (), lambda: {(): read()}))
 
     def fact(self, name: str, help: str, label: str, read: Callable[[], str]) -> None:
@@ -13390,14 +13283,11 @@ class Traffic:
             self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
             self.failures.inc(*labels)
         if message.type == MsgType.APP:
-            self._sent_append(sent)
-
-    def _sent_append(self, sent: Sent) -> None:
-        self._stats.send_append(sent.size)
-        if not sent.ok:
-            self._leader_stats.fail(sent.to)
-        elif sent.message.entries:
-            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+            self._stats.send_append(sent.size)
+            if not sent.ok:
+                self._leader_stats.fail(to)
+            elif message.entries:
+                self._sent_at.setdefault(to, self._now() - sent.seconds)
 
     def received(self, sender: int, message: Message, size: int) -> None:
         """Count a message; the latency of a follower is from entries to its next answer."""
@@ -13409,7 +13299,6 @@ class Traffic:
             self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
 
     def round_trip(self, member_id: int, seconds: float) -> None:
-        """Count the answer of a peer to a probe."""
         self.round_trips.child(format_id(member_id)).observe(seconds)
 
 
@@ -13787,7 +13676,10 @@ class Journal:
 
 
 class SnapshotJob:
-    """Encodes the store as a snapshot file, in slices between other work."""
+    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
+
+    walk  to be closed if the snapshot is given up
+    """
 
     SLICE_S = 0.002
 
@@ -13801,14 +13693,11 @@ class SnapshotJob:
         self.started = now()            # monotonic
         self.work_seconds = 0.0         # of all slices
         self.walked_bytes = 0           # so far, of the store's JSON
+        self.walk = store.snapshot_chunks()
         self._voters = voters
         self._now = now
-        self._walk = store.snapshot_chunks()
         self._steps = self._run()
-
-    def begin(self) -> None:
-        """Take the first step, which fixes the state of the snapshot."""
-        next(self._steps, None)
+        next(self._steps)               # fixes the state of the snapshot
 
     def work(self) -> None:
         """Work for a few milliseconds; in the end `done` is the file to write."""
@@ -13821,7 +13710,7 @@ class SnapshotJob:
     def _run(self) -> Iterator[None]:
         """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
-        for chunk in self._walk:
+        for chunk in self.walk:
             pieces.append(chunk)
             self.walked_bytes += len(chunk)
             yield
@@ -13833,10 +13722,6 @@ class SnapshotJob:
                 crc = crc32c(memoryview(piece)[offset:offset + CRC_BLOCK_BYTES], crc)
                 yield
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
-
-    def cancel(self) -> None:
-        """Give the walk up."""
-        self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
@@ -13908,7 +13793,6 @@ class SnapshotKeeper:
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
@@ -13929,9 +13813,13 @@ class SnapshotKeeper:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
             self._receivers.remove(receiver)
-            if self._job is not None and not self._receivers:
-                self._job.cancel()
-                self._job = None
+            if not self._receivers:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        if self._job is not None:
+            self._job.walk.close()
+            self._job = None
 
     def work(self, compact: Callable[[int], bool], begin: Callable[[], None]) -> None:
         """Do a slice of the walk; at its end write record and file.
@@ -13989,10 +13877,8 @@ class SnapshotKeeper:
 
     def received(self, index: int) -> None:
         """Give up a walk over the old store, which the leader's snapshot has replaced."""
-        if self._job is not None:
-            self._job.cancel()
-            self._job = None
-            self._waiting, self._receivers = self._receivers + self._waiting, []
+        self._give_up()
+        self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
@@ -14134,6 +14020,7 @@ class QuorumReads:
         self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
         self._question = first_id       # number of the last one, unique for this member
+        self._context = b""             # that goes to the leader with it, and comes back
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
         self._index = 0                 # its answer: the index to apply before; 0: not known
@@ -14167,12 +14054,9 @@ class QuorumReads:
             served += self._asked
             self._asked, self._index = [], 0
 
-    @property
-    def _context(self) -> bytes:
-        return struct.pack(">QQ", self._member_id, self._question)
-
     def _ask(self, node: RawNode) -> None:
         self._question = (self._question + 1) & UINT64_MAX
+        self._context = struct.pack(">QQ", self._member_id, self._question)
         self._asked, self._waiting = self._waiting, []
         self._ticks = self._index = 0
         node.read_index(self._context)
@@ -14217,17 +14101,15 @@ class Leadership:
         lead = raft.lead
         if lead == seen:
             return False
-        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, raft.term)
-            self._lost_at = self._reactor.now()
-        elif not seen:
-            log.info("%s elected leader %s at term %d", me, new, raft.term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
         self._seen = lead
         if lead:
             self._since = self._reactor.now()
+            what = f"changed leader from {seen:x} to" if seen else "elected leader"
+        else:
+            self._lost_at = self._reactor.now()
+            what = "lost leader"
+        package_logger("raft.node").info(
+            "%x %s %x at term %d", raft.id, what, lead or seen, raft.term)
         return True
 
     def unled_s(self) -> float:
@@ -14363,15 +14245,14 @@ Propose = Callable[[Request, Done], None]       # as EtcdServer.do
 LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
 
 
-def report_leader_wait(
-    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
-) -> None:
+def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s: float) -> None:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
+    unled_s  seconds without a leader
     """
-    seconds, members = unled_s(), cluster.members
-    if seconds < LEADER_WAIT_SECONDS / 2:
+    members = cluster.members
+    if unled_s < LEADER_WAIT_SECONDS / 2:
         return
     missing = sorted(
         f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
@@ -14379,7 +14260,7 @@ def report_leader_wait(
     )
     SERVER_LOG.warning(
         "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
-        len(members) // 2 + 1, len(members), seconds,
+        len(members) // 2 + 1, len(members), unled_s,
     )
 
 
@@ -14387,12 +14268,11 @@ class Publication:
     """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
     def __init__(
-        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
-        propose: Propose, done: Callable[[], None],
+        self, config: ServerConfig, cluster: Cluster, reactor: Reactor, propose: Propose,
+        done: Callable[[], None],
     ) -> None:
         self._config = config
         self._cluster = cluster
-        self._member_id = member_id
         self._reactor = reactor
         self._propose = propose
         self._done = done
@@ -14402,12 +14282,9 @@ class Publication:
         """Propose it unless it is applied; one more proposal is harmless."""
         if self._is_applied:
             return
-        config = self._config
-        member = Member(
-            self._member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        config, id = self._config, self._cluster.local_id
+        member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
+        path = f"/0/members/{format_id(id)}/attributes"
         self._propose(
             Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
@@ -14419,7 +14296,7 @@ class Publication:
             self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
         self._is_applied = True
-        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
+        _check_peer_urls(self._config, self._cluster.members.get(self._cluster.local_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
             " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
@@ -14456,28 +14333,27 @@ class VersionMonitor:
     PERIOD_S = 4.0
 
     def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        self, reactor: Reactor, cluster: Cluster, propose: Propose,
         tls: Optional[TlsContext] = None,
     ) -> None:
         self._reactor = reactor
         self._cluster = cluster
-        self._member_id = member_id
         self._propose = propose
         self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
+        self._timer = Timer(_nothing, ())
 
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        current, own = self._cluster.version, self._cluster.identity.reported
-        if current and version_key(current) == version_key(own):
+        cluster, own = self._cluster, self._cluster.identity.reported
+        if cluster.version and version_key(cluster.version) == version_key(own):
             return
-        self._versions = {self._member_id: own}
-        for member in list(self._cluster.members.values()):
+        self._versions = {cluster.local_id: own}
+        for member in cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
+            if member.id != cluster.local_id and urls:
                 self._ask(member, urls[0])
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
         self._decide()
@@ -14486,9 +14362,7 @@ class VersionMonitor:
         for call in self._calls:
             call.cancel()
         self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
 
     def _ask(self, member: Member, url: str) -> None:
         def done(error: "Optional[Exception]", answer: "Answer") -> None:
@@ -14509,15 +14383,15 @@ class VersionMonitor:
             known = version_key(current) if current else (0, 0)
             keys = sorted(map(version_key, self._versions.values()))
             if keys[0] > known or keys[-1] < known:
-                self._propose_version("%d.%d.0" % keys[0], current)
+                self._propose_version("%d.%d.0" % keys[0])
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(self._cluster.identity.min_cluster, current)
+            self._propose_version(self._cluster.identity.min_cluster)
 
-    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
-        short = wanted.rpartition(".")[0]
+    def _propose_version(self, wanted: str) -> None:
+        short, current = wanted.rpartition(".")[0], self._cluster.version
         if current:
-            before = current.rpartition(".")[0]
-            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+            SERVER_LOG.info("updating the cluster version from %s to %s",
+                            current.rpartition(".")[0], short)
         else:
             SERVER_LOG.info("setting up the initial cluster version to %s", short)
         self.stop()
@@ -14554,11 +14428,7 @@ class ExpirySync:
 
     def tick(self) -> None:
         """Propose the time if keys have a TTL; every SYNC_SECONDS."""
-        if self._store.has_ttl and not self._is_under_way:
-            self._propose_step()
-
-    def _propose_step(self) -> None:
-        if not self._may_propose():
+        if self._is_under_way or not self._store.has_ttl or not self._may_propose():
             return
         now_ns = self._wall_ns()
         time_ns = self._store.expiry_step_ns(now_ns)
@@ -14569,7 +14439,7 @@ class ExpirySync:
     def _step_applied(self, is_last: bool, result: Any) -> None:
         self._is_under_way = False
         if result is None and not is_last:      # a step that failed is repeated by tick()
-            self._propose_step()
+            self.tick()
 
 
 def purge_periodically(
@@ -14689,11 +14559,8 @@ class EtcdServer:
             tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
-        self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
-        )
-        self.publication = Publication(
-            config, self.cluster, self.member_id, reactor, self.do, published)
+        self.versions = VersionMonitor(reactor, self.cluster, self.do, boot.peer_tls)
+        self.publication = Publication(config, self.cluster, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
@@ -14740,7 +14607,7 @@ class EtcdServer:
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
             reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
-                self.cluster, self.transport.problem, self._leadership.unled_s)),
+                self.cluster, self.transport.problem, self._leadership.unled_s())),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),
@@ -15121,6 +14988,24 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
     request.reply(status, body, "application/json", headers)
 
 
+def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
+    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
+
+    An empty piece stands for work without a result.
+    """
+    if reply.closed:
+        return
+    piece = next(pieces, None)
+    go_on = functools.partial(reactor.call_in_turn, send_pieces, reply, pieces, reactor)
+    if piece is None:
+        reply.end()
+    elif piece:
+        reply.when_read(go_on)
+        reply.write(piece)
+    else:
+        go_on()
+
+
 def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]:
     """Return name -> first value of a query, or of a body in the same form.
 
@@ -15327,12 +15212,6 @@ def parse_key_request(
     )
 
 
-def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
-    key = clean_path(url_path[len("/v2/keys"):])
-    return "/1" if key == "/" else "/1" + key
-
-
 def canonical_path(path: str) -> str:
     """Return `path` without `//`, `.` and `..`, but with its trailing slash (Go ServeMux)."""
     clean = clean_path(path)
@@ -15367,12 +15246,13 @@ class KeyTarget:
     )
 
     def __init__(self, head: HttpHead) -> None:
-        self.command = Request(0, head.method, key_path(head.path))
-        self.encoded = encode_target(head.method, self.command.path)
+        path = "/1" + clean_path(head.path[len("/v2/keys"):]).rstrip("/")
+        self.command = Request(0, head.method, path)
+        self.encoded = encode_target(head.method, path)
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
-        self.bad_key = _bad_key(self.command.path)
+        self.bad_key = _bad_key(path)
         self.bad_type = self.bad_query = ""
         try:
             if head.query:
@@ -15414,14 +15294,12 @@ class KeyTarget:
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
-        if self.bad_query:
-            self.error = InvalidForm(self.bad_query)
-            return
         command = self.command
-        if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)
-            return
         try:
+            if self.bad_query:
+                raise InvalidForm(self.bad_query)
+            if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
+                raise InvalidForm(self.bad_key)
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
         except EtcdError as error:
             self.error = error.with_traceback(None)
@@ -15437,21 +15315,20 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(self, request: HttpRequest, *, stream: bool) -> None:
+    def __init__(
+        self, store: Store, command: Request, request: HttpRequest, headers: str
+    ) -> None:
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
-        self._stream = stream
+        self._stream = command.stream
         self._reply: Optional[StreamReply] = None
         self._early: List[Event] = []       # events of the history, before the reply has started
         self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
-
-    def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
-        watcher = store.watch(
-            command.path, recursive=command.recursive, stream=self._stream, since=command.since,
+        self._watcher = store.watch(
+            command.path, recursive=command.recursive, stream=command.stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
-        self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
         self._reply.on_close = self._unregister
         early, self._early = self._early, []
@@ -15643,46 +15520,23 @@ def refuse_credentials(request: HttpRequest) -> None:
     write_message(request, 401, "Insufficient credentials")
 
 
-class UserBody(NamedTuple):
-    """The body of a PUT of a user."""
-
-    name: str
-    password: str
-    roles: Names
-    grant: Names
-    revoke: Names
-
-    @classmethod
-    def parse(cls, body: bytes) -> "UserBody":
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        return cls(
-            GoJson.string_member(value, "user"), GoJson.string_member(value, "password"),
-            *(string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke")),
-        )
+def parse_user_body(body: bytes) -> Tuple[User, Names, Names]:
+    """Return the user, the roles to grant and those to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    roles, grant, revoke = (
+        string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke"))
+    name, password = (GoJson.string_member(value, name) for name in ("user", "password"))
+    return User(name, password, roles), grant, revoke
 
 
-class RoleBody(NamedTuple):
-    """The body of a PUT of a role."""
-
-    name: str
-    permissions: Permissions
-    grant: Optional[Permissions]
-    revoke: Optional[Permissions]
-
-    @classmethod
-    def parse(cls, body: bytes) -> "RoleBody":
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        name = GoJson.string_member(value, "role")
-        found = [cls._permissions(value, part) for part in ("permissions", "grant", "revoke")]
-        return cls(name, found[0] or Permissions(), *found[1:])
-
-    @staticmethod
-    def _permissions(value: object, name: str) -> Optional[Permissions]:
-        kv = GoJson.member(GoJson.member(value, name), "kv")
-        found = make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write"))
-        return found if found.read is not None or found.write is not None else None
+def parse_role_body(body: bytes) -> Tuple[Role, Permissions, Permissions]:
+    """Return the role, what to grant and what to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    kvs = [GoJson.member(GoJson.member(value, name), "kv")
+           for name in ("permissions", "grant", "revoke")]
+    permissions, grant, revoke = (
+        make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write")) for kv in kvs)
+    return Role(GoJson.string_member(value, "role"), permissions), grant, revoke
 
 
 class AuthApi:
@@ -15771,7 +15625,7 @@ class AuthApi:
             self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
             for user in users
         )
-        self._reply_list(request, "users", "null", shown, [])
+        self._reply_list(request, "users", shown, [])
 
     @staticmethod
     def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
@@ -15779,21 +15633,22 @@ class AuthApi:
         return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, UserBody.parse, name, "User")
+        body = self._parse(request, parse_user_body, name, "User")
         if body is None:
             return
-        if body.roles and (body.grant or body.revoke):
+        user, grant, revoke = body
+        if user.roles and (grant or revoke):
             self._message(request, 400, "User JSON contains both roles and grant/revoke")
             return
-        if len(utf8(body.password)) > PASSWORD_BYTES_MAX or "\0" in body.password:
+        if len(utf8(user.password)) > PASSWORD_BYTES_MAX or "\0" in user.password:
             self._message(request, 400, "the password is too long, or has a NUL in it")
             return
-        updates = bool(body.grant or body.revoke) or not body.roles and self._auth.user(name)
+        updates = bool(grant or revoke) or not user.roles and self._auth.user(name)
         if updates:
-            steps = self._store.update_user(name, body.password, body.grant, body.revoke)
+            steps = self._store.update_user(name, user.password, grant, revoke)
         else:
-            steps = self._store.create_user(User(name, body.password, body.roles))
-        status = 200 if updates or body.roles else 201
+            steps = self._store.create_user(user)
+        status = 200 if updates or user.roles else 201
         self._run(request, steps,
                   lambda user: self._reply(request, status, user.json(hide_password=True)))
 
@@ -15801,20 +15656,21 @@ class AuthApi:
 
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
-        self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
+        self._reply_list(request, "roles", (role.json() for role in roles), [])
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, RoleBody.parse, name, "Role")
+        body = self._parse(request, parse_role_body, name, "Role")
         if body is None:
             return
-        updates = any(part and not part.is_empty for part in (body.grant, body.revoke))
-        if updates and not body.permissions.is_empty:
+        role, grant, revoke = body
+        updates = not (grant.is_empty and revoke.is_empty)
+        if updates and not role.permissions.is_empty:
             self._message(request, 400, "Role JSON contains both permissions and grant/revoke")
             return
         if updates:
-            steps = self._store.update_role(name, body.grant, body.revoke)
+            steps = self._store.update_role(name, grant, revoke)
         else:
-            steps = self._store.create_role(Role(name, body.permissions))
+            steps = self._store.create_role(role)
         self._run(request, steps,
                   lambda role: self._reply(request, 200 if updates else 201, role.json()))
 
@@ -15832,20 +15688,39 @@ class AuthApi:
         except ValueError:
             self._message(request, 400, "Invalid JSON in request body.")
             return None
-        if body.name != name:
+        if body[0].name != name:
             self._message(request, 400, f"{what} JSON name does not match the name in the URL")
             return None
         return body
 
-    def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Make a change; then call reply(its result), or answer with its error."""
-        def done(result: "Any") -> None:
-            if isinstance(result, (AuthError, EtcdError)):
-                self._fail(request, result)
-            else:
-                reply(result)
+    def _run(
+        self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
+    ) -> None:
+        """Make a change; then call reply(its result), or answer with its error.
 
-        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
+        value  the result of the step before
+        """
+        go_on = functools.partial(self._run, request, steps, reply)
+
+        def worked(error: "Optional[BaseException]", result: "Any") -> None:
+            if error is None:
+                go_on(result)
+            elif isinstance(error, AuthError):
+                self._fail(request, error)
+            else:
+                self._fail(request, AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+        try:
+            step = steps.send(value)
+        except StopIteration as stop:
+            reply(stop.value)
+        except (AuthError, EtcdError) as error:
+            self._fail(request, error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self._server.do(step, go_on)
+            else:
+                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=worked)
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -15860,8 +15735,7 @@ class AuthApi:
         request.reply(status, utf8(json_text(value) + "\n"), headers=self._cluster_line)
 
     def _reply_list(
-        self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
-        texts: List[str],
+        self, request: HttpRequest, name: str, shown: Iterator[object], texts: List[str]
     ) -> None:
         """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
@@ -15869,10 +15743,9 @@ class AuthApi:
         if request.connection.closed:
             return
         if len(some) == ITEMS_IN_SLICE:
-            self._server.reactor.call_in_turn(
-                self._reply_list, request, name, empty, shown, texts)
+            self._server.reactor.call_in_turn(self._reply_list, request, name, shown, texts)
             return
-        listing = f"[{','.join(texts)}]" if texts else empty
+        listing = f"[{','.join(texts)}]" if texts else "null"
         request.reply(200, utf8(f'{{"{name}":{listing}}}\n'), headers=self._cluster_line)
 
     def _reply_empty(self, request: HttpRequest) -> None:
@@ -16309,7 +16182,7 @@ class KeysApi:
         self._watches.inc()
         headers = self._cluster_line + self._index_lines(self._store.current_index)
         try:
-            KeyWatch(request, stream=command.stream).start(self._store, command, request, headers)
+            KeyWatch(self._store, command, request, headers)
         except EventIndexCleared as error:
             self._fail(request, "GET", error)
 
@@ -16413,8 +16286,7 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        rest = request.path[len("/v2/members"):]
-        rest = rest[1:] if rest.startswith("/") else rest
+        rest = request.path[len("/v2/members/"):]
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
@@ -16444,11 +16316,23 @@ class MembersApi:
 
     def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
         """Add a member with the URLs in the body, or give them to member `id`."""
-        urls = self._peer_urls(request)
-        if urls:
-            self._warn_of_local(urls)
-            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, change, Member(id, urls))
+        content_type = request.headers.get("content-type", "")
+        if content_type != "application/json":
+            self._message(
+                request, 415, f"Bad Content-Type {content_type}, accept application/json"
+            )
+            return
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return
+        try:
+            urls = parse_peer_urls(request.body)
+        except ValueError as error:
+            self._message(request, 400, str(error))
+            return
+        self._warn_of_local(urls)
+        id = id or member_id(urls, str(self._server.reactor.wall_ns() // NS))
+        self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
         """Warn of loopback URLs in a cluster of several machines."""
@@ -16459,23 +16343,6 @@ class MembersApi:
                 "a member is added at %s, which each member takes for its own machine; if it runs"
                 " elsewhere, give its address with PUT /v2/members/<id>", ",".join(near),
             )
-
-    def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """Return the URLs in the body; () after an error, which is answered."""
-        content_type = request.headers.get("content-type", "")
-        if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
-            return ()
-        if request.body_too_large:
-            self._message(request, 413, "Request Entity Too Large")
-            return ()
-        try:
-            return parse_peer_urls(request.body)
-        except ValueError as error:
-            self._message(request, 400, str(error))
-            return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
         done = functools.partial(self._reply_change, request, change, member)
@@ -16819,15 +16686,12 @@ class Overview:
         self._calls = {}
 
     def _ask(self, member_id: int, url: str) -> None:
-        answer = Answer()
-        self._calls[member_id] = HttpCall(
-            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
-            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
-            on_head=answer.take_head, on_data=answer.take_data,
-            on_done=functools.partial(self._answered, member_id, answer),
+        self._calls[member_id] = fetch(
+            self._server.reactor, url, "/status", functools.partial(self._answered, member_id),
+            connect_timeout_s=1.0, idle_timeout_s=1.0, tls=self._server.versions.tls,
         )
 
-    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+    def _answered(self, member_id: int, error: Optional[Exception], answer: Answer) -> None:
         """An etcd answers 404: it is there, and says no more."""
         del self._calls[member_id]
         if error is None:
@@ -18265,12 +18129,10 @@ class _Logged:
         setattr(self.connection, name, value)
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Send a part of the reply."""
         self._look(data)
         self.connection.send(data, more)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Send the end of the reply."""
         self._look(data)
         self.connection.finish(data, keep_alive, more)
 
@@ -18332,10 +18194,10 @@ class Ring:
         server, keys = self._server, self._keys
         keys.count_puts()
         stats = server.store.stats
-        counts, sync_s = server.journal.writer.sync_durations.totals
+        syncs = server.journal.writer.sync_durations
         return _Totals(
             server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
-            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+            keys.reads, keys.write_durations.counts[:], syncs.count, syncs.sum,
         )
 
     def _sample(self) -> None:
@@ -18433,12 +18295,8 @@ class Download:
         self._server = server
         self._ended = ended
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
-        self._reply: Optional[StreamReply] = None
-        self._pieces: Iterator[bytes] = iter(())
-        # Kept, as withdraw() needs the same object.
-        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
-        server.snapshots.request(self._receiver)
+        server.snapshots.request(self._start)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -18448,31 +18306,19 @@ class Download:
             f'Content-Disposition: attachment; filename="{file.name}"\r\n'
         )
         self.file = file
-        self._pieces = iter((file.head, *file.pieces))
-        self._reply = self._request.start_stream(
+        reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._client_gone
-        self._send_piece()
+        reply.on_close = self._client_gone
+        send_pieces(reply, self._pieces(file), self._server.reactor)
 
-    def _send_piece(self) -> None:
-        """Send the next piece: one in a turn, so that other requests get theirs."""
-        if self._reply is None or self._reply.closed:
-            return
-        piece = next(self._pieces, None)
-        if piece is None:
-            self._reply.end()
-            self._receiver = None
-            self._ended(self)
-            return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
-        self._reply.write(piece)
+    def _pieces(self, file: SnapshotFile) -> Iterator[bytes]:
+        yield file.head
+        yield from file.pieces
+        self._ended(self)
 
     def _client_gone(self) -> None:
-        self._pieces = iter(())
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            self._server.snapshots.withdraw(receiver)
+        self._server.snapshots.withdraw(self._start)
         self._ended(self)
 
 
@@ -18639,7 +18485,6 @@ HITS_MAX = 500                      # of one search; likewise
 PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
 BROWSES_MAX = 8                     # listings and searches at a time; above: 503
 BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
-UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
 _READS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -18682,7 +18527,7 @@ class UiApi:
         self._page, self._headers = make_page()
         self._overview = Overview(server)
         self._ring = Ring(server, keys) if self._mode != "false" else None
-        self._browses: Set[Browse] = set()
+        self._browses = 0               # under way
 
     def stop(self) -> None:
         """Ask the other members no more."""
@@ -18691,9 +18536,8 @@ class UiApi:
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
-        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
-            return None
-        if self._mode == "false":
+        is_of_page = path in ("/", "/ui") or path.startswith("/ui/")
+        if self._mode == "false" or not is_of_page:
             return None
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")
@@ -18783,7 +18627,7 @@ class UiApi:
     def _browse(
         self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
     ) -> None:
-        if len(self._browses) >= BROWSES_MAX:
+        if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
         store = self._server.store
@@ -18795,10 +18639,30 @@ class UiApi:
                 write_error(request, error, "")
             return
         rows = search(nodes, text, where) if text else listing(nodes)
-        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
-                        self._browses.discard)
-        self._browses.add(browse)
-        browse.start()
+        index = store.current_index
+        reply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        pieces = self._row_pieces(rows, HITS_MAX if text else LISTED_MAX, index)
+        reply.on_close = pieces.close
+        send_pieces(reply, pieces, self._server.reactor)
+
+    def _row_pieces(self, rows: "Rows", rows_max: int, index: int) -> Generator[bytes, None, None]:
+        """Yield lines of JSON: arrays of rows, then an object that says whether there is more."""
+        self._browses += 1
+        try:
+            left, looked, is_last = rows_max, 0, False
+            while not is_last:
+                some = list(itertools.islice(rows, BROWSE_SLICE_NODES))
+                looked += len(some)
+                found = [row for row in some if row][:left]
+                left -= len(found)
+                line = f"[{','.join(found)}]\n" if found else ""
+                is_last = not left or len(some) < BROWSE_SLICE_NODES
+                if is_last:
+                    line += json_text({"index": index, "looked": looked, "more": not left}) + "\n"
+                yield line.encode()
+        finally:
+            self._browses -= 1
 
 
 _NO_STORE = "Cache-Control: no-store\r\n"
@@ -18808,18 +18672,17 @@ def _send_to_page(request: HttpRequest) -> None:
     request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
 
 
-def _refuse_readonly(request: HttpRequest) -> None:
-    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
-                  " or -ui=false")
+def _forbid(why: str, request: HttpRequest) -> None:
+    write_message(request, 403, why)
 
 
-def _refuse_headerless(request: HttpRequest) -> None:
-    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
-
-
-def _refuse_foreign(request: HttpRequest) -> None:
-    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
-                  " knowledge: name the page's origin in -cors if it may")
+_refuse_readonly = functools.partial(
+    _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
+_refuse_headerless = functools.partial(
+    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_foreign = functools.partial(
+    _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
+    " page's origin in -cors if it may")
 
 
 def is_foreign(head: HttpHead) -> bool:
@@ -18886,57 +18749,6 @@ def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
         before = here[1 - len(inside):] if len(inside) > 1 else ""
         yield ""
     return False
-
-
-class Browse:
-    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
-
-    Lines of JSON: arrays of rows, then an object that says whether there is more.
-    """
-
-    def __init__(
-        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
-        ended: "Callable[[Browse], None]",
-    ) -> None:
-        self._reactor = server.reactor
-        self._rows = rows
-        self._left = rows_max
-        self._ended = ended
-        self._looked = 0
-        index = server.store.current_index
-        self._end = f'"index":{index}'
-        self._reply: StreamReply = request.start_stream(
-            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
-        self._reply.on_close = self._gone
-
-    def start(self) -> None:
-        """Write the first slice."""
-        self._go_on()
-
-    def _go_on(self) -> None:
-        reply = self._reply
-        if reply.closed:
-            self._ended(self)
-            return
-        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
-        self._looked += len(looked)
-        found = [row for row in looked if row][:self._left]
-        self._left -= len(found)
-        if found:
-            reply.write(f"[{','.join(found)}]\n".encode())
-        if not self._left or len(looked) < BROWSE_SLICE_NODES:
-            more = str(not self._left).lower()
-            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
-            reply.end()
-            self._ended(self)
-        elif reply.pending > UNREAD_BYTES_MAX:
-            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
-        else:
-            self._reactor.call_in_turn(self._go_on)
-
-    def _gone(self) -> None:
-        self._rows = iter(())
-        self._ended(self)
 
 
 # ============================================================================
@@ -19163,9 +18975,9 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 class DiscoveryService:
     """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
-    do    EtcdServer.do
-    keys  the handler of /v2/keys requests
-    wall_ns  the clock whose time the tokens hold; None: they hold none
+    do       EtcdServer.do
+    keys     the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -19173,7 +18985,7 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
+        keys: Callable[[HttpRequest], None], wall_ns: Callable[[], int],
     ) -> None:
         self._do = do
         self._keys = keys
@@ -19214,7 +19026,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
+        token = make_token(self._wall_ns())
 
         def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
@@ -19242,16 +19054,15 @@ class DiscoveryService:
         self._keys(request)
 
 
-def make_token(wall_ns: Optional[int]) -> str:
-    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+def make_token(wall_ns: int) -> str:
+    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
 
-    wall_ns  unix nanoseconds; None: all of it is by chance
+    Source: RFC 9562 §5.7, UUID of version 7.
     """
     token = bytearray(os.urandom(16))
-    if wall_ns is not None:                     # RFC 9562 §5.7
-        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
-        token[6] = token[6] & 0x0F | 0x70
-        token[8] = token[8] & 0x3F | 0x80
+    token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+    token[6] = token[6] & 0x0F | 0x70
+    token[8] = token[8] & 0x3F | 0x80
     return token.hex()
 
 
@@ -20672,7 +20483,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     _log_void_flags(config, data_dir)
     _log_config(config, data_dir)
     store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
+    cluster = Cluster(store)
     snapshotter = Snapshotter(data_dir.snap)
     known = set(Wal.snapshots(data_dir.wal))
     snapshotter.check_log(data_dir.wal, known)
@@ -20749,7 +20560,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
     if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
-    cluster.set_store(boot.store)
+    cluster.store = boot.store
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -21066,7 +20877,7 @@ def _create_log(
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
-    cluster.set_store(store)
+    cluster.store = store
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
@@ -23379,7 +23190,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
-    cluster = _AnyVersionCluster("", store)
+    cluster = _AnyVersionCluster(store)
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
@@ -23787,7 +23598,7 @@ class _Replay:
 
     def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
         self.store = Store()
-        self.cluster: Cluster = _AnyVersionCluster("", self.store)
+        self.cluster: Cluster = _AnyVersionCluster(self.store)
         self.commands: List[CommandEntry] = []
         self.v3_entries = self.changes = 0
         self.applied_at: List[Tuple[int, int]] = []

@@ -304,18 +304,17 @@ _SLOW_PARSERS = {
     "parse_key_request": (lambda data: pyetcd.parse_key_request(
         "PUT", "/1/a", {"ttl": data.decode("latin-1"), "value": "a"}, 0), (b"1", b"0", b" ")),
     "GoJson.loads": (pyetcd.GoJson.loads, _JSON_BYTES),
-    "UserBody.parse": (pyetcd.UserBody.parse, _JSON_BYTES),
-    "RoleBody.parse": (pyetcd.RoleBody.parse, _JSON_BYTES),
+    "parse_user_body": (pyetcd.parse_user_body, _JSON_BYTES),
+    "parse_role_body": (pyetcd.parse_role_body, _JSON_BYTES),
     "parse_peer_urls": (lambda data: pyetcd.parse_peer_urls(b'{"peerURLs":[' + data + b'"a"]}'),
                         (*_JSON_BYTES, b'"http://a:1",')),
     "parse_members": (pyetcd.parse_members, _JSON_BYTES),
     "parse_member": (lambda data: pyetcd.parse_member(data, 1), _JSON_BYTES),
     "parse_credential": (lambda data: pyetcd.parse_credential(
         "Basic " + data.decode("latin-1")), (b"QUJD", b":", b"=", b"\xff")),
-    "parse_stored_user": (lambda data: pyetcd.parse_stored_user(
-        "a", data.decode("latin-1")), _JSON_BYTES),
-    "parse_stored_role": (lambda data: pyetcd.parse_stored_role(
-        "a", data.decode("latin-1")), _JSON_BYTES),
+    "parse_stored": (lambda data: [
+        pyetcd.parse_stored(kind, "a", data.decode("latin-1")) for kind in ("user", "role")
+    ], _JSON_BYTES),
     "parse_time": (lambda data: pyetcd.parse_time(
         "2020-01-01T00:00:00." + data.decode("latin-1")), (b"1", b"Z", b" ")),
     "_parse_id": (lambda data: pyetcd._parse_id(data.decode("latin-1")), (b"1", b"g")),

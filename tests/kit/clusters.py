@@ -23,7 +23,7 @@ def _cluster_url(number):
 def _cluster_of(*ids, removed=()):
     """A cluster with its members applied, its store and its applier."""
     store = pyetcd.Store()
-    cluster = Cluster("token", store)
+    cluster = Cluster(store)
     cluster.id = 0xC1
     applier = Applier(store, cluster, 1, clock=lambda: _CLUSTER_NOW_NS)
     for id in (*ids, *removed):

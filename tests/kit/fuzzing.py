@@ -143,11 +143,11 @@ def fuzz_forms(data):
         (lambda: pyetcd.parse_answer_head(data), pyetcd.BadRequest),
         (lambda: pyetcd.is_form_type(text), pyetcd.InvalidForm),
         (lambda: pyetcd.parse_peer_urls(data), ValueError),
-        (lambda: pyetcd.UserBody.parse(data), ValueError),
-        (lambda: pyetcd.RoleBody.parse(data), ValueError),
+        (lambda: pyetcd.parse_user_body(data), ValueError),
+        (lambda: pyetcd.parse_role_body(data), ValueError),
         (lambda: pyetcd.parse_credential(text), ()),
-        (lambda: pyetcd.parse_stored_user("u", text), ()),
-        (lambda: pyetcd.parse_stored_role("r", text), ()),
+        (lambda: pyetcd.parse_stored("user", "u", text), ()),
+        (lambda: pyetcd.parse_stored("role", "r", text), ()),
         (lambda: pyetcd.check_url(text), ValueError),
         (lambda: pyetcd.parse_initial_cluster(text), ValueError),
     ):
@@ -181,7 +181,7 @@ _FUZZ_DECODERS = (
 def fuzz_peer_door(data):
     """Whatever passes the door of a follower can be written, read again, applied and restored."""
     store = Store()
-    cluster = Cluster("t", store)
+    cluster = Cluster(store)
     cluster.members = {2: pyetcd.Member(2, ("http://127.0.0.1:1",))}
     node = RawNode(pyetcd.RaftConfig(id=1, rng=random.Random(1), trace=lambda text: None),
                    snapshot=pyetcd.Snapshot(b"", (1, 2), 1, 1))
@@ -238,7 +238,7 @@ def fuzz_codec(data):
 def fuzz_apply(data):
     """What a peer committed is applied, whatever it is: errors are results."""
     store = Store()
-    cluster = Cluster("t", store)
+    cluster = Cluster(store)
     applier = Applier(store, cluster, 1, clock=lambda: 1)
     for at in range(0, len(data), 64):
         with contextlib.suppress(InvariantError):               # a version newer than ours

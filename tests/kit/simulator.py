@@ -363,8 +363,8 @@ class SimMember:
         self.sim, self.name = sim, name
         self.peer_url = f"http://{name}:2380"
         self.joins = joins              # a Cluster that it was added to; None: formed with others
-        unix_s = None if joins is None else int(sim.now)
-        self.id = pyetcd.member_id([self.peer_url], "" if joins else "sim", unix_s)
+        token = "sim" if joins is None else str(int(sim.now))
+        self.id = pyetcd.member_id([self.peer_url], token)
         self.disk = SimDisk(sim.rng)
         self.life = 0
         self.etcd = None
@@ -431,10 +431,10 @@ class SimMember:
         snapshotter = pyetcd.Snapshotter(directory.snap, disk=self.disk)
         options = {"disk": self.disk, "segment_bytes": self.sim.segment_bytes}
         formed = pyetcd.Cluster.from_initial("sim", self.sim.initial_map())
-        cluster = formed if self.joins is None else pyetcd.Cluster("sim")
+        cluster = formed if self.joins is None else pyetcd.Cluster()
         if self.joins is not None:
             cluster.id = formed.id
-        cluster.set_store(store)
+        cluster.store = store
         metadata, snapshot, remotes = pyetcd.encode_metadata(self.id, cluster.id), None, ()
         if not pyetcd.Wal.exists(directory.wal, disk=self.disk):
             wal = pyetcd.Wal.create(directory.wal, metadata, **options)

@@ -572,7 +572,8 @@ class _DiscServer:
         self.done: List[pyetcd.Request] = []
         self.forwarded: List[str] = []
         self._result = result
-        self.service = pyetcd.DiscoveryService(self._do, self._keys)    # type: ignore[arg-type]
+        self.service = pyetcd.DiscoveryService(
+            self._do, self._keys, lambda: 10**18)   # type: ignore[arg-type]
 
     def ask(self, *args: Any, **options: Any) -> Tuple[bool, List[Tuple[Any, ...]]]:
         request = _DiscRequest(*args, **options)

@@ -98,7 +98,7 @@ def test_apply_what_is_not_utf8_is_the_same_before_and_after_a_restart(fields):
     applier.apply_entry(before)
     restarted = Store()
     restarted.recover(store.save())
-    again = Cluster("t", restarted)
+    again = Cluster(restarted)
     again.id = cluster.id
     again.recover()
     other = Applier(restarted, again, 1, clock=lambda: 1)
@@ -231,7 +231,7 @@ def test_apply_is_the_same_on_every_member():
     states = []
     for id, now_ns in ((1, 0), (2, 9 * _CLUSTER_NOW_NS)):
         store = pyetcd.Store()
-        applier = Applier(store, Cluster("t", store), id, clock=lambda now_ns=now_ns: now_ns)
+        applier = Applier(store, Cluster(store), id, clock=lambda now_ns=now_ns: now_ns)
         for member in (1, 2):
             applier.apply_conf_change(_cluster_add(member))
         for request in requests:

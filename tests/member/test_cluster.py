@@ -54,7 +54,7 @@ def test_cluster_member_id_hashes_sorted_urls_token_and_time():
     urls = ["http://b:1", "http://a:1"]
     assert pyetcd.member_id(urls, "t") == pyetcd.member_id(urls[::-1], "t")
     by_hand = pyetcd._hash_id(b"http://a:1http://b:11448000000")
-    assert pyetcd.member_id(urls, "", 1448000000) == by_hand
+    assert pyetcd.member_id(urls, "1448000000") == by_hand
     assert len({pyetcd.member_id(urls, token) for token in ("t", "u", "")}) == 3
 
 
@@ -170,7 +170,7 @@ def test_cluster_change_is_validated_by_what_is_applied(change, error):
 def test_cluster_members_of_the_flags_are_not_yet_applied():
     """Every initial member applies the additions of all, its own included."""
     cluster = Cluster.from_initial("t", {"a": (_cluster_url(1),), "b": (_cluster_url(2),)})
-    cluster.set_store(pyetcd.Store())
+    cluster.store = pyetcd.Store()
     assert len(cluster.members) == 2
     for member in sorted(cluster.members.values()):
         assert not cluster.is_known(member.id)
@@ -223,7 +223,7 @@ def test_cluster_is_rebuilt_from_the_store(cluster_log):
     _apply_put(applier, "/0/version", "2.3.0")
     copy = pyetcd.Store()
     copy.recover(store.save())
-    cluster = Cluster("t", copy)
+    cluster = Cluster(copy)
     cluster.id, cluster.local_id, cluster.members = 0xC1, 1, {77: Member(77, ())}
     cluster_log.clear()
 
@@ -347,7 +347,7 @@ def _monitored(current, name, *versions):
     cluster.version = current
     proposed = []
     monitor = pyetcd.VersionMonitor(
-        FakeReactor(), cluster, 1, lambda request, done: proposed.append(request.val))
+        FakeReactor(), cluster, lambda request, done: proposed.append(request.val))
     monitor._ask = lambda member, url: monitor._versions.update(
         {member.id: versions[member.id - 2]})
     monitor.start()
@@ -430,7 +430,7 @@ def test_cluster_member_publishes_again_until_it_is_applied(cluster_log):
     cluster, _, _ = _cluster_of(1)
     proposed, done, reactor = [], [], FakeReactor()
     publication = pyetcd.Publication(
-        pyetcd.ServerConfig(name="m1"), cluster, 1, reactor,
+        pyetcd.ServerConfig(name="m1"), cluster, reactor,
         lambda request, answer: proposed.append(answer), lambda: done.append(1))
     publication.propose()
     publication.propose()

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ..base.errors import EtcdError
+from ..base.messages import Request
 from ..base.text import json_text, utf8
 from ..base.versions import version_key
-from ..member.auth import Auth, AuthStore, Guard, Steps, StepsRunner
+from ..member.auth import Auth, AuthStore, Guard, Steps
 from ..member.cluster import format_id
 from ..member.passwords import (
+    _TRY_AGAIN,
     AUTH_NAME_BYTES_MAX,
     PASSWORD_BYTES_MAX,
     AuthError,
@@ -28,6 +30,7 @@ from ..member.passwords import (
 from ..member.server import EtcdServer
 from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
+from ..net.workers import PASSWORD_WORK
 from .forms import not_found, refuse_method, write_error, write_message
 from .gojson import GoJson
 
@@ -40,46 +43,23 @@ def refuse_credentials(request: HttpRequest) -> None:
     write_message(request, 401, "Insufficient credentials")
 
 
-class UserBody(NamedTuple):
-    """The body of a PUT of a user."""
-
-    name: str
-    password: str
-    roles: Names
-    grant: Names
-    revoke: Names
-
-    @classmethod
-    def parse(cls, body: bytes) -> UserBody:
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        return cls(
-            GoJson.string_member(value, "user"), GoJson.string_member(value, "password"),
-            *(string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke")),
-        )
+def parse_user_body(body: bytes) -> Tuple[User, Names, Names]:
+    """Return the user, the roles to grant and those to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    roles, grant, revoke = (
+        string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke"))
+    name, password = (GoJson.string_member(value, name) for name in ("user", "password"))
+    return User(name, password, roles), grant, revoke
 
 
-class RoleBody(NamedTuple):
-    """The body of a PUT of a role."""
-
-    name: str
-    permissions: Permissions
-    grant: Optional[Permissions]
-    revoke: Optional[Permissions]
-
-    @classmethod
-    def parse(cls, body: bytes) -> RoleBody:
-        """Raises ValueError."""
-        value = GoJson.loads(body, partial=True)
-        name = GoJson.string_member(value, "role")
-        found = [cls._permissions(value, part) for part in ("permissions", "grant", "revoke")]
-        return cls(name, found[0] or Permissions(), *found[1:])
-
-    @staticmethod
-    def _permissions(value: object, name: str) -> Optional[Permissions]:
-        kv = GoJson.member(GoJson.member(value, name), "kv")
-        found = make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write"))
-        return found if found.read is not None or found.write is not None else None
+def parse_role_body(body: bytes) -> Tuple[Role, Permissions, Permissions]:
+    """Return the role, what to grant and what to revoke of a PUT.  Raises ValueError."""
+    value = GoJson.loads(body, partial=True)
+    kvs = [GoJson.member(GoJson.member(value, name), "kv")
+           for name in ("permissions", "grant", "revoke")]
+    permissions, grant, revoke = (
+        make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write")) for kv in kvs)
+    return Role(GoJson.string_member(value, "role"), permissions), grant, revoke
 
 
 class AuthApi:
@@ -168,7 +148,7 @@ class AuthApi:
             self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
             for user in users
         )
-        self._reply_list(request, "users", "null", shown, [])
+        self._reply_list(request, "users", shown, [])
 
     @staticmethod
     def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
@@ -176,21 +156,22 @@ class AuthApi:
         return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, UserBody.parse, name, "User")
+        body = self._parse(request, parse_user_body, name, "User")
         if body is None:
             return
-        if body.roles and (body.grant or body.revoke):
+        user, grant, revoke = body
+        if user.roles and (grant or revoke):
             self._message(request, 400, "User JSON contains both roles and grant/revoke")
             return
-        if len(utf8(body.password)) > PASSWORD_BYTES_MAX or "\0" in body.password:
+        if len(utf8(user.password)) > PASSWORD_BYTES_MAX or "\0" in user.password:
             self._message(request, 400, "the password is too long, or has a NUL in it")
             return
-        updates = bool(body.grant or body.revoke) or not body.roles and self._auth.user(name)
+        updates = bool(grant or revoke) or not user.roles and self._auth.user(name)
         if updates:
-            steps = self._store.update_user(name, body.password, body.grant, body.revoke)
+            steps = self._store.update_user(name, user.password, grant, revoke)
         else:
-            steps = self._store.create_user(User(name, body.password, body.roles))
-        status = 200 if updates or body.roles else 201
+            steps = self._store.create_user(user)
+        status = 200 if updates or user.roles else 201
         self._run(request, steps,
                   lambda user: self._reply(request, status, user.json(hide_password=True)))
 
@@ -198,20 +179,21 @@ class AuthApi:
 
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
-        self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
+        self._reply_list(request, "roles", (role.json() for role in roles), [])
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
-        body = self._parse(request, RoleBody.parse, name, "Role")
+        body = self._parse(request, parse_role_body, name, "Role")
         if body is None:
             return
-        updates = any(part and not part.is_empty for part in (body.grant, body.revoke))
-        if updates and not body.permissions.is_empty:
+        role, grant, revoke = body
+        updates = not (grant.is_empty and revoke.is_empty)
+        if updates and not role.permissions.is_empty:
             self._message(request, 400, "Role JSON contains both permissions and grant/revoke")
             return
         if updates:
-            steps = self._store.update_role(name, body.grant, body.revoke)
+            steps = self._store.update_role(name, grant, revoke)
         else:
-            steps = self._store.create_role(Role(name, body.permissions))
+            steps = self._store.create_role(role)
         self._run(request, steps,
                   lambda role: self._reply(request, 200 if updates else 201, role.json()))
 
@@ -229,20 +211,39 @@ class AuthApi:
         except ValueError:
             self._message(request, 400, "Invalid JSON in request body.")
             return None
-        if body.name != name:
+        if body[0].name != name:
             self._message(request, 400, f"{what} JSON name does not match the name in the URL")
             return None
         return body
 
-    def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Make a change; then call reply(its result), or answer with its error."""
-        def done(result: Any) -> None:
-            if isinstance(result, (AuthError, EtcdError)):
-                self._fail(request, result)
-            else:
-                reply(result)
+    def _run(
+        self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
+    ) -> None:
+        """Make a change; then call reply(its result), or answer with its error.
 
-        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
+        value  the result of the step before
+        """
+        go_on = functools.partial(self._run, request, steps, reply)
+
+        def worked(error: Optional[BaseException], result: Any) -> None:
+            if error is None:
+                go_on(result)
+            elif isinstance(error, AuthError):
+                self._fail(request, error)
+            else:
+                self._fail(request, AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+        try:
+            step = steps.send(value)
+        except StopIteration as stop:
+            reply(stop.value)
+        except (AuthError, EtcdError) as error:
+            self._fail(request, error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self._server.do(step, go_on)
+            else:
+                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=worked)
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -257,8 +258,7 @@ class AuthApi:
         request.reply(status, utf8(json_text(value) + "\n"), headers=self._cluster_line)
 
     def _reply_list(
-        self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
-        texts: List[str],
+        self, request: HttpRequest, name: str, shown: Iterator[object], texts: List[str]
     ) -> None:
         """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
@@ -266,10 +266,9 @@ class AuthApi:
         if request.connection.closed:
             return
         if len(some) == ITEMS_IN_SLICE:
-            self._server.reactor.call_in_turn(
-                self._reply_list, request, name, empty, shown, texts)
+            self._server.reactor.call_in_turn(self._reply_list, request, name, shown, texts)
             return
-        listing = f"[{','.join(texts)}]" if texts else empty
+        listing = f"[{','.join(texts)}]" if texts else "null"
         request.reply(200, utf8(f'{{"{name}":{listing}}}\n'), headers=self._cluster_line)
 
     def _reply_empty(self, request: HttpRequest) -> None:

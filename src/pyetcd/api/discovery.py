@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Mapping
 
 from ..base.errors import EtcdError, InvalidForm
 from ..base.limits import REGISTRY_KEY, SHORT_HEADER_BYTES_MAX
@@ -22,9 +22,9 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 class DiscoveryService:
     """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
-    do    EtcdServer.do
-    keys  the handler of /v2/keys requests
-    wall_ns  the clock whose time the tokens hold; None: they hold none
+    do       EtcdServer.do
+    keys     the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -32,7 +32,7 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
+        keys: Callable[[HttpRequest], None], wall_ns: Callable[[], int],
     ) -> None:
         self._do = do
         self._keys = keys
@@ -73,7 +73,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
+        token = make_token(self._wall_ns())
 
         def done(result: Any) -> None:
             if isinstance(result, EtcdError):
@@ -101,16 +101,15 @@ class DiscoveryService:
         self._keys(request)
 
 
-def make_token(wall_ns: Optional[int]) -> str:
-    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+def make_token(wall_ns: int) -> str:
+    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
 
-    wall_ns  unix nanoseconds; None: all of it is by chance
+    Source: RFC 9562 §5.7, UUID of version 7.
     """
     token = bytearray(os.urandom(16))
-    if wall_ns is not None:                     # RFC 9562 §5.7
-        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
-        token[6] = token[6] & 0x0F | 0x70
-        token[8] = token[8] & 0x3F | 0x80
+    token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+    token[6] = token[6] & 0x0F | 0x70
+    token[8] = token[8] & 0x3F | 0x80
     return token.hex()
 
 

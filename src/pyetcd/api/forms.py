@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import re
-from typing import Dict, Generator, List, Mapping, Optional
+from typing import Dict, Generator, Iterator, List, Mapping, Optional
 
 from ..base.basics import clean_path
 from ..base.codec import encode_target, wrap_int64
@@ -31,6 +31,7 @@ from ..base.messages import Request
 from ..base.text import finish, go_quote, is_unicode, json_string, text_of, unquote, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest, StreamReply
+from ..net.reactor import Reactor
 from ..store.events import Event
 from ..store.tree import Store
 from ..store.watchers import Watcher
@@ -63,6 +64,24 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
     """Answer with an error of any API but the keys API."""
     body = f'{{"message":{json_string(message)}}}'.encode()
     request.reply(status, body, "application/json", headers)
+
+
+def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
+    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
+
+    An empty piece stands for work without a result.
+    """
+    if reply.closed:
+        return
+    piece = next(pieces, None)
+    go_on = functools.partial(reactor.call_in_turn, send_pieces, reply, pieces, reactor)
+    if piece is None:
+        reply.end()
+    elif piece:
+        reply.when_read(go_on)
+        reply.write(piece)
+    else:
+        go_on()
 
 
 def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]:
@@ -271,12 +290,6 @@ def parse_key_request(
     )
 
 
-def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
-    key = clean_path(url_path[len("/v2/keys"):])
-    return "/1" if key == "/" else "/1" + key
-
-
 def canonical_path(path: str) -> str:
     """Return `path` without `//`, `.` and `..`, but with its trailing slash (Go ServeMux)."""
     clean = clean_path(path)
@@ -311,12 +324,13 @@ class KeyTarget:
     )
 
     def __init__(self, head: HttpHead) -> None:
-        self.command = Request(0, head.method, key_path(head.path))
-        self.encoded = encode_target(head.method, self.command.path)
+        path = "/1" + clean_path(head.path[len("/v2/keys"):]).rstrip("/")
+        self.command = Request(0, head.method, path)
+        self.encoded = encode_target(head.method, path)
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
-        self.bad_key = _bad_key(self.command.path)
+        self.bad_key = _bad_key(path)
         self.bad_type = self.bad_query = ""
         try:
             if head.query:
@@ -358,14 +372,12 @@ class KeyTarget:
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
-        if self.bad_query:
-            self.error = InvalidForm(self.bad_query)
-            return
         command = self.command
-        if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)
-            return
         try:
+            if self.bad_query:
+                raise InvalidForm(self.bad_query)
+            if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
+                raise InvalidForm(self.bad_key)
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
         except EtcdError as error:
             self.error = error.with_traceback(None)
@@ -381,21 +393,20 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(self, request: HttpRequest, *, stream: bool) -> None:
+    def __init__(
+        self, store: Store, command: Request, request: HttpRequest, headers: str
+    ) -> None:
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
-        self._stream = stream
+        self._stream = command.stream
         self._reply: Optional[StreamReply] = None
         self._early: List[Event] = []       # events of the history, before the reply has started
         self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
-
-    def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
-        watcher = store.watch(
-            command.path, recursive=command.recursive, stream=self._stream, since=command.since,
+        self._watcher = store.watch(
+            command.path, recursive=command.recursive, stream=command.stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
-        self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
         self._reply.on_close = self._unregister
         early, self._early = self._early, []

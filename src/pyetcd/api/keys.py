@@ -274,7 +274,7 @@ class KeysApi:
         self._watches.inc()
         headers = self._cluster_line + self._index_lines(self._store.current_index)
         try:
-            KeyWatch(request, stream=command.stream).start(self._store, command, request, headers)
+            KeyWatch(self._store, command, request, headers)
         except EventIndexCleared as error:
             self._fail(request, "GET", error)
 

@@ -84,8 +84,7 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        rest = request.path[len("/v2/members"):]
-        rest = rest[1:] if rest.startswith("/") else rest
+        rest = request.path[len("/v2/members/"):]
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
@@ -115,11 +114,23 @@ class MembersApi:
 
     def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
         """Add a member with the URLs in the body, or give them to member `id`."""
-        urls = self._peer_urls(request)
-        if urls:
-            self._warn_of_local(urls)
-            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, change, Member(id, urls))
+        content_type = request.headers.get("content-type", "")
+        if content_type != "application/json":
+            self._message(
+                request, 415, f"Bad Content-Type {content_type}, accept application/json"
+            )
+            return
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return
+        try:
+            urls = parse_peer_urls(request.body)
+        except ValueError as error:
+            self._message(request, 400, str(error))
+            return
+        self._warn_of_local(urls)
+        id = id or member_id(urls, str(self._server.reactor.wall_ns() // NS))
+        self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
         """Warn of loopback URLs in a cluster of several machines."""
@@ -130,23 +141,6 @@ class MembersApi:
                 "a member is added at %s, which each member takes for its own machine; if it runs"
                 " elsewhere, give its address with PUT /v2/members/<id>", ",".join(near),
             )
-
-    def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """Return the URLs in the body; () after an error, which is answered."""
-        content_type = request.headers.get("content-type", "")
-        if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
-            return ()
-        if request.body_too_large:
-            self._message(request, 413, "Request Entity Too Large")
-            return ()
-        try:
-            return parse_peer_urls(request.body)
-        except ValueError as error:
-            self._message(request, 400, str(error))
-            return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
         done = functools.partial(self._reply_change, request, change, member)

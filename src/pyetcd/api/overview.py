@@ -10,7 +10,7 @@ from ..base.text import json_text, load_json, utf8
 from ..base.urls import usable_urls
 from ..member.cluster import Member, format_id
 from ..member.server import EtcdServer
-from ..net.http_calls import Answer, HttpCall
+from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.http_requests import HttpRequest
 from ..raft.core import RaftRole
 
@@ -89,15 +89,12 @@ class Overview:
         self._calls = {}
 
     def _ask(self, member_id: int, url: str) -> None:
-        answer = Answer()
-        self._calls[member_id] = HttpCall(
-            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
-            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
-            on_head=answer.take_head, on_data=answer.take_data,
-            on_done=functools.partial(self._answered, member_id, answer),
+        self._calls[member_id] = fetch(
+            self._server.reactor, url, "/status", functools.partial(self._answered, member_id),
+            connect_timeout_s=1.0, idle_timeout_s=1.0, tls=self._server.versions.tls,
         )
 
-    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+    def _answered(self, member_id: int, error: Optional[Exception], answer: Answer) -> None:
         """An etcd answers 404: it is there, and says no more."""
         del self._calls[member_id]
         if error is None:

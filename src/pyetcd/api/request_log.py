@@ -32,12 +32,10 @@ class _Logged:
         setattr(self.connection, name, value)
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Send a part of the reply."""
         self._look(data)
         self.connection.send(data, more)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Send the end of the reply."""
         self._look(data)
         self.connection.finish(data, keep_alive, more)
 

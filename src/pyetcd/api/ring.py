@@ -57,10 +57,10 @@ class Ring:
         server, keys = self._server, self._keys
         keys.count_puts()
         stats = server.store.stats
-        counts, sync_s = server.journal.writer.sync_durations.totals
+        syncs = server.journal.writer.sync_durations
         return _Totals(
             server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
-            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+            keys.reads, keys.write_durations.counts[:], syncs.count, syncs.sum,
         )
 
     def _sample(self) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Callable, Iterator, Optional, Set
 
 from ..base.limits import HELD_BYTES_MAX
 from ..disk.snapshots import SnapshotFile
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
-from ..member.snapshots import SnapshotReceiver
-from ..net.http_requests import HttpRequest, StreamReply
-from .forms import write_message
+from ..net.http_requests import HttpRequest
+from .forms import send_pieces, write_message
 
 DOWNLOADS_MAX = 4                   # at a time, with HELD_BYTES_MAX of snapshots; above: 503
 
@@ -52,12 +50,8 @@ class Download:
         self._server = server
         self._ended = ended
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
-        self._reply: Optional[StreamReply] = None
-        self._pieces: Iterator[bytes] = iter(())
-        # Kept, as withdraw() needs the same object.
-        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
-        server.snapshots.request(self._receiver)
+        server.snapshots.request(self._start)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -67,29 +61,17 @@ class Download:
             f'Content-Disposition: attachment; filename="{file.name}"\r\n'
         )
         self.file = file
-        self._pieces = iter((file.head, *file.pieces))
-        self._reply = self._request.start_stream(
+        reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._client_gone
-        self._send_piece()
+        reply.on_close = self._client_gone
+        send_pieces(reply, self._pieces(file), self._server.reactor)
 
-    def _send_piece(self) -> None:
-        """Send the next piece: one in a turn, so that other requests get theirs."""
-        if self._reply is None or self._reply.closed:
-            return
-        piece = next(self._pieces, None)
-        if piece is None:
-            self._reply.end()
-            self._receiver = None
-            self._ended(self)
-            return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
-        self._reply.write(piece)
+    def _pieces(self, file: SnapshotFile) -> Iterator[bytes]:
+        yield file.head
+        yield from file.pieces
+        self._ended(self)
 
     def _client_gone(self) -> None:
-        self._pieces = iter(())
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            self._server.snapshots.withdraw(receiver)
+        self._server.snapshots.withdraw(self._start)
         self._ended(self)

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import re
-from typing import Callable, Dict, FrozenSet, Generator, Iterator, Optional, Set, Tuple
+from typing import Dict, FrozenSet, Generator, Iterator, Optional, Tuple
 
 from ..base.basics import clean_path
 from ..base.errors import EtcdError, InvalidForm
@@ -25,10 +25,10 @@ from ..member.auth import Auth, Guard
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..net.http_messages import HttpHead
-from ..net.http_requests import Handler, HttpRequest, StreamReply
+from ..net.http_requests import Handler, HttpRequest
 from ..store.events import LongNode, Node
 from .auth import refuse_credentials
-from .forms import not_found, parse_form, refuse_method, write_error, write_message
+from .forms import not_found, parse_form, refuse_method, send_pieces, write_error, write_message
 from .keys import KeysApi
 from .overview import Overview
 from .page_text import PAGE_CSS, PAGE_HTML, PAGE_JS
@@ -42,7 +42,6 @@ HITS_MAX = 500                      # of one search; likewise
 PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
 BROWSES_MAX = 8                     # listings and searches at a time; above: 503
 BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
-UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
 _READS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -85,7 +84,7 @@ class UiApi:
         self._page, self._headers = make_page()
         self._overview = Overview(server)
         self._ring = Ring(server, keys) if self._mode != "false" else None
-        self._browses: Set[Browse] = set()
+        self._browses = 0               # under way
 
     def stop(self) -> None:
         """Ask the other members no more."""
@@ -94,9 +93,8 @@ class UiApi:
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
-        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
-            return None
-        if self._mode == "false":
+        is_of_page = path in ("/", "/ui") or path.startswith("/ui/")
+        if self._mode == "false" or not is_of_page:
             return None
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")
@@ -186,7 +184,7 @@ class UiApi:
     def _browse(
         self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
     ) -> None:
-        if len(self._browses) >= BROWSES_MAX:
+        if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
         store = self._server.store
@@ -198,10 +196,30 @@ class UiApi:
                 write_error(request, error, "")
             return
         rows = search(nodes, text, where) if text else listing(nodes)
-        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
-                        self._browses.discard)
-        self._browses.add(browse)
-        browse.start()
+        index = store.current_index
+        reply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        pieces = self._row_pieces(rows, HITS_MAX if text else LISTED_MAX, index)
+        reply.on_close = pieces.close
+        send_pieces(reply, pieces, self._server.reactor)
+
+    def _row_pieces(self, rows: Rows, rows_max: int, index: int) -> Generator[bytes, None, None]:
+        """Yield lines of JSON: arrays of rows, then an object that says whether there is more."""
+        self._browses += 1
+        try:
+            left, looked, is_last = rows_max, 0, False
+            while not is_last:
+                some = list(itertools.islice(rows, BROWSE_SLICE_NODES))
+                looked += len(some)
+                found = [row for row in some if row][:left]
+                left -= len(found)
+                line = f"[{','.join(found)}]\n" if found else ""
+                is_last = not left or len(some) < BROWSE_SLICE_NODES
+                if is_last:
+                    line += json_text({"index": index, "looked": looked, "more": not left}) + "\n"
+                yield line.encode()
+        finally:
+            self._browses -= 1
 
 
 _NO_STORE = "Cache-Control: no-store\r\n"
@@ -211,18 +229,17 @@ def _send_to_page(request: HttpRequest) -> None:
     request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
 
 
-def _refuse_readonly(request: HttpRequest) -> None:
-    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
-                  " or -ui=false")
+def _forbid(why: str, request: HttpRequest) -> None:
+    write_message(request, 403, why)
 
 
-def _refuse_headerless(request: HttpRequest) -> None:
-    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
-
-
-def _refuse_foreign(request: HttpRequest) -> None:
-    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
-                  " knowledge: name the page's origin in -cors if it may")
+_refuse_readonly = functools.partial(
+    _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
+_refuse_headerless = functools.partial(
+    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_foreign = functools.partial(
+    _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
+    " page's origin in -cors if it may")
 
 
 def is_foreign(head: HttpHead) -> bool:
@@ -289,54 +306,3 @@ def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
         before = here[1 - len(inside):] if len(inside) > 1 else ""
         yield ""
     return False
-
-
-class Browse:
-    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
-
-    Lines of JSON: arrays of rows, then an object that says whether there is more.
-    """
-
-    def __init__(
-        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
-        ended: Callable[[Browse], None],
-    ) -> None:
-        self._reactor = server.reactor
-        self._rows = rows
-        self._left = rows_max
-        self._ended = ended
-        self._looked = 0
-        index = server.store.current_index
-        self._end = f'"index":{index}'
-        self._reply: StreamReply = request.start_stream(
-            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
-        self._reply.on_close = self._gone
-
-    def start(self) -> None:
-        """Write the first slice."""
-        self._go_on()
-
-    def _go_on(self) -> None:
-        reply = self._reply
-        if reply.closed:
-            self._ended(self)
-            return
-        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
-        self._looked += len(looked)
-        found = [row for row in looked if row][:self._left]
-        self._left -= len(found)
-        if found:
-            reply.write(f"[{','.join(found)}]\n".encode())
-        if not self._left or len(looked) < BROWSE_SLICE_NODES:
-            more = str(not self._left).lower()
-            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
-            reply.end()
-            self._ended(self)
-        elif reply.pending > UNREAD_BYTES_MAX:
-            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
-        else:
-            self._reactor.call_in_turn(self._go_on)
-
-    def _gone(self) -> None:
-        self._rows = iter(())
-        self._ended(self)

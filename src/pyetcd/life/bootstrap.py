@@ -324,7 +324,7 @@ def _create_log(
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
-    cluster.set_store(store)
+    cluster.store = store
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)

@@ -185,7 +185,7 @@ class _Replay:
 
     def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
         self.store = Store()
-        self.cluster: Cluster = _AnyVersionCluster("", self.store)
+        self.cluster: Cluster = _AnyVersionCluster(self.store)
         self.commands: List[CommandEntry] = []
         self.v3_entries = self.changes = 0
         self.applied_at: List[Tuple[int, int]] = []

@@ -95,7 +95,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     _log_void_flags(config, data_dir)
     _log_config(config, data_dir)
     store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
+    cluster = Cluster(store)
     snapshotter = Snapshotter(data_dir.snap)
     known = set(Wal.snapshots(data_dir.wal))
     snapshotter.check_log(data_dir.wal, known)
@@ -172,7 +172,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
     if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
-    cluster.set_store(boot.store)
+    cluster.store = boot.store
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 

@@ -255,7 +255,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
-    cluster = _AnyVersionCluster("", store)
+    cluster = _AnyVersionCluster(store)
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:

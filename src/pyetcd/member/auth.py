@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Generator, List, Optional, Tuple, Type, Union
 
 from ..base.errors import EtcdError, KeyNotFound, NodeExists, RaftInternal
 from ..base.messages import Request
@@ -15,7 +15,7 @@ from ..base.text import json_string, json_text, load_json, text_of, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..net.reactor import Reactor
-from ..net.workers import PASSWORD_WORK, ThrottledLog
+from ..net.workers import ThrottledLog
 from ..store.tree import Store
 from .applier import Applier
 from .passwords import (
@@ -27,7 +27,6 @@ from .passwords import (
     GUEST,
     ROOT,
     AuthError,
-    Credential,
     Names,
     PasswordChecks,
     Permissions,
@@ -66,22 +65,22 @@ class Auth:
 
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
-        user: Optional[User] = self._record("users", name, parse_stored_user)
+        user: Optional[User] = self._record("user", name)
         return user
 
     def role(self, name: str) -> Optional[Role]:
         """Return a role; root exists without being stored."""
         role: Optional[Role] = Role(ROOT, EVERYTHING)
-        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+        return role if name == ROOT else self._record("role", name)
 
-    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+    def _record(self, kind: str, name: str) -> Any:
         self._refresh()
         key = kind, name
         if key not in self._records:    # missing records are not remembered
-            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}s/{name}")
             if not stored:
                 return None
-            self._records[key] = parse(name, stored)
+            self._records[key] = parse_stored(kind, name, stored)
         return self._records[key]
 
     def _refresh(self) -> None:
@@ -113,7 +112,7 @@ class Auth:
     @property
     def has_users(self) -> bool:
         """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+        return bool(self._store.children(AUTH_PREFIX + "/users"))
 
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
         """True if a verified user (None: a guest) may read or write `key`."""
@@ -138,69 +137,27 @@ class Auth:
         return user is not None
 
 
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user in a record of the store; None, with a log line, if it holds none."""
+def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
+    """Return the `user` or `role` in a record of the store; None, with a log line, if none is."""
     try:
         value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role in a record of the store; None, with a log line, if it holds none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
+        if kind == "user":
+            password = go_text(str(value["password"]))
+            return User(name, password, string_list(value.get("roles"))).with_root()
+        kv = value["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored %s %s: what is stored is no %s", kind, name, kind)
         return None
 
 
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRunner(NamedTuple):
-    """Runs a change that waits several times; then done(its result, or its exception).
-
-    do     as EtcdServer.do
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    do: Callable[[Request, Callable[[Any], None]], None]
-    reactor: Reactor
-    steps: Steps
-    done: Callable[[Any], None]
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with the result of the one before."""
-        try:
-            step = self.steps.send(value)
-        except StopIteration as stop:
-            self.done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self.done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self.do(step, self.go_on)
-            else:
-                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self.done(error)
-        else:
-            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
+# callable, which runs on another thread, and gets its result.
+Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+    """Changes of users and roles, through consensus: each method returns Steps.
 
     A change reads its record through consensus, too, and is written only if the record is the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
@@ -231,10 +188,7 @@ class AuthStore:
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
-        return (
-            yield from self._update(
-                "user", name, parse_stored_user, change, "grant/revoke/password")
-        )
+        return (yield from self._update("user", name, change, "grant/revoke/password"))
 
     def delete_user(self, name: str) -> Steps:
         if name == ROOT and self._auth.enabled:
@@ -250,23 +204,14 @@ class AuthStore:
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
+    def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
         """Return the changed role."""
         self._check_role(name)
 
         def change(old: Role) -> Role:
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            return old._replace(permissions=permissions)
+            return old._replace(permissions=old.permissions.grant(grant).revoke(revoke))
 
-        return (
-            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
-        )
+        return (yield from self._update("role", name, change, "grant/revoke"))
 
     def delete_role(self, name: str) -> Steps:
         self._check_role(name)
@@ -305,15 +250,14 @@ class AuthStore:
         )
 
     def _update(
-        self, kind: str, name: str, parse: Callable[[str, str], Any],
-        change: Callable[[Any], Any], options: str,
+        self, kind: str, name: str, change: Callable[[Any], Any], options: str
     ) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
         while True:
             text, index = yield from self._read(path, missing)
-            old = parse(name, text)
+            old = parse_stored(kind, name, text)
             if old is None:
                 raise missing
             new = change(old)
@@ -363,8 +307,8 @@ class AuthStore:
         return result
 
 
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+def parse_credential(header: str) -> Optional[Tuple[str, str]]:
+    """Return user and password in a Basic Authorization header (RFC 7617); None: malformed."""
     kind, _, encoded = header.partition(" ")
     if kind.lower() != "basic":
         return None
@@ -372,7 +316,7 @@ def parse_credential(header: str) -> Optional[Credential]:
         user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
     except ValueError:
         return None
-    return Credential(user, password) if colon else None
+    return (user, password) if colon else None
 
 
 class Guard:
@@ -428,10 +372,10 @@ class Guard:
         if credential is None:
             self._log.error("malformed basic auth encoding")
             return False
-        name = credential.user
+        name, password = credential
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), password)
         if right is None:
             return None
         user = self._auth.user(name)
@@ -456,6 +400,7 @@ class Guard:
             return
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # without one there is a verdict
+        name, password = credential
 
         def checked(known: bool) -> None:
             if known:
@@ -464,6 +409,5 @@ class Guard:
                 text = json_string(f"the password could not be checked{_TRY_AGAIN}")
                 request.reply(503, f'{{"message":{text}}}'.encode())
 
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
+        sender = Sender(name, request.remote.rpartition(":")[0])
+        self._auth.checks.check(sender, self._auth.stored_hash(name), password, checked)

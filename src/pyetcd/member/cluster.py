@@ -65,10 +65,8 @@ class Member(NamedTuple):
         })
 
     def attributes_json(self) -> str:
-        fields = {"name": self.name, "clientURLs": self.client_urls}
-        if self.features:
-            fields["features"] = self.features
-        return json_text(fields)
+        features = {"features": self.features} if self.features else {}
+        return json_text({"name": self.name, "clientURLs": self.client_urls, **features})
 
     def raft_attributes_json(self) -> str:
         learner = {"isLearner": True} if self.is_learner else {}
@@ -84,14 +82,13 @@ def _hash_id(data: bytes) -> int:
     return int.from_bytes(hashlib.sha1(data).digest()[:8], "big")
 
 
-def member_id(peer_urls: Iterable[str], token: str, unix_s: Optional[int] = None) -> int:
+def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL.  unix_s: the time when a member is
-    added at run time; the token is empty then.  Source: etcd 2.3 etcdserver/member.go.
+    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
+    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
     """
-    time_text = "" if unix_s is None else str(unix_s)
-    return _hash_id(utf8("".join(sorted(peer_urls)) + token + time_text))
+    return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
 
 def cluster_id(member_ids: Iterable[int]) -> int:
@@ -133,8 +130,8 @@ class Cluster:
     those of the flags.  Thread: reactor.  Source: etcd 2.3 etcdserver/cluster.go.
     """
 
-    def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
-        self.token = token
+    def __init__(self, store: Optional[Store] = None) -> None:
+        self.store = Store() if store is None else store
         self.id = 0
         self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
@@ -143,12 +140,11 @@ class Cluster:
         self.identity = DEFAULT_IDENTITY            # of this member; set before it starts
         self.v3_mark = V3Mark()                     # of data that this member does not keep
         self.was_lowered = False                    # the version: snapshots must be newer
-        self._store = store
 
     @classmethod
     def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
-        cluster = cls(token)
+        cluster = cls()
         for name, urls in initial.items():
             id = member_id(urls, token)
             if id in cluster.members or not id:
@@ -157,32 +153,16 @@ class Cluster:
         cluster.id = cluster_id(cluster.members)
         return cluster
 
-    def set_store(self, store: Store) -> None:
-        """Let changes go to `store`."""
-        self._store = store
-
-    @property
-    def store(self) -> Store:
-        if self._store is None:
-            raise InvariantError("a cluster without a store cannot change")
-        return self._store
-
     def recover(self) -> None:
         """Read everything from the store again: a snapshot has replaced it."""
-        store = self.store
-        self.members = {}
-        for name in self._ids("/0/members"):
-            member = self._read_member(name)
-            self.members[member.id] = member
+        members = map(self._read_member, self._ids("/0/members"))
+        self.members = {member.id: member for member in members}
         self.removed = {int(name, 16) for name in self._ids("/0/removed_members")}
-        self.version = store.value("/0/version")
+        self.version = self.store.value("/0/version")
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            SERVER_LOG.info(
-                "added %smember %s [%s] to cluster %s from store", self._local(member.id),
-                format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
-            )
+            self._log("added", member, "to", " from store")
         if self.version:
             SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
@@ -267,7 +247,7 @@ class Cluster:
         if not member.name and member.id in self.members:
             member = self.members[member.id]._replace(peer_urls=member.peer_urls)
         self.members[member.id] = member
-        self._log("added", member.id, " ".join(member.peer_urls), "to")
+        self._log("added", member, "to")
         if member.is_learner:
             SERVER_LOG.warning(
                 "member %s is a learner, which gets the log from a leader of etcd only: let a"
@@ -291,7 +271,7 @@ class Cluster:
         path = f"/0/members/{format_id(id)}/raftAttributes"
         self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
         self.members[id] = member
-        self._log("update", id, " ".join(member.peer_urls), "in")
+        self._log("update", member, "in")
 
     def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
@@ -317,18 +297,13 @@ class Cluster:
 
     def _check_version(self, version: str) -> None:
         if not self.identity.bears(version):
+            bearing = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
+            hint = f", or start this one with -compat-version {bearing[0]}" if bearing else ""
             raise InvariantError(
                 f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
                 f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
-                f" that is at least as new as the cluster{self._identity_hint(version)}"
+                f" that is at least as new as the cluster{hint}"
             )
-
-    @staticmethod
-    def _identity_hint(version: str) -> str:
-        """Return the value of -compat-version that bears a cluster version, for the operator."""
-        bearing = (name for name, identity in IDENTITIES.items() if identity.bears(version))
-        name = next(bearing, "")
-        return f", or start this one with -compat-version {name}" if name else ""
 
     # -- strict reconfiguration check ----------------------------------------
 
@@ -374,13 +349,11 @@ class Cluster:
             )
             raise NotEnoughActive(what, left, size)
 
-    def _local(self, id: int) -> str:
-        return "local " if id == self.local_id else ""
-
-    def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
+    def _log(self, verb: str, member: Member, preposition: str, source: str = "") -> None:
+        local = "local " if member.id == self.local_id else ""
         SERVER_LOG.info(
-            "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
-            preposition, format_id(self.id),
+            "%s %smember %s [%s] %s cluster %s%s", verb, local, format_id(member.id),
+            " ".join(member.peer_urls), preposition, format_id(self.id), source,
         )
 
 
@@ -391,15 +364,12 @@ def parse_member(context: bytes, id: int) -> Member:
     """
     try:
         fields = load_json(context)
-        urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
-        name, features = fields.get("name") or "", fields.get("features") or ()
-        texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
-        first_client = 1 + len(urls)
-        first_feature = first_client + len(clients)
-        return Member(
-            id, tuple(sorted(texts[1:first_client])), texts[0],
-            tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
-            fields.get("isLearner") is True,
+        name = as_unicode(str(fields.get("name") or ""))
+        urls, clients, features = (
+            tuple(as_unicode(str(text)) for text in fields.get(part) or ())
+            for part in ("peerURLs", "clientURLs", "features")
         )
+        is_learner = fields.get("isLearner") is True
+        return Member(id, tuple(sorted(urls)), name, clients, features, is_learner)
     except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None

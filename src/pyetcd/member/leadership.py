@@ -54,17 +54,15 @@ class Leadership:
         lead = raft.lead
         if lead == seen:
             return False
-        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, raft.term)
-            self._lost_at = self._reactor.now()
-        elif not seen:
-            log.info("%s elected leader %s at term %d", me, new, raft.term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
         self._seen = lead
         if lead:
             self._since = self._reactor.now()
+            what = f"changed leader from {seen:x} to" if seen else "elected leader"
+        else:
+            self._lost_at = self._reactor.now()
+            what = "lost leader"
+        package_logger("raft.node").info(
+            "%x %s %x at term %d", raft.id, what, lead or seen, raft.term)
         return True
 
     def unled_s(self) -> float:

@@ -13,7 +13,7 @@ import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..base.ids import package_logger
-from ..base.text import utf8
+from ..base.text import _SURROGATE, utf8
 from ..net.reactor import Reactor
 from ..net.workers import PASSWORD_WORK, ThrottledLog, Timer
 
@@ -137,12 +137,9 @@ class User(NamedTuple):
         return self._replace(roles=tuple(sorted(roles)))
 
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 def go_text(text: str) -> str:
     """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
-    return _SURROGATES.sub("\ufffd", text)
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def string_list(value: object) -> Names:
@@ -439,10 +436,3 @@ class PasswordChecks:
                 if not self._pending[place]:
                     del self._pending[place]
             done(known)
-
-
-class Credential(NamedTuple):
-    """User and password in a request."""
-
-    user: str
-    password: str

@@ -150,11 +150,8 @@ class EtcdServer:
             tls=boot.peer_tls, identity=self.cluster.identity,
             inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
-        self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
-        )
-        self.publication = Publication(
-            config, self.cluster, self.member_id, reactor, self.do, published)
+        self.versions = VersionMonitor(reactor, self.cluster, self.do, boot.peer_tls)
+        self.publication = Publication(config, self.cluster, reactor, self.do, published)
         self._leadership = Leadership(
             self.node, self.journal, reactor, config, self.transport.active_since
         )
@@ -201,7 +198,7 @@ class EtcdServer:
             reactor.every(config.heartbeat_ms / 1000, self._tick),
             reactor.every(SYNC_SECONDS, expiry.tick),
             reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
-                self.cluster, self.transport.problem, self._leadership.unled_s)),
+                self.cluster, self.transport.problem, self._leadership.unled_s())),
         ]
         purge_periodically(reactor, self.snapshots.snapshotter.disk, (
             (self._data_dir.snap, ".snap", config.max_snapshots),

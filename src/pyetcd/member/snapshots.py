@@ -20,7 +20,10 @@ from .statistics import Histogram, exponential_bounds
 
 
 class SnapshotJob:
-    """Encodes the store as a snapshot file, in slices between other work."""
+    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
+
+    walk  to be closed if the snapshot is given up
+    """
 
     SLICE_S = 0.002
 
@@ -34,14 +37,11 @@ class SnapshotJob:
         self.started = now()            # monotonic
         self.work_seconds = 0.0         # of all slices
         self.walked_bytes = 0           # so far, of the store's JSON
+        self.walk = store.snapshot_chunks()
         self._voters = voters
         self._now = now
-        self._walk = store.snapshot_chunks()
         self._steps = self._run()
-
-    def begin(self) -> None:
-        """Take the first step, which fixes the state of the snapshot."""
-        next(self._steps, None)
+        next(self._steps)               # fixes the state of the snapshot
 
     def work(self) -> None:
         """Work for a few milliseconds; in the end `done` is the file to write."""
@@ -54,7 +54,7 @@ class SnapshotJob:
     def _run(self) -> Iterator[None]:
         """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
-        for chunk in self._walk:
+        for chunk in self.walk:
             pieces.append(chunk)
             self.walked_bytes += len(chunk)
             yield
@@ -66,10 +66,6 @@ class SnapshotJob:
                 crc = crc32c(memoryview(piece)[offset:offset + CRC_BLOCK_BYTES], crc)
                 yield
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
-
-    def cancel(self) -> None:
-        """Give the walk up."""
-        self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
@@ -141,7 +137,6 @@ class SnapshotKeeper:
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
@@ -162,9 +157,13 @@ class SnapshotKeeper:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
             self._receivers.remove(receiver)
-            if self._job is not None and not self._receivers:
-                self._job.cancel()
-                self._job = None
+            if not self._receivers:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        if self._job is not None:
+            self._job.walk.close()
+            self._job = None
 
     def work(self, compact: Callable[[int], bool], begin: Callable[[], None]) -> None:
         """Do a slice of the walk; at its end write record and file.
@@ -222,10 +221,8 @@ class SnapshotKeeper:
 
     def received(self, index: int) -> None:
         """Give up a walk over the old store, which the leader's snapshot has replaced."""
-        if self._job is not None:
-            self._job.cancel()
-            self._job = None
-            self._waiting, self._receivers = self._receivers + self._waiting, []
+        self._give_up()
+        self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 

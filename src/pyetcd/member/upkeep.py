@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from ..base.basics import _nothing
 from ..base.errors import EtcdError, ServerStopped
 from ..base.limits import DEFAULT_PEER_URLS, PURGE_SECONDS, SYNC_SECONDS
 from ..base.messages import Request
@@ -26,15 +27,14 @@ Propose = Callable[[Request, Done], None]       # as EtcdServer.do
 LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
 
 
-def report_leader_wait(
-    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
-) -> None:
+def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s: float) -> None:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
+    unled_s  seconds without a leader
     """
-    seconds, members = unled_s(), cluster.members
-    if seconds < LEADER_WAIT_SECONDS / 2:
+    members = cluster.members
+    if unled_s < LEADER_WAIT_SECONDS / 2:
         return
     missing = sorted(
         f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
@@ -42,7 +42,7 @@ def report_leader_wait(
     )
     SERVER_LOG.warning(
         "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
-        len(members) // 2 + 1, len(members), seconds,
+        len(members) // 2 + 1, len(members), unled_s,
     )
 
 
@@ -50,12 +50,11 @@ class Publication:
     """Publishes this member's name and client URLs until that is applied; then calls done()."""
 
     def __init__(
-        self, config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor,
-        propose: Propose, done: Callable[[], None],
+        self, config: ServerConfig, cluster: Cluster, reactor: Reactor, propose: Propose,
+        done: Callable[[], None],
     ) -> None:
         self._config = config
         self._cluster = cluster
-        self._member_id = member_id
         self._reactor = reactor
         self._propose = propose
         self._done = done
@@ -65,12 +64,9 @@ class Publication:
         """Propose it unless it is applied; one more proposal is harmless."""
         if self._is_applied:
             return
-        config = self._config
-        member = Member(
-            self._member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(self._member_id)}/attributes"
+        config, id = self._config, self._cluster.local_id
+        member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
+        path = f"/0/members/{format_id(id)}/attributes"
         self._propose(
             Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
@@ -82,7 +78,7 @@ class Publication:
             self._reactor.call_later(SYNC_SECONDS, self.propose)
             return
         self._is_applied = True
-        _check_peer_urls(self._config, self._cluster.members.get(self._member_id))
+        _check_peer_urls(self._config, self._cluster.members.get(self._cluster.local_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", self._config.name,
             " ".join(self._config.advertise_client_urls), format_id(self._cluster.id),
@@ -119,28 +115,27 @@ class VersionMonitor:
     PERIOD_S = 4.0
 
     def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        self, reactor: Reactor, cluster: Cluster, propose: Propose,
         tls: Optional[TlsContext] = None,
     ) -> None:
         self._reactor = reactor
         self._cluster = cluster
-        self._member_id = member_id
         self._propose = propose
         self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
+        self._timer = Timer(_nothing, ())
 
     def start(self) -> None:
         """Ask all members, now and every few seconds until the version is as high as ours."""
         self.stop()
-        current, own = self._cluster.version, self._cluster.identity.reported
-        if current and version_key(current) == version_key(own):
+        cluster, own = self._cluster, self._cluster.identity.reported
+        if cluster.version and version_key(cluster.version) == version_key(own):
             return
-        self._versions = {self._member_id: own}
-        for member in list(self._cluster.members.values()):
+        self._versions = {cluster.local_id: own}
+        for member in cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
+            if member.id != cluster.local_id and urls:
                 self._ask(member, urls[0])
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
         self._decide()
@@ -149,9 +144,7 @@ class VersionMonitor:
         for call in self._calls:
             call.cancel()
         self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
 
     def _ask(self, member: Member, url: str) -> None:
         def done(error: Optional[Exception], answer: Answer) -> None:
@@ -172,15 +165,15 @@ class VersionMonitor:
             known = version_key(current) if current else (0, 0)
             keys = sorted(map(version_key, self._versions.values()))
             if keys[0] > known or keys[-1] < known:
-                self._propose_version("%d.%d.0" % keys[0], current)
+                self._propose_version("%d.%d.0" % keys[0])
         elif not current and self._calls and all(call.ended for call in self._calls):
-            self._propose_version(self._cluster.identity.min_cluster, current)
+            self._propose_version(self._cluster.identity.min_cluster)
 
-    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
-        short = wanted.rpartition(".")[0]
+    def _propose_version(self, wanted: str) -> None:
+        short, current = wanted.rpartition(".")[0], self._cluster.version
         if current:
-            before = current.rpartition(".")[0]
-            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+            SERVER_LOG.info("updating the cluster version from %s to %s",
+                            current.rpartition(".")[0], short)
         else:
             SERVER_LOG.info("setting up the initial cluster version to %s", short)
         self.stop()
@@ -217,11 +210,7 @@ class ExpirySync:
 
     def tick(self) -> None:
         """Propose the time if keys have a TTL; every SYNC_SECONDS."""
-        if self._store.has_ttl and not self._is_under_way:
-            self._propose_step()
-
-    def _propose_step(self) -> None:
-        if not self._may_propose():
+        if self._is_under_way or not self._store.has_ttl or not self._may_propose():
             return
         now_ns = self._wall_ns()
         time_ns = self._store.expiry_step_ns(now_ns)
@@ -232,7 +221,7 @@ class ExpirySync:
     def _step_applied(self, is_last: bool, result: Any) -> None:
         self._is_under_way = False
         if result is None and not is_last:      # a step that failed is repeated by tick()
-            self._propose_step()
+            self.tick()
 
 
 def purge_periodically(

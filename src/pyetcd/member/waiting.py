@@ -114,6 +114,7 @@ class QuorumReads:
         self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
         self._question = first_id       # number of the last one, unique for this member
+        self._context = b""             # that goes to the leader with it, and comes back
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
         self._index = 0                 # its answer: the index to apply before; 0: not known
@@ -147,12 +148,9 @@ class QuorumReads:
             served += self._asked
             self._asked, self._index = [], 0
 
-    @property
-    def _context(self) -> bytes:
-        return struct.pack(">QQ", self._member_id, self._question)
-
     def _ask(self, node: RawNode) -> None:
         self._question = (self._question + 1) & UINT64_MAX
+        self._context = struct.pack(">QQ", self._member_id, self._question)
         self._asked, self._waiting = self._waiting, []
         self._ticks = self._index = 0
         node.read_index(self._context)

@@ -460,6 +460,7 @@ class Connection:
             self.send(data, more)
         if not keep_alive or self._eof and not self._in:
             self._close_after = True
+            self._flush_soon()
         elif self._in:
             self._line_up()
         elif not self._events & selectors.EVENT_READ and not self.closed:
