@@ -298,7 +298,8 @@ _SLOW_PARSERS = {
                             (b"1\r\na\r\n", b"0", b";", b"1", b"0\r\n", b"\r\n")),
     "Http2Refusal.feed": (lambda data: _fed(pyetcd.Http2Refusal("x"), data),
                           (b"SM\r\n\r\n", b"\0", b"\xff")),
-    "FrameDecoder.feed": (lambda data: _fed(pyetcd.MessageDecoder(), data), _WIRE_BYTES),
+    "FrameDecoder.feed": (
+        lambda data: _fed(pyetcd.FrameDecoder(pyetcd.message_frames()), data), _WIRE_BYTES),
     "parse_form": (pyetcd.parse_form, _FORM_BYTES),
     "_parse_uint64": (lambda data: pyetcd._parse_uint64(data.decode("latin-1")), (b"1", b"0")),
     "parse_key_request": (lambda data: pyetcd.parse_key_request(
@@ -345,7 +346,7 @@ _PARSERS_OF_SETTINGS = {                # flags, environment and files of the us
 def _fed(decoder, data):
     """Feed a decoder in pieces, as a slow sender does."""
     for start in range(0, len(data), 7):
-        decoder.feed(data[start:start + 7])
+        list(decoder.feed(data[start:start + 7]))
 
 
 def _lines_run(call, data):
@@ -522,8 +523,8 @@ def test_attack_a_long_message_is_not_copied():
     full, short = encoder.encode(message), None
     message.index, message.entries = 7, [pyetcd.Entry(0, 3, 8, data)]
     short = encoder.encode(message)
-    decoder = pyetcd.AppV2Decoder(2, 1)
-    found = decoder.feed(b"".join(full + short))
+    decoder = pyetcd.FrameDecoder(pyetcd.app_v2_frames(2, 1))
+    found = filter(None, decoder.feed(b"".join(full + short)))
     assert [message.entries for message in found] == [entries, message.entries]
     posted = pyetcd.encode_message_parts(
         pyetcd.Message(pyetcd.MsgType.SNAP, to=2, sender=1, term=5, snapshot=snapshot))

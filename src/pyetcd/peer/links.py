@@ -261,11 +261,6 @@ class Peer:
         self._app_writer.flush()
         self._message_writer.flush()
 
-    @property
-    def problem(self) -> str:
-        """The URL that is dialed and what fails there; "" if the peer can be reached."""
-        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
-
     def other_process(self, advertised: str) -> str:
         """Return the peer URLs of another process that has this peer's streams, or "".
 

@@ -37,7 +37,7 @@ from .compatibility import (
     StreamKind,
     UrlPicker,
 )
-from .frames import AppV2Decoder, AppV2Encoder, FrameDecoder, MessageDecoder, MessageEncoder
+from .frames import AppV2Encoder, FrameDecoder, MessageEncoder, app_v2_frames, message_frames
 
 
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
@@ -123,8 +123,9 @@ class StreamReader:
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
-                self._context.member_id, self._member_id)
+            self._decoder = FrameDecoder(
+                app_v2_frames(self._context.member_id, self._member_id)
+                if self._kind is APP_STREAM else message_frames())
             self._status.activate()
 
     def _on_data(self, data: bytes) -> None:
@@ -138,7 +139,7 @@ class StreamReader:
             return
         self._status.activate()
         self._unread_bytes += len(data)
-        steps = self._receive(call, self._decoder.messages(data))
+        steps = self._receive(call, self._decoder.feed(data))
         if self._unread_bytes <= _SHORT_BYTES and not self._is_decoding:
             self._decoded(call, finish(steps))
             return

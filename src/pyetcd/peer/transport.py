@@ -102,9 +102,9 @@ class Transport:
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
             1.0 + election_s / 5, self._log.error, self._receive,
-            lambda to: self._report_soon(unreachable, to),
-            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding, self._inspector, identity,
+            functools.partial(reactor.call_soon, self._report, unreachable),
+            functools.partial(reactor.call_soon, self._report, snapshot_done),
+            self._report_removal, sent, round_trip, tls, self._decoding, self._inspector, identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -112,7 +112,7 @@ class Transport:
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Open the links to a member; a known one gets new URLs."""
         if member_id in self._peers:
-            self.update_peer(member_id, urls)
+            self._peers[member_id].picker.update(urls)
         elif not self._stopped:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
@@ -126,12 +126,6 @@ class Transport:
             status = PeerStatus(member_id, self._reactor.wall_ns)
             self._remotes[member_id] = Pipeline(
                 self._context, member_id, UrlPicker(urls), status)
-
-    def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Use other URLs for a member; unknown ids are ignored."""
-        peer = self._peers.get(member_id)
-        if peer is not None:
-            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -157,7 +151,9 @@ class Transport:
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
         peer = self._peers.get(member_id)
-        return peer.problem if peer is not None else ""
+        if peer is None or peer.status.active:
+            return ""
+        return f"{peer.picker.pick()}: {peer.status.problem}"
 
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
@@ -183,11 +179,8 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report in this turn, but outside of the call, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, *args)
-
     def _report(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in a posted call: the cause may be a call of Raft itself."""
         if not self._stopped:
             report(*args)
 
