@@ -7542,12 +7542,7 @@ CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a tu
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
-class HasFileno(Protocol):
-    """A socket or a pipe."""
-
-    def fileno(self) -> int: ...
-
-
+Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
@@ -7682,7 +7677,7 @@ class Reactor:
         return waiter
 
     def register(
-        self, sock: HasFileno, events: int, callback: Callable[[int], None], *,
+        self, sock: Pollable, events: int, callback: Callable[[int], None], *,
         patient: bool = False,
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
@@ -7698,7 +7693,7 @@ class Reactor:
         else:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
-    def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
+    def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
         """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
@@ -7706,7 +7701,7 @@ class Reactor:
         if descriptor not in self._patient:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
-    def unregister(self, sock: HasFileno) -> None:
+    def unregister(self, sock: Pollable) -> None:
         """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
@@ -7947,7 +7942,6 @@ class BufferBudget:
         self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
         self._grown = 0                 # bytes since the begin of the last walk
         self._room = HELD_BYTES_MAX     # after the last walk
-        self._walk: Iterator[None] = iter(())
         self._is_walking = False
         self._log = ThrottledLog("http", reactor.now)
 
@@ -7958,15 +7952,14 @@ class BufferBudget:
         self._grown += grown
         if self._grown >= self._room and not self._is_walking:
             self._is_walking, self._grown = True, 0
-            self._walk = self._close_excess()
-            self._reactor.call_soon(self._go_on)
+            self._reactor.call_soon(self._go_on, self._close_excess())
 
     def forget(self, connection: BufferOwner) -> None:
         self._owners.pop(connection, None)
 
-    def _go_on(self) -> None:
-        for _ in self._walk:
-            self._reactor.call_soon(self._go_on)
+    def _go_on(self, walk: Iterator[None]) -> None:
+        for _ in walk:
+            self._reactor.call_soon(self._go_on, walk)
             return
         self._is_walking = False
 
@@ -8014,7 +8007,7 @@ class Channel(Protocol):
 
     reactor: Reactor
     remote: str
-    on_close: Optional[Callable[[], None]]
+    on_close: Optional[Callable[[], None]]      # once, if the client closes it before the reply
     on_drain: Optional[Callable[[], None]]
     streaming: bool
     pending: int
@@ -8049,15 +8042,6 @@ class HttpRequest:
     headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
     remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
     scheme = cast(str, property(attrgetter("connection.scheme")))
-
-    @property
-    def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client closes the connection before the reply."""
-        return self.connection.on_close
-
-    @on_close.setter
-    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        self.connection.on_close = callback
 
     def _head_bytes(
         self, status: int, content_type: Optional[str], headers: str, framing: str
@@ -8312,14 +8296,15 @@ class TlsContext:
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
         """Return time, inode and size of each file, which change with it."""
+        files = self._files
         found: List[Optional[Tuple[int, int, int]]] = []
-        for path in self._files:
-            if isinstance(path, str) and path and path not in self._files[-2:]:
-                with contextlib.suppress(OSError):
-                    status = os.stat(path)
-                    found.append((status.st_mtime_ns, status.st_ino, status.st_size))
-                    continue
-            found.append(None)
+        for path in (files.cert_file, files.key_file, files.trusted_ca_file, files.ca_file,
+                     files.crl_file):
+            try:
+                status = os.stat(path)
+                found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError:             # unreadable, or ""
+                found.append(None)
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
@@ -9203,21 +9188,18 @@ class Connection:
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
-        self._events = selectors.EVENT_READ
+        self._events = 0                # that the reactor waits for
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
         self._drain_timer: Optional[Timer] = None
-        self._register(selectors.EVENT_READ, self._receive)
+        self._watch(selectors.EVENT_READ)
 
     @property
     def scheme(self) -> str:
         return "https" if self._service.tls else "http"
-
-    def _register(self, events: int, callback: Callable[[int], None]) -> None:
-        self.reactor.register(self._sock, events, callback, patient=self._service.patient)
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -9588,7 +9570,7 @@ class Connection:
             return
         callback = self._receive if events == selectors.EVENT_READ else self._on_event
         if not self._events:
-            self._register(events, callback)
+            self.reactor.register(self._sock, events, callback, patient=self._service.patient)
         elif events:
             self.reactor.modify(self._sock, events, callback)
         else:
@@ -9726,8 +9708,7 @@ class Listener(Service, http.server.HTTPServer):
         self.pending: Set[PendingConnection] = set()
         self._kept = kept
         self._log = ThrottledLog("http", reactor.now)
-        self._sweep: Optional[Timer] = None
-        self._started = False
+        self._sweep: Optional[Timer] = None     # set while it accepts
         family, address = _listen_address(url)
         self.address_family = family
         http.server.HTTPServer.__init__(self, address, http.server.BaseHTTPRequestHandler)
@@ -9749,21 +9730,16 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._listen()
-        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
-
-    def _listen(self) -> None:
-        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
         """Close the listening socket and every connection."""
-        if self._started:
-            self.reactor.unregister(self.socket)
         if self._sweep is not None:
             self._sweep.cancel()
-        self._started = False
+            self._sweep = None
+            self.reactor.unregister(self.socket)
         self.server_close()
         for pending in list(self.pending):
             pending.close()
@@ -9833,13 +9809,12 @@ class Listener(Service, http.server.HTTPServer):
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
         )
-        self.reactor.unregister(self.socket)
-        self._started = False
+        self.reactor.modify(self.socket, 0, self._accept)
         self.reactor.call_later(1.0, self._resume)
 
     def _resume(self) -> None:
-        if self.socket.fileno() >= 0 and not self._started:
-            self._listen()
+        if self._sweep is not None:
+            self.reactor.modify(self.socket, selectors.EVENT_READ, self._accept)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
@@ -15823,14 +15798,15 @@ class ListingRequest(NamedTuple):
     sorted: bool
 
 
-class ListingWaiter:
-    """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
+Waiters = Dict[HttpRequest, Callable[[Any], None]]      # request -> done(Listing, or EtcdError)
 
-    __slots__ = ("done", "group")
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
-        self.done = done
-        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
+class CurrentListing(NamedTuple):
+    """The listing under way, and the requests that wait for it."""
+
+    wanted: ListingRequest
+    listing: Listing
+    waiters: Waiters
 
 
 class Listings:
@@ -15847,9 +15823,8 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[ListingRequest, Listing]] = None
-        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
-        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
+        self._current: Optional[CurrentListing] = None
+        self._queue: Dict[ListingRequest, Waiters] = {}     # by arrival
         self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
@@ -15861,57 +15836,43 @@ class Listings:
         self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
     ) -> None:
         """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
+        index, current = self._store.current_index, self._current
         kept = self._kept.get(wanted)
-        if kept is not None and kept.index == self._store.current_index:
+        if kept is not None and kept.index == index:
             done(kept)
             return
-        waiter = ListingWaiter(done)
-        request.on_close = functools.partial(self._leave, waiter)
-        if self._join(wanted, waiter):
-            return
-        if self._work_left() <= 0 or wanted in self._queue:
-            self._enqueue(wanted, waiter)
-            return
-        try:
-            listing = self._start_listing(wanted)
-        except EtcdError as error:
-            done(error)
-            return
-        if listing.done:
-            done(listing)
-        elif self._current is None:
-            self._current, self._waiters = (wanted, listing), {}
-            self._enter(waiter, self._waiters)
-            self._schedule_slice()
+        if current is not None and current.wanted == wanted and current.listing.index == index:
+            waiters = current.waiters
         else:
+            listing = None
+            if self._work_left() > 0 and wanted not in self._queue:
+                try:
+                    listing = self._start_listing(wanted)
+                except EtcdError as error:
+                    done(error)
+                    return
+                if listing.done:
+                    done(listing)
+                    return
+            waiters = self._line_up(wanted, listing)
+        waiters[request] = done
+        request.connection.on_close = functools.partial(self._leave, waiters, request)
+
+    def _line_up(self, wanted: ListingRequest, listing: Optional[Listing]) -> Waiters:
+        """Go on with a begun listing if it is the only one, else queue `wanted`."""
+        self._schedule_slice()
+        if listing is not None:
+            if self._current is None:
+                self._current = CurrentListing(wanted, listing, {})
+                return self._current.waiters
             listing.end()
-            self._enqueue(wanted, waiter)
+        return self._queue.setdefault(wanted, {})
 
-    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
-        """Share the listing under way if a new one would be the same; return whether it is."""
-        if self._current is None:
-            return False
-        its, listing = self._current
-        if its != wanted or listing.index != self._store.current_index:
-            return False
-        self._enter(waiter, self._waiters)
-        return True
-
-    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
-        if self._current is None and not self._queue:
-            self._schedule_slice()
-        self._enter(waiter, self._queue.setdefault(wanted, {}))
-
-    @staticmethod
-    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
-        group[waiter] = None
-        waiter.group = group
-
-    def _leave(self, waiter: ListingWaiter) -> None:
-        """Forget a waiter whose client is gone, and end a listing without waiters."""
-        waiter.group.pop(waiter, None)
-        if self._current is not None and not self._waiters:
-            self._current[1].end()
+    def _leave(self, waiters: Waiters, request: HttpRequest) -> None:
+        """Forget a request whose client is gone, and end a listing that nobody waits for."""
+        waiters.pop(request, None)
+        if self._current is not None and not self._current.waiters:
+            self._current.listing.end()
             self._current = None
 
     def _work_left(self) -> int:
@@ -15959,26 +15920,30 @@ class Listings:
         """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._queue and not self._waiters:
-                wanted = next(iter(self._queue))
-                self._waiters = self._queue.pop(wanted)
-            if not self._waiters:
-                return                  # all have left
-            try:
-                self._current = wanted, self._start_listing(wanted)
-            except EtcdError as error:
-                self._finish(error)
+            self._begin_next()
         else:
-            self._work(*self._current)
-        if self._current is not None and self._current[1].done:
-            self._finish(self._current[1])
+            self._work(self._current.wanted, self._current.listing)
+        current = self._current
+        if current is not None and current.listing.done:
+            self._current = None
+            self._tell(current.waiters, current.listing)
         if self._current is not None or self._queue:
             self._schedule_slice()
 
-    def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        waiters, self._waiters, self._current = self._waiters, {}, None
-        for waiter in waiters:
-            self._reactor.call_in_turn(waiter.done, result)
+    def _begin_next(self) -> None:
+        while self._queue:
+            wanted = next(iter(self._queue))
+            waiters = self._queue.pop(wanted)
+            if waiters:                 # not all have left
+                try:
+                    self._current = CurrentListing(wanted, self._start_listing(wanted), waiters)
+                except EtcdError as error:
+                    self._tell(waiters, error)
+                return
+
+    def _tell(self, waiters: Waiters, result: Union[Listing, EtcdError]) -> None:
+        for done in waiters.values():
+            self._reactor.call_in_turn(done, result)
 
 
 # ============================================================================
@@ -18367,7 +18332,7 @@ class Download:
         self._pieces: Iterator[bytes] = iter(())
         # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
-        request.on_close = self._client_gone
+        request.connection.on_close = self._client_gone
         server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
@@ -18885,22 +18850,15 @@ class CorsRequest(HttpRequest):
         self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
-    def reply(
-        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
-        headers: str = "", more: Sequence[bytes] = (),
-    ) -> None:
-        super().reply(status, body, content_type, self._lines + headers, more)
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        return super()._head_bytes(status, content_type, self._lines + headers, framing)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
-
-    def start_stream(
-        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
-        *, length: Optional[int] = None,
-    ) -> StreamReply:
-        return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
@@ -21996,14 +21954,14 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        self._request.on_close = self._client_gone
+        self._request.connection.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
         """Drop the request without an answer."""
-        self._request.on_close = None
+        self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
@@ -22056,7 +22014,7 @@ class Forward:
         length = None
         if "transfer-encoding" not in headers and "content-length" in headers:
             length = _content_length(headers)
-        request.on_close = None
+        request.connection.on_close = None
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 

@@ -775,11 +775,11 @@ def test_attack_listings_ready_together_are_sent_in_parts(turn_rig):
         store.set(f"/1/d/{number:05}", value="x", now_ns=1)
     listings = pyetcd.Listings(store, turn_rig.reactor)
     wanted = pyetcd.ListingRequest("/1/d", False, True)
-    requests = [types.SimpleNamespace(on_close=None) for _ in range(2_000)]
+    requests = [pyetcd.HttpRequest(None, b"", types.SimpleNamespace()) for _ in range(2_000)]
     for request in requests:
         listings.ask(wanted, request, lambda listing: told.append(turn_rig.reactor.turns))
     assert not told
-    left = _lines_run(lambda data: [request.on_close() for request in requests[:1_000]], b"")
+    left = _lines_run(lambda data: [r.connection.on_close() for r in requests[:1_000]], b"")
     assert left <= 5 * 1_000
     turn_rig.turn_until(lambda: len(told) >= 1_000)
     turn_rig.turn(3)

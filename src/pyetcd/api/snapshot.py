@@ -56,7 +56,7 @@ class Download:
         self._pieces: Iterator[bytes] = iter(())
         # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
-        request.on_close = self._client_gone
+        request.connection.on_close = self._client_gone
         server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:

@@ -176,21 +176,18 @@ class Connection:
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
-        self._events = selectors.EVENT_READ
+        self._events = 0                # that the reactor waits for
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
         self._drain_timer: Optional[Timer] = None
-        self._register(selectors.EVENT_READ, self._receive)
+        self._watch(selectors.EVENT_READ)
 
     @property
     def scheme(self) -> str:
         return "https" if self._service.tls else "http"
-
-    def _register(self, events: int, callback: Callable[[int], None]) -> None:
-        self.reactor.register(self._sock, events, callback, patient=self._service.patient)
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -561,7 +558,7 @@ class Connection:
             return
         callback = self._receive if events == selectors.EVENT_READ else self._on_event
         if not self._events:
-            self._register(events, callback)
+            self.reactor.register(self._sock, events, callback, patient=self._service.patient)
         elif events:
             self.reactor.modify(self._sock, events, callback)
         else:
