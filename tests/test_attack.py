@@ -296,10 +296,10 @@ _SLOW_PARSERS = {
         b"HTTP/1.1 200 OK\r\n" + data), _HEAD_BYTES),
     "ChunkedDecoder.feed": (lambda data: _fed(pyetcd.ChunkedDecoder(), data),
                             (b"1\r\na\r\n", b"0", b";", b"1", b"0\r\n", b"\r\n")),
-    "Http2Refusal.feed": (lambda data: _fed(pyetcd.Http2Refusal("x"), data),
-                          (b"SM\r\n\r\n", b"\0", b"\xff")),
-    "FrameDecoder.feed": (
-        lambda data: _fed(pyetcd.FrameDecoder(pyetcd.message_frames()), data), _WIRE_BYTES),
+    "StreamParser.feed": (lambda data: (
+        all(pyetcd.StreamParser(pyetcd.http2_refusal(b"x")).feed(data)),
+        _fed(pyetcd.StreamParser(pyetcd.message_frames()), data),
+    ), (*_WIRE_BYTES, b"SM\r\n\r\n", b"\0", b"\xff")),
     "parse_form": (pyetcd.parse_form, _FORM_BYTES),
     "_parse_uint64": (lambda data: pyetcd._parse_uint64(data.decode("latin-1")), (b"1", b"0")),
     "parse_key_request": (lambda data: pyetcd.parse_key_request(
@@ -523,7 +523,7 @@ def test_attack_a_long_message_is_not_copied():
     full, short = encoder.encode(message), None
     message.index, message.entries = 7, [pyetcd.Entry(0, 3, 8, data)]
     short = encoder.encode(message)
-    decoder = pyetcd.FrameDecoder(pyetcd.app_v2_frames(2, 1))
+    decoder = pyetcd.StreamParser(pyetcd.app_v2_frames(2, 1))
     found = filter(None, decoder.feed(b"".join(full + short)))
     assert [message.entries for message in found] == [entries, message.entries]
     posted = pyetcd.encode_message_parts(

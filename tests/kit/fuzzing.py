@@ -167,7 +167,7 @@ def fuzz_forms(data):
 def fuzz_peer_streams(data):
     """Both kinds of frames, in pieces: messages, or CodecError."""
     for frames in (pyetcd.message_frames(), pyetcd.app_v2_frames(1, 2)):
-        decoder = pyetcd.FrameDecoder(frames)
+        decoder = pyetcd.StreamParser(frames)
         with contextlib.suppress(pyetcd.CodecError):
             for piece in _fuzz_pieces(data):
                 collections.deque(decoder.feed(piece), 0)

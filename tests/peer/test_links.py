@@ -29,13 +29,13 @@ from pyetcd import (
     CodecError,
     Entry,
     EntryListEncoder,
-    FrameDecoder,
     Message,
     MessageEncoder,
     MsgType,
     Reactor,
     Snapshot,
     Store,
+    StreamParser,
     Transport,
     app_v2_frames,
     message_frames,
@@ -61,7 +61,7 @@ def _link_recording(name: str) -> Tuple[bytes, Dict[str, Any]]:
     return data, json.loads((TESTDATA / f"stream-{name}.json").read_text())
 
 
-def _link_fed(decoder: FrameDecoder, data: bytes) -> List[Message]:
+def _link_fed(decoder: StreamParser, data: bytes) -> List[Message]:
     """The messages that are complete with `data`."""
     return [message for message in decoder.feed(data) if message is not None]
 
@@ -413,7 +413,7 @@ def test_link_msgappv2_recording_is_decoded_as_etcd_meant_it(name: str) -> None:
     """Every frame of a recorded msgapp stream yields the message noted beside it."""
     data, recording = _link_recording("msgappv2-" + name)
     local_id, remote_id = int(recording["dialer"], 16), int(recording["server"], 16)
-    decoder = FrameDecoder(app_v2_frames(local_id, remote_id))
+    decoder = StreamParser(app_v2_frames(local_id, remote_id))
 
     messages = _link_fed(decoder, data)
 
@@ -427,7 +427,7 @@ def test_link_message_recording_is_decoded_as_etcd_meant_it(name: str) -> None:
     """Every frame of a recorded message stream, but the heartbeats, yields its message."""
     data, recording = _link_recording("message-" + name)
 
-    messages = _link_fed(FrameDecoder(message_frames()), data)
+    messages = _link_fed(StreamParser(message_frames()), data)
 
     frames = [frame for frame in recording["frames"] if not _link_is_heartbeat(frame)]
     assert [_link_summary(message) for message in messages] == [
@@ -442,7 +442,7 @@ def test_link_recording_is_encoded_to_the_same_bytes(name: str) -> None:
     """What was decoded, with heartbeats at their places, encodes to the recorded stream."""
     data, recording = _link_recording(name)
     is_app = name.startswith("msgappv2")
-    decoder = FrameDecoder(app_v2_frames(1, 2) if is_app else message_frames())
+    decoder = StreamParser(app_v2_frames(1, 2) if is_app else message_frames())
     encoder = AppV2Encoder(EntryListEncoder()) if is_app else MessageEncoder()
     messages = iter(_link_fed(decoder, data))
 
@@ -457,8 +457,8 @@ def test_link_recording_is_encoded_to_the_same_bytes(name: str) -> None:
 def test_link_pieces_of_any_size_give_the_same_messages(name: str) -> None:
     """However the network cuts a stream, the messages are the same."""
     data, _ = _link_recording(name)
-    def make() -> FrameDecoder:
-        return FrameDecoder(app_v2_frames(1, 2) if "msgappv2" in name else message_frames())
+    def make() -> StreamParser:
+        return StreamParser(app_v2_frames(1, 2) if "msgappv2" in name else message_frames())
 
     expected = [_link_summary(message) for message in _link_fed(make(), data)]
     seed = random.randrange(1 << 30)
@@ -485,7 +485,7 @@ def test_link_pieces_of_any_size_give_the_same_messages(name: str) -> None:
 def test_link_msgappv2_nonsense_is_a_codec_error(frame: bytes) -> None:
     """Bytes that are no frame raise CodecError, whatever they announce."""
     with pytest.raises(CodecError):
-        _link_fed(FrameDecoder(app_v2_frames(1, 2)), frame)
+        _link_fed(StreamParser(app_v2_frames(1, 2)), frame)
 
 
 @pytest.mark.parametrize("rest", [
@@ -496,7 +496,7 @@ def test_link_msgappv2_nonsense_is_a_codec_error(frame: bytes) -> None:
 def test_link_msgappv2_nonsense_in_a_short_frame_is_a_codec_error(rest: bytes) -> None:
     """The frame that leaves things out is checked like the full one."""
     start = b"".join(AppV2Encoder(EntryListEncoder()).encode(_link_app(3, [5])))
-    decoder = FrameDecoder(app_v2_frames(2, 1))
+    decoder = StreamParser(app_v2_frames(2, 1))
     assert len(_link_fed(decoder, start)) == 1
 
     with pytest.raises(CodecError):
@@ -510,7 +510,7 @@ def test_link_msgappv2_nonsense_in_a_short_frame_is_a_codec_error(rest: bytes) -
 def test_link_message_nonsense_is_a_codec_error(frame: bytes) -> None:
     """The message stream is checked likewise."""
     with pytest.raises(CodecError):
-        _link_fed(FrameDecoder(message_frames()), frame)
+        _link_fed(StreamParser(message_frames()), frame)
 
 
 def test_link_damaged_streams_raise_nothing_but_codec_error() -> None:
@@ -527,7 +527,7 @@ def test_link_damaged_streams_raise_nothing_but_codec_error() -> None:
             for _ in range(rng.randint(1, 4)):
                 damaged[rng.randrange(len(damaged))] = rng.randrange(256)
             try:
-                messages = _link_fed(FrameDecoder(frames), bytes(damaged))
+                messages = _link_fed(StreamParser(frames), bytes(damaged))
             except CodecError:
                 continue
             assert all(isinstance(message, Message) for message in messages)
@@ -550,7 +550,7 @@ def test_link_first_frame_of_a_connection_is_full() -> None:
 ])
 def test_link_frame_is_full_when_it_does_not_follow(message: Message) -> None:
     """What the last frame does not imply is sent in full, and understood."""
-    encoder, decoder = AppV2Encoder(EntryListEncoder()), FrameDecoder(app_v2_frames(2, 1))
+    encoder, decoder = AppV2Encoder(EntryListEncoder()), StreamParser(app_v2_frames(2, 1))
     first = b"".join(encoder.encode(_link_app(7, [5, 5])))
 
     frame = b"".join(encoder.encode(message))
@@ -586,7 +586,7 @@ def test_link_large_message_in_small_pieces_arrives() -> None:
     """A message of 8 MB is put together from pieces as a socket gives them."""
     message = Message(MsgType.PROP, to=2, sender=1, entries=[Entry(data=b"x" * 8_000_000)])
     data = b"".join(MessageEncoder.encode(message))
-    decoder, messages = FrameDecoder(message_frames()), []
+    decoder, messages = StreamParser(message_frames()), []
 
     for offset in range(0, len(data), 65_536):
         messages += _link_fed(decoder, data[offset:offset + 65_536])
@@ -1582,7 +1582,7 @@ def test_link_door_decodes_in_steps_of_bounded_work() -> None:
                                 Entry(0, 1, len(some) + e.index, e.data) for e in some])
         encoder = pyetcd.AppV2Encoder(pyetcd.EntryListEncoder())
         data = b"".join(encoder.encode(message)) + b"".join(encoder.encode(following))
-        found = list(FrameDecoder(app_v2_frames(2, 1)).feed(data))
+        found = list(StreamParser(app_v2_frames(2, 1)).feed(data))
         whole = [one for one in found if one is not None]
         assert [list(one.entries) for one in whole] == [some, following.entries]
         between = [len(list(group)) for is_step, group in itertools.groupby(

@@ -31,9 +31,10 @@ from .http_messages import (
     ChunkedDecoder,
     HeadFinder,
     Http2Preface,
-    Http2Refusal,
     HttpHead,
+    StreamParser,
     check_start,
+    http2_refusal,
     parse_head,
 )
 from .http_requests import _STATUS_LINES, Handler, HttpRequest, closing_head
@@ -181,7 +182,7 @@ class Connection:
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
-        self._http2: Optional[Http2Refusal] = None
+        self._http2: Optional[StreamParser] = None
         self._drain_timer: Optional[Timer] = None
         self._watch(selectors.EVENT_READ)
 
@@ -396,7 +397,7 @@ class Connection:
     def refuse(self, error: BadRequest) -> None:
         """Answer a message that is not HTTP, and close."""
         if isinstance(error, Http2Preface):
-            self._http2 = Http2Refusal(V3_REFUSAL)
+            self._http2 = StreamParser(http2_refusal(V3_REFUSAL.encode("ascii")))
             self._refuse_http2(self._http2)
             return
         text = str(error).encode("latin-1")
@@ -408,13 +409,14 @@ class Connection:
         self._in.clear()
         self._close_after = True
 
-    def _refuse_http2(self, refusal: Http2Refusal) -> None:
+    def _refuse_http2(self, refusal: StreamParser) -> None:
         data = bytes(self._in)
         self._in.clear()
-        answer = refusal.feed(data)
-        if answer:
+        for answer in () if self._close_after else refusal.feed(data):
+            if not answer:
+                self._close_after = True
+                break
             self.send(answer)
-        self._close_after = refusal.done
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         """Queue bytes for the end of this turn."""

@@ -6,7 +6,7 @@ The bytes of a peer are never trusted: an invalid or too long frame is a CodecEr
 from __future__ import annotations
 
 import struct
-from typing import Generator, Iterator, List, Optional, Sequence, Union, cast
+from typing import Generator, List, Sequence, Union
 
 from ..base.codec import (
     SHARED_DATA_BYTES,
@@ -108,42 +108,6 @@ _ENTRY_WORK = STEP_BYTES // STEP_ENTRIES
 Frames = Generator[Union[int, Message, None], bytes, None]
 
 
-class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames.
-
-    frames  a generator of message_frames() or app_v2_frames(): it yields how many bytes to send it
-            next, each message, and None between steps of 1 ms at most, or of one entry
-    """
-
-    __slots__ = ("_frames", "_need", "_partial")
-
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-        self._need = cast(int, next(frames))
-        self._partial = bytearray()     # received, but less than _need
-
-    def feed(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Yield the messages now complete, and None between steps; exhaust it before the next data.
-
-        Raises CodecError; then the stream is lost.
-        """
-        if self._partial:
-            self._partial += data
-            if len(self._partial) < self._need:
-                return
-            data = bytes(self._partial)
-        at, until, end = 0, self._need, len(data)
-        while until <= end:
-            found = self._frames.send(data[at:until])
-            while not isinstance(found, int):
-                yield found
-                found = next(self._frames)
-            at, until = until, until + found
-        self._need = until - at
-        if at < end or self._partial:
-            self._partial = bytearray(data[at:])
-
-
 def _frame_size(length: bytes) -> int:
     size: int = _U64.unpack(length)[0]
     if size > RAFT_BODY_BYTES_MAX:
@@ -152,7 +116,11 @@ def _frame_size(length: bytes) -> int:
 
 
 def message_frames() -> Frames:
-    """Read the message stream, but for its link heartbeats."""
+    """Parse the message stream: yield its messages, and None for a link heartbeat.
+
+    This one and app_v2_frames() are for a StreamParser, raise CodecError, and yield None also
+    between steps of 1 ms at most, or of one entry.
+    """
     while True:
         message = yield from decode_message_steps((yield _frame_size((yield 8))))
         is_heartbeat = message.type == MsgType.HEARTBEAT and not (message.sender or message.to)
@@ -160,7 +128,7 @@ def message_frames() -> Frames:
 
 
 def app_v2_frames(local_id: int, remote_id: int) -> Frames:
-    """Read a msgappv2 stream from member `remote_id` to `local_id`, but for its heartbeats."""
+    """Parse a msgappv2 stream from member `remote_id` to `local_id`."""
     term = index = 0                    # of the last entry
     while True:
         kind = yield 1

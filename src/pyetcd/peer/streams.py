@@ -23,6 +23,7 @@ from ..base.messages import Message
 from ..base.text import finish, text_of
 from ..base.versions import UNKNOWN_VERSION, major_minor
 from ..net.http_calls import ANSWER_BYTES_MAX, Answer, HttpCall
+from ..net.http_messages import StreamParser
 from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
@@ -37,7 +38,7 @@ from .compatibility import (
     StreamKind,
     UrlPicker,
 )
-from .frames import AppV2Encoder, FrameDecoder, MessageEncoder, app_v2_frames, message_frames
+from .frames import AppV2Encoder, MessageEncoder, app_v2_frames, message_frames
 
 
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
@@ -84,7 +85,7 @@ class StreamReader:
         self._call: Optional[HttpCall] = None
         self._url = ""                              # that _call dialed
         self._answer = Answer()
-        self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
+        self._decoder: Optional[StreamParser] = None    # set while the stream is open
         self._unread_bytes = 0                      # received, in no message yet
         self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
@@ -123,7 +124,7 @@ class StreamReader:
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = FrameDecoder(
+            self._decoder = StreamParser(
                 app_v2_frames(self._context.member_id, self._member_id)
                 if self._kind is APP_STREAM else message_frames())
             self._status.activate()
