@@ -7329,8 +7329,6 @@ class StreamParser:
     parser  a generator, which yields how many bytes to send it next, and items between
     """
 
-    __slots__ = ("_parser", "_need", "_partial")
-
     def __init__(self, parser: Generator[Any, bytes, None]) -> None:
         self._parser = parser
         self._need: int = next(parser)
@@ -7628,8 +7626,7 @@ class Reactor:
             self._schedule(period_s, timer)
             callback()
 
-        timer = Timer(call, ())
-        self._schedule(period_s, timer)
+        timer = self.call_later(period_s, call)
         return timer
 
     def _schedule(self, delay_s: float, timer: Timer) -> None:
@@ -8776,12 +8773,6 @@ class HttpCall:
     answer_max         received bytes of the body; above: cut, and complete
     """
 
-    __slots__ = (
-        "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
-    )
-
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
@@ -8841,9 +8832,21 @@ class HttpCall:
         self._sock.close()
         self._sock = None
 
-    def flush(self) -> None:
+    def pause(self) -> None:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        if not self.ended and self._paused:
+            self._paused = False
+            self._heard = self._reactor.now()
+            self._watch()
+
+    def _flush(self) -> None:
         """Send the rest of the request, as much as the socket takes."""
-        if self.ended or self._sock is None:
+        if self._sock is None:          # timed out meanwhile
             return
         try:
             if self._out:
@@ -8856,18 +8859,6 @@ class HttpCall:
             self._fail(error)
             return
         self._watch()
-
-    def pause(self) -> None:
-        """Read no more until resume(); the idle timeout is suspended."""
-        if not self.ended and not self._paused:
-            self._paused = True
-            self._watch()
-
-    def resume(self) -> None:
-        if not self.ended and self._paused:
-            self._paused = False
-            self._heard = self._reactor.now()
-            self._watch()
 
     def _watch(self) -> None:
         """Wait for room for the request, and for the answer."""
@@ -8924,11 +8915,11 @@ class HttpCall:
         self._heard = self._reactor.now()
         self._timer.cancel()
         self._watch_idle()
-        self.flush()
+        self._flush()
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
-            self.flush()
+            self._flush()
         if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
@@ -9027,8 +9018,6 @@ def _ignore(*args: object) -> None:
 class Answer:
     """The answer to a call: status, headers, and the first body_max bytes of the body."""
 
-    __slots__ = ("status", "headers", "body", "_body_max")
-
     def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
         self._body_max = body_max
         self.status = 0                 # 0: none has arrived
@@ -9039,8 +9028,7 @@ class Answer:
         self.status, self.headers = status, headers
 
     def take_data(self, data: bytes) -> None:
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
+        self.body = (self.body + data)[:self._body_max]
 
 
 def fetch(
@@ -9846,9 +9834,6 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 # ============================================================================
 
 
-CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
-
-
 class StreamKind(NamedTuple):
     """One of the two streams that each member holds open to each peer."""
 
@@ -9860,9 +9845,6 @@ class StreamKind(NamedTuple):
 APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
 MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -10026,8 +10008,6 @@ class EntryListEncoder:
     The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
-    __slots__ = ("_entries", "_data")
-
     def __init__(self) -> None:
         self._entries: Sequence[Entry] = ()
         self._data: List[bytes] = []
@@ -10052,13 +10032,23 @@ class EntryListEncoder:
         self._entries, self._data = (), []
 
 
+class MessageEncoder:
+    """Frames of the message stream: big-endian uint64 length, then the Message."""
+
+    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
+
+    @staticmethod
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
+        data = encode_message_parts(message)
+        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+
+
 class AppV2Encoder:
     """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
-
-    __slots__ = ("_lists", "_term", "_index")
 
     heartbeat = b"\0"
 
@@ -10078,22 +10068,7 @@ class AppV2Encoder:
             ))
         self._term = message.term
         self._index = entries[-1].index if entries else message.index
-        data = encode_message_parts(message)
-        return joined_parts((b"\2", _pack_u64(sum(map(len, data))), *data))
-
-
-class MessageEncoder:
-    """Frames of the message stream: big-endian uint64 length, then the Message."""
-
-    __slots__ = ()
-
-    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
-
-    @staticmethod
-    def encode(message: Message) -> List[bytes]:
-        """Return the frame in pieces, of which the long ones are not copied."""
-        data = encode_message_parts(message)
-        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+        return joined_parts((b"\2", *MessageEncoder.encode(message)))
 
 
 _ENTRY_WORK = STEP_BYTES // STEP_ENTRIES
@@ -10166,6 +10141,9 @@ def app_v2_frames(local_id: int, remote_id: int) -> Frames:
 # ============================================================================
 
 
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
+
+
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
     """Return why the peer refused a request; log the reasons that an operator must remove."""
     text = text_of(answer.body).strip()
@@ -10208,11 +10186,6 @@ class StreamReader:
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
-        self._url = ""                              # that _call dialed
-        self._answer = Answer()
-        self._decoder: Optional[StreamParser] = None    # set while the stream is open
-        self._unread_bytes = 0                      # received, in no message yet
-        self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
@@ -10232,9 +10205,9 @@ class StreamReader:
 
     def _dial(self) -> None:
         context = self._context
-        self._decoder = None
-        self._unread_bytes = 0
-        self._is_decoding = False
+        self._decoder: Optional[StreamParser] = None    # set while the stream is open
+        self._unread_bytes = 0                      # received, in no message yet
+        self._is_decoding = False                   # the last data, in the next turns
         self._answer = Answer()
         self._url = self._picker.pick()
         self._call = HttpCall(
@@ -10443,6 +10416,10 @@ class StreamWriter:
 # ============================================================================
 
 
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+_PIPELINE = "pipeline"              # its name in the log and in statistics
+
+
 class PeerPost:
     """One message on its way by POST.
 
@@ -10529,13 +10506,10 @@ class Pipeline:
         context = self._context
         post.url = self.picker.pick()
         post.started = context.reactor.now()
-
-        def done(error: "Optional[Exception]", answer: "Answer") -> None:
-            self._answered(post, error, answer)
-
         post.call = fetch(
-            context.reactor, post.url, post.target, done, method="POST", body=post.body,
-            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            context.reactor, post.url, post.target, functools.partial(self._answered, post),
+            method="POST", body=post.body, tls=context.tls,
+            headers={**context.headers, "Content-Type": post.content_type},
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
@@ -10581,21 +10555,18 @@ class Prober:
             self._call.cancel()
 
     def _probe(self) -> None:
-        context, asked_at = self._context, self._context.reactor.now()
-        if self._call is not None and not self._call.ended:
-            return
+        context = self._context
+        if self._call is None or self._call.ended:
+            self._call = fetch(
+                context.reactor, self._picker.pick(), "/raft/probing",
+                functools.partial(self._probed, context.reactor.now()), tls=context.tls,
+                connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            )
 
-        def done(error: "Optional[Exception]", answer: "Answer") -> None:
-            self._probed(asked_at, None if error else _probed_time(answer))
-
-        self._call = fetch(
-            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-        )
-
-    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
+    def _probed(self, asked_at: float, error: Optional[Exception], answer: Answer) -> None:
         reactor = self._context.reactor
         elapsed_s = reactor.now() - asked_at
+        theirs_ns = None if error else _probed_time(answer)
         if theirs_ns is None:
             self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
@@ -16534,7 +16505,7 @@ def add_process_readings(
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
     metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", lambda: _statm_bytes(0))
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
                   lambda: started_ns / NS)
 
@@ -16546,10 +16517,6 @@ def _statm_bytes(field: int) -> int:
             return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
-
-
-def _virtual_bytes() -> int:
-    return _statm_bytes(0)
 
 
 def _resident_bytes() -> int:
@@ -16580,7 +16547,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
         "cmdline": [sys.executable, *sys.argv],
         "file_descriptor_limit": open_files_limit(),
         "memstats": {
-            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "Alloc": _resident_bytes(), "Sys": _statm_bytes(0),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
         "raft.status": _raft_status(server.node.status()),
@@ -18974,17 +18941,13 @@ def _refuse_v3(request: HttpRequest) -> None:
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
 
-def _reply_empty(request: HttpRequest) -> None:
-    request.reply(200)
+_reply_empty: Handler = operator.methodcaller("reply", 200)
+_bad_request: Handler = operator.methodcaller("reply", 400)
 
 
 def _refuse_hashes(request: HttpRequest) -> None:
     text = "the snapshot holds password hashes: it is for users with the role root"
     request.reply(401, f'{{"message":"Insufficient credentials; {text}"}}'.encode())
-
-
-def _bad_request(request: HttpRequest) -> None:
-    request.reply(400)
 
 
 class PeerApi:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from typing import Callable, Dict, FrozenSet, Optional, Sequence, Tuple
 
 from ..base.basics import is_clean_path
@@ -181,17 +182,13 @@ def _refuse_v3(request: HttpRequest) -> None:
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
 
-def _reply_empty(request: HttpRequest) -> None:
-    request.reply(200)
+_reply_empty: Handler = operator.methodcaller("reply", 200)
+_bad_request: Handler = operator.methodcaller("reply", 400)
 
 
 def _refuse_hashes(request: HttpRequest) -> None:
     text = "the snapshot holds password hashes: it is for users with the role root"
     request.reply(401, f'{{"message":"Insufficient credentials; {text}"}}'.encode())
-
-
-def _bad_request(request: HttpRequest) -> None:
-    request.reply(400)
 
 
 class PeerApi:

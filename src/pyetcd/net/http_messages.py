@@ -308,8 +308,6 @@ class StreamParser:
     parser  a generator, which yields how many bytes to send it next, and items between
     """
 
-    __slots__ = ("_parser", "_need", "_partial")
-
     def __init__(self, parser: Generator[Any, bytes, None]) -> None:
         self._parser = parser
         self._need: int = next(parser)

@@ -98,8 +98,7 @@ class Reactor:
             self._schedule(period_s, timer)
             callback()
 
-        timer = Timer(call, ())
-        self._schedule(period_s, timer)
+        timer = self.call_later(period_s, call)
         return timer
 
     def _schedule(self, delay_s: float, timer: Timer) -> None:

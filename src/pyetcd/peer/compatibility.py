@@ -16,8 +16,6 @@ from ..net.budgets import SlicedWork
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 
-CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
-
 
 class StreamKind(NamedTuple):
     """One of the two streams that each member holds open to each peer."""
@@ -30,9 +28,6 @@ class StreamKind(NamedTuple):
 APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
 MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def _parse_id(text: str) -> Optional[int]:

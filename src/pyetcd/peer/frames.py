@@ -34,8 +34,6 @@ class EntryListEncoder:
     The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
-    __slots__ = ("_entries", "_data")
-
     def __init__(self) -> None:
         self._entries: Sequence[Entry] = ()
         self._data: List[bytes] = []
@@ -60,13 +58,23 @@ class EntryListEncoder:
         self._entries, self._data = (), []
 
 
+class MessageEncoder:
+    """Frames of the message stream: big-endian uint64 length, then the Message."""
+
+    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
+
+    @staticmethod
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
+        data = encode_message_parts(message)
+        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+
+
 class AppV2Encoder:
     """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
-
-    __slots__ = ("_lists", "_term", "_index")
 
     heartbeat = b"\0"
 
@@ -86,22 +94,7 @@ class AppV2Encoder:
             ))
         self._term = message.term
         self._index = entries[-1].index if entries else message.index
-        data = encode_message_parts(message)
-        return joined_parts((b"\2", _pack_u64(sum(map(len, data))), *data))
-
-
-class MessageEncoder:
-    """Frames of the message stream: big-endian uint64 length, then the Message."""
-
-    __slots__ = ()
-
-    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
-
-    @staticmethod
-    def encode(message: Message) -> List[bytes]:
-        """Return the frame in pieces, of which the long ones are not copied."""
-        data = encode_message_parts(message)
-        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+        return joined_parts((b"\2", *MessageEncoder.encode(message)))
 
 
 _ENTRY_WORK = STEP_BYTES // STEP_ENTRIES

@@ -27,7 +27,6 @@ from ..net.http_messages import StreamParser
 from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
-    _OLDEST_STREAM_VERSION,
     APP_STREAM,
     DOUBLE_HINT,
     FOREIGN_HINT,
@@ -39,6 +38,8 @@ from .compatibility import (
     UrlPicker,
 )
 from .frames import AppV2Encoder, MessageEncoder, app_v2_frames, message_frames
+
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
@@ -83,11 +84,6 @@ class StreamReader:
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
-        self._url = ""                              # that _call dialed
-        self._answer = Answer()
-        self._decoder: Optional[StreamParser] = None    # set while the stream is open
-        self._unread_bytes = 0                      # received, in no message yet
-        self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
@@ -107,9 +103,9 @@ class StreamReader:
 
     def _dial(self) -> None:
         context = self._context
-        self._decoder = None
-        self._unread_bytes = 0
-        self._is_decoding = False
+        self._decoder: Optional[StreamParser] = None    # set while the stream is open
+        self._unread_bytes = 0                      # received, in no message yet
+        self._is_decoding = False                   # the last data, in the next turns
         self._answer = Answer()
         self._url = self._picker.pick()
         self._call = HttpCall(
