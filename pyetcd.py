@@ -8214,7 +8214,6 @@ class TlsSocket(ssl.SSLSocket):
 
         This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
-        data = b""
         pieces: List[bytes] = []
         while size > 0 or self.pending():
             try:
@@ -9162,8 +9161,8 @@ class Connection:
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
-        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_drain_timer",
+        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_in_line",
+        "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -9190,10 +9189,9 @@ class Connection:
         self._events = 0                # that the reactor waits for
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
-        self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[StreamParser] = None
-        self._drain_timer: Optional[Timer] = None
+        self._drain_timer: Optional[Timer] = None   # set: the reply is sent, and input thrown away
         self._watch(selectors.EVENT_READ)
 
     @property
@@ -9214,7 +9212,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._draining:
+        if self._drain_timer:
             if not data:
                 self.close()
         elif not data:
@@ -9301,7 +9299,7 @@ class Connection:
         if not head.body_size and not head.chunked:
             self._head = None
             return HttpRequest(head, b"", self)
-        body = self._take_chunked(head) if head.chunked else self._take_sized(head)
+        body = self._take_chunked() if head.chunked else self._take_sized(head.body_size)
         if body is None and self._head is not None:
             return None
         self._head = None
@@ -9332,25 +9330,38 @@ class Connection:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return head
 
-    def _take_sized(self, head: HttpHead) -> Optional[bytes]:
+    def _take_sized(self, size: int) -> Optional[bytes]:
         """Return the body; None: incomplete, or too large and then _head is cleared."""
-        size = head.body_size
-        if size > self._body_max:
-            self._refuse_body()
-            return None
-        if not self._body_bytes and len(self._in) >= size:
-            body = bytes(self._in[:size])
-            del self._in[:size]
-            return body
-        if size <= 1 << 16:
-            return None
+        if size <= self._body_max:
+            if not self._body_bytes and len(self._in) >= size:
+                body = bytes(self._in[:size])
+                del self._in[:size]
+                return body
+            if size <= 1 << 16:
+                return None
         left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
-        if piece and not self._keep(piece):
+        return self._add(piece, fits=size <= self._body_max, is_last=len(piece) == left)
+
+    def _take_chunked(self) -> Optional[bytes]:
+        decoder = self._chunks = self._chunks or ChunkedDecoder()
+        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
+        del self._in[:CHUNKED_SLICE_BYTES]
+        piece = decoder.feed(data)
+        if decoder.done:
+            self._in[:0] = decoder.rest
+            self._chunks = None
+        elif self._in:
+            self._line_up()
+        return self._add(piece, fits=decoder.chunks <= CHUNKS_MAX, is_last=decoder.done)
+
+    def _add(self, piece: bytes, *, fits: bool, is_last: bool) -> Optional[bytes]:
+        """Keep a piece of a body, and return all of it behind the last; not fits: refuse it."""
+        if not fits or piece and not self._keep(piece) or self._body_bytes > self._body_max:
             self._refuse_body()
             return None
-        return self._join() if self._body_bytes == size else None
+        return self._join() if is_last else None
 
     def _keep(self, piece: bytes) -> bool:
         """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
@@ -9384,25 +9395,6 @@ class Connection:
         """Drop the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
-
-    def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
-        if self._chunks is None:
-            self._chunks = ChunkedDecoder()
-        decoder = self._chunks
-        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
-        del self._in[:CHUNKED_SLICE_BYTES]
-        piece = decoder.feed(data)
-        has_room = self._keep(piece) if piece else True
-        if not has_room or self._body_bytes > self._body_max or decoder.chunks > CHUNKS_MAX:
-            self._refuse_body()
-            return None
-        if not decoder.done:
-            if self._in:
-                self._line_up()
-            return None
-        self._in[:0] = decoder.rest
-        self._chunks = None
-        return self._join()
 
     def refuse(self, error: BadRequest) -> None:
         """Answer a message that is not HTTP, and close."""
@@ -9553,9 +9545,8 @@ class Connection:
 
     def _drain(self) -> None:
         """End the output, then read until the client closes: a reset would destroy the reply."""
-        if self._draining:
+        if self._drain_timer:
             return
-        self._draining = True
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -9860,7 +9851,6 @@ class PeerStatus:
 
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
         self.version = ""               # "": none yet
-        self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
         self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
@@ -9869,8 +9859,7 @@ class PeerStatus:
 
     def activate(self) -> None:
         """Note that a message went through."""
-        if not self.active:
-            self.active = True
+        if not self.active_since:
             self.active_since = self._wall_ns() / NS
             package_logger("rafthttp").info("the connection with %s became active", self._id)
 
@@ -9879,11 +9868,10 @@ class PeerStatus:
         if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
+        level = logging.ERROR if self.active_since else logging.DEBUG
         self.problem = str(reason)
         log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
-        if self.active:
-            self.active = False
+        if self.active_since:
             self.active_since = 0.0
             self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
@@ -10720,7 +10708,6 @@ class Transport:
         identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
-        self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
         self._identity = identity
@@ -10729,7 +10716,6 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._decoding = SlicedWork(reactor)
         self._is_reading_snapshot = False   # one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
         self._log = ThrottledLog("rafthttp", reactor.now)
@@ -10743,12 +10729,20 @@ class Transport:
             "/raft/stream": ("", self._redirect_stream),
             "/raft/probing": ("", self._handle_probing),
         }
+        headers = {
+            "X-Etcd-Cluster-Id": self._cluster_id,
+            "X-Min-Cluster-Version": identity.min_cluster,
+            "X-Peerurls": ",".join(peer_urls),
+            "X-Server-From": f"{member_id:x}",
+            "X-Server-Version": identity.server,
+        }
         self._context = LinkContext(
-            reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
+            reactor, member_id, self._cluster_id, headers,
             1.0 + election_s / 5, self._log.error, self._receive,
             functools.partial(reactor.call_soon, self._report, unreachable),
             functools.partial(reactor.call_soon, self._report, snapshot_done),
-            self._report_removal, sent, round_trip, tls, self._decoding, self._inspector, identity,
+            self._report_removal, sent, round_trip, tls, SlicedWork(reactor), self._inspector,
+            identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -10767,7 +10761,7 @@ class Transport:
         if member_id in self._remotes:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            status = PeerStatus(member_id, self._reactor.wall_ns)
+            status = PeerStatus(member_id, self._context.reactor.wall_ns)
             self._remotes[member_id] = Pipeline(
                 self._context, member_id, UrlPicker(urls), status)
 
@@ -10790,12 +10784,12 @@ class Transport:
     def inactive_since(self, member_id: int) -> float:
         """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
         peer = self._peers.get(member_id)
-        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
+        return 0.0 if peer is None or peer.status.active_since else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
         peer = self._peers.get(member_id)
-        if peer is None or peer.status.active:
+        if peer is None or peer.status.active_since:
             return ""
         return f"{peer.picker.pick()}: {peer.status.problem}"
 
@@ -10832,16 +10826,7 @@ class Transport:
         """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
-
-    def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
-        return {
-            "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": self._identity.min_cluster,
-            "X-Peerurls": ",".join(peer_urls),
-            "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": self._identity.server,
-        }
+            self._context.reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     # -- receiving ---------------------------------------------------------
 
@@ -10962,7 +10947,7 @@ class Transport:
             self._read_snapshot(request, is_framed=is_framed)
         else:
             steps = self._receive_body(memoryview(request.body))
-            self._decoding.add(steps, lambda status: self._answer(request, status))
+            self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
     def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
         """Decode and receive one message; return the status for its sender."""
@@ -11017,15 +11002,15 @@ class Transport:
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
-                self._decoding.add(steps, lambda status: self._answer(request, status))
+                self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
-        self._reactor.run_blocking(
+        self._context.reactor.run_blocking(
             _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
-        now = format_time(self._reactor.wall_ns())
+        now = format_time(self._context.reactor.wall_ns())
         request.reply(200, b'{"OK":true,"Now":"%b"}\n' % now.encode(), "text/plain; charset=utf-8")
 
     @staticmethod

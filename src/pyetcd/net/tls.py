@@ -42,7 +42,6 @@ class TlsSocket(ssl.SSLSocket):
 
         This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
-        data = b""
         pieces: List[bytes] = []
         while size > 0 or self.pending():
             try:
