@@ -7325,69 +7325,78 @@ class ChunkedDecoder:
         self.done = True
 
 
-class Http2Refusal:
-    """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
+class StreamParser:
+    """Feeds a stream, which arrives in any pieces, to a parser.
+
+    parser  a generator, which yields how many bytes to send it next, and items between
+    """
+
+    def __init__(self, parser: Generator[Any, bytes, None]) -> None:
+        self._parser = parser
+        self._need: int = next(parser)
+        self._partial = bytearray()     # received, but less than _need
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield the items up to the end of `data`; exhaust it before the next data.
+
+        Raises what the parser does; then the stream is lost.
+        """
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._need:
+                return
+            data = bytes(self._partial)
+        at, until, end = 0, self._need, len(data)
+        while until <= end:
+            found = self._parser.send(data[at:until])
+            while not isinstance(found, int):
+                yield found
+                found = next(self._parser)
+            at, until = until, until + found
+        self._need = until - at
+        if at < end or self._partial:
+            self._partial = bytearray(data[at:])
+
+
+_HTTP2_FRAME_BYTES_MAX = 1 << 14    # the protocol's default; above: GOAWAY
+_HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
+
+
+def http2_refusal(sentence: bytes) -> Generator[Union[int, bytes], bytes, None]:
+    """Speak as much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
     The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
     HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
+    Yields what to send, and at the end b"".
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
-
-    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
-    _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-
-    __slots__ = ("done", "_buffer", "_greeted", "_sentence")
-
-    def __init__(self, sentence: str) -> None:
-        self.done = False               # the connection is to be closed
-        self._buffer = b""
-        self._greeted = False
-        self._sentence = sentence.encode("ascii")
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the bytes to send after `data` has arrived."""
-        self._buffer += data
-        answer = b""
-        if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
-            self._greeted = True
-            answer = self._frame(self._SETTINGS, 0, 0)
-            if not self._buffer.startswith(self._PREFACE_END):
-                answer += self._goodbye(0)
-            self._buffer = self._buffer[len(self._PREFACE_END):]
-        while self._greeted and not self.done and len(self._buffer) >= 9:
-            size = int.from_bytes(self._buffer[:3], "big")
-            if size > self._FRAME_BYTES_MAX:
-                return answer + self._goodbye(0)
-            if len(self._buffer) < 9 + size:
-                break
-            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-            answer += self._answer(frame)
-        return answer
-
-    def _answer(self, frame: bytes) -> bytes:
-        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
-        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
-            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+    is_http2 = (yield 6) == b"SM\r\n\r\n"      # follows the empty line of `PRI * HTTP/2.0`
+    yield _http2_frame(_SETTINGS, 0, 0)
+    last_stream = 0
+    while is_http2:
+        head = yield 9
+        kind, flags, stream = struct.unpack_from(">BBI", head, 3)
+        size = int.from_bytes(head[:3], "big")
+        if size > _HTTP2_FRAME_BYTES_MAX:
+            break
+        payload = yield size
+        if kind == _HEADERS:            # the answer: `:status 200` and, as trailers, error 12
+            last_stream = stream & 0x7FFF_FFFF
+            yield _http2_frame(kind, 0x4 | 0x1, last_stream, (      # END_HEADERS | END_STREAM
                 b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
-                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
-            )) + self._goodbye(stream & 0x7FFF_FFFF)
-        if kind == self._GOAWAY:
-            return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
-            return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""
+                b"\0\x0cgrpc-message%c%b" % (len(sentence), sentence)
+            ))
+        if kind in (_HEADERS, _GOAWAY):
+            break
+        if kind in (_SETTINGS, _PING) and not flags & 1:        # 1: acknowledgement
+            yield _http2_frame(kind, 1, 0, payload if kind == _PING else b"")
+    http_1_1_required = 0xD
+    yield _http2_frame(_GOAWAY, 0, 0, struct.pack(">II", last_stream, http_1_1_required) + sentence)
+    yield b""
 
-    def _goodbye(self, last_stream: int) -> bytes:
-        self.done = True
-        http_1_1_required = 0xD
-        return self._frame(self._GOAWAY, 0, 0, struct.pack(
-            ">II", last_stream, http_1_1_required) + self._sentence)
 
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-        return struct.pack(">I", len(payload))[1:] + struct.pack(
-            ">BBI", kind, flags, stream) + payload
+def _http2_frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
 # ============================================================================
@@ -7544,12 +7553,7 @@ CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a tu
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
-class HasFileno(Protocol):
-    """A socket or a pipe."""
-
-    def fileno(self) -> int: ...
-
-
+Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
@@ -7624,8 +7628,7 @@ class Reactor:
             self._schedule(period_s, timer)
             callback()
 
-        timer = Timer(call, ())
-        self._schedule(period_s, timer)
+        timer = self.call_later(period_s, call)
         return timer
 
     def _schedule(self, delay_s: float, timer: Timer) -> None:
@@ -7684,7 +7687,7 @@ class Reactor:
         return waiter
 
     def register(
-        self, sock: HasFileno, events: int, callback: Callable[[int], None], *,
+        self, sock: Pollable, events: int, callback: Callable[[int], None], *,
         patient: bool = False,
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
@@ -7700,7 +7703,7 @@ class Reactor:
         else:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
-    def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
+    def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
         """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
@@ -7708,7 +7711,7 @@ class Reactor:
         if descriptor not in self._patient:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
-    def unregister(self, sock: HasFileno) -> None:
+    def unregister(self, sock: Pollable) -> None:
         """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
@@ -7949,7 +7952,6 @@ class BufferBudget:
         self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
         self._grown = 0                 # bytes since the begin of the last walk
         self._room = HELD_BYTES_MAX     # after the last walk
-        self._walk: Iterator[None] = iter(())
         self._is_walking = False
         self._log = ThrottledLog("http", reactor.now)
 
@@ -7960,15 +7962,14 @@ class BufferBudget:
         self._grown += grown
         if self._grown >= self._room and not self._is_walking:
             self._is_walking, self._grown = True, 0
-            self._walk = self._close_excess()
-            self._reactor.call_soon(self._go_on)
+            self._reactor.call_soon(self._go_on, self._close_excess())
 
     def forget(self, connection: BufferOwner) -> None:
         self._owners.pop(connection, None)
 
-    def _go_on(self) -> None:
-        for _ in self._walk:
-            self._reactor.call_soon(self._go_on)
+    def _go_on(self, walk: Iterator[None]) -> None:
+        for _ in walk:
+            self._reactor.call_soon(self._go_on, walk)
             return
         self._is_walking = False
 
@@ -8016,7 +8017,7 @@ class Channel(Protocol):
 
     reactor: Reactor
     remote: str
-    on_close: Optional[Callable[[], None]]
+    on_close: Optional[Callable[[], None]]      # once, if the client closes it before the reply
     on_drain: Optional[Callable[[], None]]
     streaming: bool
     pending: int
@@ -8051,15 +8052,6 @@ class HttpRequest:
     headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
     remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
     scheme = cast(str, property(attrgetter("connection.scheme")))
-
-    @property
-    def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client closes the connection before the reply."""
-        return self.connection.on_close
-
-    @on_close.setter
-    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        self.connection.on_close = callback
 
     def _head_bytes(
         self, status: int, content_type: Optional[str], headers: str, framing: str
@@ -8224,7 +8216,6 @@ class TlsSocket(ssl.SSLSocket):
 
         This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
-        data = b""
         pieces: List[bytes] = []
         while size > 0 or self.pending():
             try:
@@ -8314,14 +8305,15 @@ class TlsContext:
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
         """Return time, inode and size of each file, which change with it."""
+        files = self._files
         found: List[Optional[Tuple[int, int, int]]] = []
-        for path in self._files:
-            if isinstance(path, str) and path and path not in self._files[-2:]:
-                with contextlib.suppress(OSError):
-                    status = os.stat(path)
-                    found.append((status.st_mtime_ns, status.st_ino, status.st_size))
-                    continue
-            found.append(None)
+        for path in (files.cert_file, files.key_file, files.trusted_ca_file, files.ca_file,
+                     files.crl_file):
+            try:
+                status = os.stat(path)
+                found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError:             # unreadable, or ""
+                found.append(None)
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
@@ -8782,12 +8774,6 @@ class HttpCall:
     answer_max         received bytes of the body; above: cut, and complete
     """
 
-    __slots__ = (
-        "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
-    )
-
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
@@ -8847,9 +8833,21 @@ class HttpCall:
         self._sock.close()
         self._sock = None
 
-    def flush(self) -> None:
+    def pause(self) -> None:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        if not self.ended and self._paused:
+            self._paused = False
+            self._heard = self._reactor.now()
+            self._watch()
+
+    def _flush(self) -> None:
         """Send the rest of the request, as much as the socket takes."""
-        if self.ended or self._sock is None:
+        if self._sock is None:          # timed out meanwhile
             return
         try:
             if self._out:
@@ -8862,18 +8860,6 @@ class HttpCall:
             self._fail(error)
             return
         self._watch()
-
-    def pause(self) -> None:
-        """Read no more until resume(); the idle timeout is suspended."""
-        if not self.ended and not self._paused:
-            self._paused = True
-            self._watch()
-
-    def resume(self) -> None:
-        if not self.ended and self._paused:
-            self._paused = False
-            self._heard = self._reactor.now()
-            self._watch()
 
     def _watch(self) -> None:
         """Wait for room for the request, and for the answer."""
@@ -8930,11 +8916,11 @@ class HttpCall:
         self._heard = self._reactor.now()
         self._timer.cancel()
         self._watch_idle()
-        self.flush()
+        self._flush()
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
-            self.flush()
+            self._flush()
         if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
@@ -9033,8 +9019,6 @@ def _ignore(*args: object) -> None:
 class Answer:
     """The answer to a call: status, headers, and the first body_max bytes of the body."""
 
-    __slots__ = ("status", "headers", "body", "_body_max")
-
     def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
         self._body_max = body_max
         self.status = 0                 # 0: none has arrived
@@ -9045,8 +9029,7 @@ class Answer:
         self.status, self.headers = status, headers
 
     def take_data(self, data: bytes) -> None:
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
+        self.body = (self.body + data)[:self._body_max]
 
 
 def fetch(
@@ -9180,8 +9163,8 @@ class Connection:
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
-        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_drain_timer",
+        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_in_line",
+        "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -9205,21 +9188,17 @@ class Connection:
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
-        self._events = selectors.EVENT_READ
+        self._events = 0                # that the reactor waits for
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
-        self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
-        self._http2: Optional[Http2Refusal] = None
-        self._drain_timer: Optional[Timer] = None
-        self._register(selectors.EVENT_READ, self._receive)
+        self._http2: Optional[StreamParser] = None
+        self._drain_timer: Optional[Timer] = None   # set: the reply is sent, and input thrown away
+        self._watch(selectors.EVENT_READ)
 
     @property
     def scheme(self) -> str:
         return "https" if self._service.tls else "http"
-
-    def _register(self, events: int, callback: Callable[[int], None]) -> None:
-        self.reactor.register(self._sock, events, callback, patient=self._service.patient)
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -9235,7 +9214,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._draining:
+        if self._drain_timer:
             if not data:
                 self.close()
         elif not data:
@@ -9322,7 +9301,7 @@ class Connection:
         if not head.body_size and not head.chunked:
             self._head = None
             return HttpRequest(head, b"", self)
-        body = self._take_chunked(head) if head.chunked else self._take_sized(head)
+        body = self._take_chunked() if head.chunked else self._take_sized(head.body_size)
         if body is None and self._head is not None:
             return None
         self._head = None
@@ -9353,25 +9332,38 @@ class Connection:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return head
 
-    def _take_sized(self, head: HttpHead) -> Optional[bytes]:
+    def _take_sized(self, size: int) -> Optional[bytes]:
         """Return the body; None: incomplete, or too large and then _head is cleared."""
-        size = head.body_size
-        if size > self._body_max:
-            self._refuse_body()
-            return None
-        if not self._body_bytes and len(self._in) >= size:
-            body = bytes(self._in[:size])
-            del self._in[:size]
-            return body
-        if size <= 1 << 16:
-            return None
+        if size <= self._body_max:
+            if not self._body_bytes and len(self._in) >= size:
+                body = bytes(self._in[:size])
+                del self._in[:size]
+                return body
+            if size <= 1 << 16:
+                return None
         left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
-        if piece and not self._keep(piece):
+        return self._add(piece, fits=size <= self._body_max, is_last=len(piece) == left)
+
+    def _take_chunked(self) -> Optional[bytes]:
+        decoder = self._chunks = self._chunks or ChunkedDecoder()
+        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
+        del self._in[:CHUNKED_SLICE_BYTES]
+        piece = decoder.feed(data)
+        if decoder.done:
+            self._in[:0] = decoder.rest
+            self._chunks = None
+        elif self._in:
+            self._line_up()
+        return self._add(piece, fits=decoder.chunks <= CHUNKS_MAX, is_last=decoder.done)
+
+    def _add(self, piece: bytes, *, fits: bool, is_last: bool) -> Optional[bytes]:
+        """Keep a piece of a body, and return all of it behind the last; not fits: refuse it."""
+        if not fits or piece and not self._keep(piece) or self._body_bytes > self._body_max:
             self._refuse_body()
             return None
-        return self._join() if self._body_bytes == size else None
+        return self._join() if is_last else None
 
     def _keep(self, piece: bytes) -> bool:
         """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
@@ -9406,29 +9398,10 @@ class Connection:
         self._head = self._chunks = self._file = None
         self._join()
 
-    def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
-        if self._chunks is None:
-            self._chunks = ChunkedDecoder()
-        decoder = self._chunks
-        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
-        del self._in[:CHUNKED_SLICE_BYTES]
-        piece = decoder.feed(data)
-        has_room = self._keep(piece) if piece else True
-        if not has_room or self._body_bytes > self._body_max or decoder.chunks > CHUNKS_MAX:
-            self._refuse_body()
-            return None
-        if not decoder.done:
-            if self._in:
-                self._line_up()
-            return None
-        self._in[:0] = decoder.rest
-        self._chunks = None
-        return self._join()
-
     def refuse(self, error: BadRequest) -> None:
         """Answer a message that is not HTTP, and close."""
         if isinstance(error, Http2Preface):
-            self._http2 = Http2Refusal(V3_REFUSAL)
+            self._http2 = StreamParser(http2_refusal(V3_REFUSAL.encode("ascii")))
             self._refuse_http2(self._http2)
             return
         text = str(error).encode("latin-1")
@@ -9440,13 +9413,14 @@ class Connection:
         self._in.clear()
         self._close_after = True
 
-    def _refuse_http2(self, refusal: Http2Refusal) -> None:
+    def _refuse_http2(self, refusal: StreamParser) -> None:
         data = bytes(self._in)
         self._in.clear()
-        answer = refusal.feed(data)
-        if answer:
+        for answer in () if self._close_after else refusal.feed(data):
+            if not answer:
+                self._close_after = True
+                break
             self.send(answer)
-        self._close_after = refusal.done
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         """Queue bytes for the end of this turn."""
@@ -9574,9 +9548,8 @@ class Connection:
 
     def _drain(self) -> None:
         """End the output, then read until the client closes: a reset would destroy the reply."""
-        if self._draining:
+        if self._drain_timer:
             return
-        self._draining = True
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -9591,7 +9564,7 @@ class Connection:
             return
         callback = self._receive if events == selectors.EVENT_READ else self._on_event
         if not self._events:
-            self._register(events, callback)
+            self.reactor.register(self._sock, events, callback, patient=self._service.patient)
         elif events:
             self.reactor.modify(self._sock, events, callback)
         else:
@@ -9729,8 +9702,7 @@ class Listener(Service, http.server.HTTPServer):
         self.pending: Set[PendingConnection] = set()
         self._kept = kept
         self._log = ThrottledLog("http", reactor.now)
-        self._sweep: Optional[Timer] = None
-        self._started = False
+        self._sweep: Optional[Timer] = None     # set while it accepts
         family, address = _listen_address(url)
         self.address_family = family
         http.server.HTTPServer.__init__(self, address, http.server.BaseHTTPRequestHandler)
@@ -9752,21 +9724,16 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._listen()
-        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
-
-    def _listen(self) -> None:
-        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
         """Close the listening socket and every connection."""
-        if self._started:
-            self.reactor.unregister(self.socket)
         if self._sweep is not None:
             self._sweep.cancel()
-        self._started = False
+            self._sweep = None
+            self.reactor.unregister(self.socket)
         self.server_close()
         for pending in list(self.pending):
             pending.close()
@@ -9836,13 +9803,12 @@ class Listener(Service, http.server.HTTPServer):
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
         )
-        self.reactor.unregister(self.socket)
-        self._started = False
+        self.reactor.modify(self.socket, 0, self._accept)
         self.reactor.call_later(1.0, self._resume)
 
     def _resume(self) -> None:
-        if self.socket.fileno() >= 0 and not self._started:
-            self._listen()
+        if self._sweep is not None:
+            self.reactor.modify(self.socket, selectors.EVENT_READ, self._accept)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
@@ -9862,9 +9828,6 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 # ============================================================================
 
 
-CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
-
-
 class StreamKind(NamedTuple):
     """One of the two streams that each member holds open to each peer."""
 
@@ -9876,9 +9839,6 @@ class StreamKind(NamedTuple):
 APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
 MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -9894,7 +9854,6 @@ class PeerStatus:
 
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
         self.version = ""               # "": none yet
-        self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
         self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
@@ -9903,8 +9862,7 @@ class PeerStatus:
 
     def activate(self) -> None:
         """Note that a message went through."""
-        if not self.active:
-            self.active = True
+        if not self.active_since:
             self.active_since = self._wall_ns() / NS
             package_logger("rafthttp").info("the connection with %s became active", self._id)
 
@@ -9913,11 +9871,10 @@ class PeerStatus:
         if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
+        level = logging.ERROR if self.active_since else logging.DEBUG
         self.problem = str(reason)
         log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
-        if self.active:
-            self.active = False
+        if self.active_since:
             self.active_since = 0.0
             self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
@@ -10042,8 +9999,6 @@ class EntryListEncoder:
     The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
-    __slots__ = ("_entries", "_data")
-
     def __init__(self) -> None:
         self._entries: Sequence[Entry] = ()
         self._data: List[bytes] = []
@@ -10068,13 +10023,23 @@ class EntryListEncoder:
         self._entries, self._data = (), []
 
 
+class MessageEncoder:
+    """Frames of the message stream: big-endian uint64 length, then the Message."""
+
+    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
+
+    @staticmethod
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
+        data = encode_message_parts(message)
+        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+
+
 class AppV2Encoder:
     """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
-
-    __slots__ = ("_lists", "_term", "_index")
 
     heartbeat = b"\0"
 
@@ -10094,173 +10059,70 @@ class AppV2Encoder:
             ))
         self._term = message.term
         self._index = entries[-1].index if entries else message.index
-        data = encode_message_parts(message)
-        return joined_parts((b"\2", _pack_u64(sum(map(len, data))), *data))
+        return joined_parts((b"\2", *MessageEncoder.encode(message)))
 
 
-class MessageEncoder:
-    """Frames of the message stream: big-endian uint64 length, then the Message."""
-
-    __slots__ = ()
-
-    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
-
-    @staticmethod
-    def encode(message: Message) -> List[bytes]:
-        """Return the frame in pieces, of which the long ones are not copied."""
-        data = encode_message_parts(message)
-        return joined_parts((_pack_u64(sum(map(len, data))), *data))
+_ENTRY_WORK = STEP_BYTES // STEP_ENTRIES
+Frames = Generator[Union[int, Message, None], bytes, None]
 
 
-class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames."""
-
-    __slots__ = ("_partial", "_need")
-
-    def __init__(self) -> None:
-        self._partial = bytearray()
-        self._need = 0                  # bytes in _partial for the next step
-
-    def feed(self, data: bytes) -> List[Message]:
-        """Return the messages now complete.  Raises CodecError; then the stream is lost."""
-        return [message for message in self.messages(data) if message is not None]
-
-    def messages(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Do feed() in steps of 1 ms at most, or of one entry; exhaust it before the next data.
-
-        Yields a message, or None between two steps of one.
-        """
-        if self._partial:
-            self._partial += data
-            if len(self._partial) < self._need:
-                return
-            data = bytes(self._partial)
-        found: List[Message] = []
-        offset, end, work = 0, len(data), 0
-        while offset < end:
-            size = yield from self._frame(data, offset, found)
-            if offset + size > end:
-                self._need = size
-                break
-            offset += size
-            work += STEP_BYTES // STEP_ENTRIES + size
-            if found or work > STEP_BYTES:
-                work = 0
-                yield found.pop() if found else None
-        if offset < end or self._partial:
-            self._partial = bytearray(data[offset:])
-
-    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        """Consume one frame at `offset`; return its size, which may exceed the data."""
-        raise NotImplementedError
-
-
-def _frame_size(data: bytes, offset: int) -> int:
-    """Return the length at `offset`; 0 if it is incomplete."""
-    if len(data) < offset + 8:
-        return 0
-    size: int = _U64.unpack_from(data, offset)[0]
+def _frame_size(length: bytes) -> int:
+    size: int = _U64.unpack(length)[0]
     if size > RAFT_BODY_BYTES_MAX:
         raise CodecError(f"frame of {size} bytes")
     return size
 
 
-class MessageDecoder(FrameDecoder):
-    """Decodes the message stream without its link heartbeats."""
+def message_frames() -> Frames:
+    """Parse the message stream: yield its messages, and None for a link heartbeat.
 
-    __slots__ = ()
-
-    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        start = offset + 8
-        end = start + _frame_size(data, offset)
-        if end <= len(data):
-            message = yield from decode_message_steps(data[start:end])
-            if message.type != MsgType.HEARTBEAT or message.sender or message.to:
-                found.append(message)
-        return end - offset
+    This one and app_v2_frames() are for a StreamParser, raise CodecError, and yield None also
+    between steps of 1 ms at most, or of one entry.
+    """
+    while True:
+        message = yield from decode_message_steps((yield _frame_size((yield 8))))
+        is_heartbeat = message.type == MsgType.HEARTBEAT and not (message.sender or message.to)
+        yield None if is_heartbeat else message
 
 
-class AppV2Decoder(FrameDecoder):
-    """Decodes a msgappv2 stream from member `remote_id` to `local_id` without its heartbeats."""
-
-    __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
-
-    def __init__(self, local_id: int, remote_id: int) -> None:
-        super().__init__()
-        self._local_id = local_id
-        self._remote_id = remote_id
-        self._term = 0
-        self._index = 0
-        self._entries: List[Entry] = []     # of the short frame under way
-        self._left = -1                     # its entries to come; -1: between frames
-        self._bytes = 0                     # its bytes so far
-
-    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        if self._left > 0:
-            return (yield from self._some_entries(data, offset))
-        if self._left == 0:
-            return self._commit(data, offset, found)
-        kind = data[offset]
-        if kind == 0:
-            return 1
-        if kind == 1:
-            return self._short_head(data, offset)
-        if kind == 2:
-            return (yield from self._full(data, offset, found))
-        raise CodecError(f"unknown frame {kind} on msgappv2")
-
-    def _short_head(self, data: bytes, offset: int) -> int:
-        if len(data) >= offset + 9:
-            (count,) = _U64.unpack_from(data, offset + 1)
+def app_v2_frames(local_id: int, remote_id: int) -> Frames:
+    """Parse a msgappv2 stream from member `remote_id` to `local_id`."""
+    term = index = 0                    # of the last entry
+    while True:
+        kind = yield 1
+        if kind == b"\1":
+            (count,) = _U64.unpack((yield 8))
             if count > MESSAGE_ENTRIES_MAX:
                 raise CodecError(f"frame of {count} entries")
-            if not self._term:
+            if not term:
                 raise CodecError("a frame that continues none")
-            self._entries, self._left, self._bytes = [], count, 0
-        return 9
-
-    def _some_entries(self, data: bytes, offset: int) -> Generator[None, None, int]:
-        """Decode the whole entries at `offset`; return their size, or that of one that is cut."""
-        at, end, work = offset, len(data), 0
-        while self._left > 0:
-            start = at + 8
-            following = start + (_U64.unpack_from(data, at)[0] if start <= end else 0)
-            size = following - at
-            if self._bytes + size > RAFT_BODY_BYTES_MAX:
-                raise CodecError(f"frame of {self._bytes + size} bytes")
-            if following > end:
-                return at - offset or size
-            self._entries.append(decode_entry(data[start:following]))
-            self._left -= 1
-            self._bytes += size
-            at = following
-            work += STEP_BYTES // STEP_ENTRIES + size
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return at - offset
-
-    def _commit(self, data: bytes, offset: int, found: List[Message]) -> int:
-        if len(data) >= offset + 8:
-            found.append(Message(
-                MsgType.APP, to=self._local_id, sender=self._remote_id, term=self._term,
-                log_term=self._term, index=self._index, entries=self._entries,
-                commit=_U64.unpack_from(data, offset)[0],
-            ))
-            self._index += len(self._entries)
-            self._entries, self._left = [], -1
-        return 8
-
-    def _full(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        start = offset + 9
-        end = start + _frame_size(data, offset + 1)
-        if end <= len(data):
-            message = yield from decode_message_steps(data[start:end])
-            entries = message.entries
-            self._term = message.term
-            self._index = entries[-1].index if entries else message.index
-            found.append(message)
-        return end - offset
+            entries: List[Entry] = []
+            received = work = 0
+            for _ in range(count):
+                (size,) = _U64.unpack((yield 8))
+                received += 8 + size
+                if received > RAFT_BODY_BYTES_MAX:
+                    raise CodecError(f"frame of {received} bytes")
+                entries.append(decode_entry((yield size)))
+                work += _ENTRY_WORK + size
+                if work > STEP_BYTES:
+                    work = 0
+                    yield None
+            (commit,) = _U64.unpack((yield 8))
+            yield Message(
+                MsgType.APP, to=local_id, sender=remote_id, term=term, log_term=term, index=index,
+                entries=entries, commit=commit,
+            )
+            index += count
+        elif kind == b"\2":
+            message = yield from decode_message_steps((yield _frame_size((yield 8))))
+            term, last = message.term, message.entries[-1:]
+            index = last[0].index if last else message.index
+            yield message
+        elif kind == AppV2Encoder.heartbeat:
+            yield None
+        else:
+            raise CodecError(f"unknown frame {kind[0]} on msgappv2")
 
 
 # ============================================================================
@@ -10268,6 +10130,9 @@ class AppV2Decoder(FrameDecoder):
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
+
+
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
@@ -10312,11 +10177,6 @@ class StreamReader:
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
-        self._url = ""                              # that _call dialed
-        self._answer = Answer()
-        self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
-        self._unread_bytes = 0                      # received, in no message yet
-        self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
@@ -10336,9 +10196,9 @@ class StreamReader:
 
     def _dial(self) -> None:
         context = self._context
-        self._decoder = None
-        self._unread_bytes = 0
-        self._is_decoding = False
+        self._decoder: Optional[StreamParser] = None    # set while the stream is open
+        self._unread_bytes = 0                      # received, in no message yet
+        self._is_decoding = False                   # the last data, in the next turns
         self._answer = Answer()
         self._url = self._picker.pick()
         self._call = HttpCall(
@@ -10353,8 +10213,9 @@ class StreamReader:
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
-                self._context.member_id, self._member_id)
+            self._decoder = StreamParser(
+                app_v2_frames(self._context.member_id, self._member_id)
+                if self._kind is APP_STREAM else message_frames())
             self._status.activate()
 
     def _on_data(self, data: bytes) -> None:
@@ -10368,7 +10229,7 @@ class StreamReader:
             return
         self._status.activate()
         self._unread_bytes += len(data)
-        steps = self._receive(call, self._decoder.messages(data))
+        steps = self._receive(call, self._decoder.feed(data))
         if self._unread_bytes <= _SHORT_BYTES and not self._is_decoding:
             self._decoded(call, finish(steps))
             return
@@ -10546,6 +10407,10 @@ class StreamWriter:
 # ============================================================================
 
 
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+_PIPELINE = "pipeline"              # its name in the log and in statistics
+
+
 class PeerPost:
     """One message on its way by POST.
 
@@ -10632,13 +10497,10 @@ class Pipeline:
         context = self._context
         post.url = self.picker.pick()
         post.started = context.reactor.now()
-
-        def done(error: "Optional[Exception]", answer: "Answer") -> None:
-            self._answered(post, error, answer)
-
         post.call = fetch(
-            context.reactor, post.url, post.target, done, method="POST", body=post.body,
-            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            context.reactor, post.url, post.target, functools.partial(self._answered, post),
+            method="POST", body=post.body, tls=context.tls,
+            headers={**context.headers, "Content-Type": post.content_type},
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
@@ -10684,21 +10546,18 @@ class Prober:
             self._call.cancel()
 
     def _probe(self) -> None:
-        context, asked_at = self._context, self._context.reactor.now()
-        if self._call is not None and not self._call.ended:
-            return
+        context = self._context
+        if self._call is None or self._call.ended:
+            self._call = fetch(
+                context.reactor, self._picker.pick(), "/raft/probing",
+                functools.partial(self._probed, context.reactor.now()), tls=context.tls,
+                connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            )
 
-        def done(error: "Optional[Exception]", answer: "Answer") -> None:
-            self._probed(asked_at, None if error else _probed_time(answer))
-
-        self._call = fetch(
-            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-        )
-
-    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
+    def _probed(self, asked_at: float, error: Optional[Exception], answer: Answer) -> None:
         reactor = self._context.reactor
         elapsed_s = reactor.now() - asked_at
+        theirs_ns = None if error else _probed_time(answer)
         if theirs_ns is None:
             self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
@@ -10768,11 +10627,6 @@ class Peer:
         """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
-
-    @property
-    def problem(self) -> str:
-        """The URL that is dialed and what fails there; "" if the peer can be reached."""
-        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
 
     def other_process(self, advertised: str) -> str:
         """Return the peer URLs of another process that has this peer's streams, or "".
@@ -10857,7 +10711,6 @@ class Transport:
         identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
-        self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
         self._identity = identity
@@ -10866,7 +10719,6 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._decoding = SlicedWork(reactor)
         self._is_reading_snapshot = False   # one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
         self._log = ThrottledLog("rafthttp", reactor.now)
@@ -10880,12 +10732,20 @@ class Transport:
             "/raft/stream": ("", self._redirect_stream),
             "/raft/probing": ("", self._handle_probing),
         }
+        headers = {
+            "X-Etcd-Cluster-Id": self._cluster_id,
+            "X-Min-Cluster-Version": identity.min_cluster,
+            "X-Peerurls": ",".join(peer_urls),
+            "X-Server-From": f"{member_id:x}",
+            "X-Server-Version": identity.server,
+        }
         self._context = LinkContext(
-            reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
+            reactor, member_id, self._cluster_id, headers,
             1.0 + election_s / 5, self._log.error, self._receive,
-            lambda to: self._report_soon(unreachable, to),
-            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding, self._inspector, identity,
+            functools.partial(reactor.call_soon, self._report, unreachable),
+            functools.partial(reactor.call_soon, self._report, snapshot_done),
+            self._report_removal, sent, round_trip, tls, SlicedWork(reactor), self._inspector,
+            identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -10893,7 +10753,7 @@ class Transport:
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Open the links to a member; a known one gets new URLs."""
         if member_id in self._peers:
-            self.update_peer(member_id, urls)
+            self._peers[member_id].picker.update(urls)
         elif not self._stopped:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
@@ -10904,15 +10764,9 @@ class Transport:
         if member_id in self._remotes:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            status = PeerStatus(member_id, self._reactor.wall_ns)
+            status = PeerStatus(member_id, self._context.reactor.wall_ns)
             self._remotes[member_id] = Pipeline(
                 self._context, member_id, UrlPicker(urls), status)
-
-    def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Use other URLs for a member; unknown ids are ignored."""
-        peer = self._peers.get(member_id)
-        if peer is not None:
-            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -10933,12 +10787,14 @@ class Transport:
     def inactive_since(self, member_id: int) -> float:
         """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
         peer = self._peers.get(member_id)
-        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
+        return 0.0 if peer is None or peer.status.active_since else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
         peer = self._peers.get(member_id)
-        return peer.problem if peer is not None else ""
+        if peer is None or peer.status.active_since:
+            return ""
+        return f"{peer.picker.pick()}: {peer.status.problem}"
 
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
@@ -10964,11 +10820,8 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report in this turn, but outside of the call, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, *args)
-
     def _report(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in a posted call: the cause may be a call of Raft itself."""
         if not self._stopped:
             report(*args)
 
@@ -10976,16 +10829,7 @@ class Transport:
         """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
-
-    def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
-        return {
-            "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": self._identity.min_cluster,
-            "X-Peerurls": ",".join(peer_urls),
-            "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": self._identity.server,
-        }
+            self._context.reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     # -- receiving ---------------------------------------------------------
 
@@ -11106,7 +10950,7 @@ class Transport:
             self._read_snapshot(request, is_framed=is_framed)
         else:
             steps = self._receive_body(memoryview(request.body))
-            self._decoding.add(steps, lambda status: self._answer(request, status))
+            self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
     def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
         """Decode and receive one message; return the status for its sender."""
@@ -11161,15 +11005,15 @@ class Transport:
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
-                self._decoding.add(steps, lambda status: self._answer(request, status))
+                self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
-        self._reactor.run_blocking(
+        self._context.reactor.run_blocking(
             _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
-        now = format_time(self._reactor.wall_ns())
+        now = format_time(self._context.reactor.wall_ns())
         request.reply(200, b'{"OK":true,"Now":"%b"}\n' % now.encode(), "text/plain; charset=utf-8")
 
     @staticmethod
@@ -15765,14 +15609,15 @@ class ListingRequest(NamedTuple):
     sorted: bool
 
 
-class ListingWaiter:
-    """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
+Waiters = Dict[HttpRequest, Callable[[Any], None]]      # request -> done(Listing, or EtcdError)
 
-    __slots__ = ("done", "group")
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
-        self.done = done
-        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
+class CurrentListing(NamedTuple):
+    """The listing under way, and the requests that wait for it."""
+
+    wanted: ListingRequest
+    listing: Listing
+    waiters: Waiters
 
 
 class Listings:
@@ -15789,9 +15634,8 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[ListingRequest, Listing]] = None
-        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
-        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
+        self._current: Optional[CurrentListing] = None
+        self._queue: Dict[ListingRequest, Waiters] = {}     # by arrival
         self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
@@ -15803,57 +15647,43 @@ class Listings:
         self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
     ) -> None:
         """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
+        index, current = self._store.current_index, self._current
         kept = self._kept.get(wanted)
-        if kept is not None and kept.index == self._store.current_index:
+        if kept is not None and kept.index == index:
             done(kept)
             return
-        waiter = ListingWaiter(done)
-        request.on_close = functools.partial(self._leave, waiter)
-        if self._join(wanted, waiter):
-            return
-        if self._work_left() <= 0 or wanted in self._queue:
-            self._enqueue(wanted, waiter)
-            return
-        try:
-            listing = self._start_listing(wanted)
-        except EtcdError as error:
-            done(error)
-            return
-        if listing.done:
-            done(listing)
-        elif self._current is None:
-            self._current, self._waiters = (wanted, listing), {}
-            self._enter(waiter, self._waiters)
-            self._schedule_slice()
+        if current is not None and current.wanted == wanted and current.listing.index == index:
+            waiters = current.waiters
         else:
+            listing = None
+            if self._work_left() > 0 and wanted not in self._queue:
+                try:
+                    listing = self._start_listing(wanted)
+                except EtcdError as error:
+                    done(error)
+                    return
+                if listing.done:
+                    done(listing)
+                    return
+            waiters = self._line_up(wanted, listing)
+        waiters[request] = done
+        request.connection.on_close = functools.partial(self._leave, waiters, request)
+
+    def _line_up(self, wanted: ListingRequest, listing: Optional[Listing]) -> Waiters:
+        """Go on with a begun listing if it is the only one, else queue `wanted`."""
+        self._schedule_slice()
+        if listing is not None:
+            if self._current is None:
+                self._current = CurrentListing(wanted, listing, {})
+                return self._current.waiters
             listing.end()
-            self._enqueue(wanted, waiter)
+        return self._queue.setdefault(wanted, {})
 
-    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
-        """Share the listing under way if a new one would be the same; return whether it is."""
-        if self._current is None:
-            return False
-        its, listing = self._current
-        if its != wanted or listing.index != self._store.current_index:
-            return False
-        self._enter(waiter, self._waiters)
-        return True
-
-    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
-        if self._current is None and not self._queue:
-            self._schedule_slice()
-        self._enter(waiter, self._queue.setdefault(wanted, {}))
-
-    @staticmethod
-    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
-        group[waiter] = None
-        waiter.group = group
-
-    def _leave(self, waiter: ListingWaiter) -> None:
-        """Forget a waiter whose client is gone, and end a listing without waiters."""
-        waiter.group.pop(waiter, None)
-        if self._current is not None and not self._waiters:
-            self._current[1].end()
+    def _leave(self, waiters: Waiters, request: HttpRequest) -> None:
+        """Forget a request whose client is gone, and end a listing that nobody waits for."""
+        waiters.pop(request, None)
+        if self._current is not None and not self._current.waiters:
+            self._current.listing.end()
             self._current = None
 
     def _work_left(self) -> int:
@@ -15901,26 +15731,30 @@ class Listings:
         """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._queue and not self._waiters:
-                wanted = next(iter(self._queue))
-                self._waiters = self._queue.pop(wanted)
-            if not self._waiters:
-                return                  # all have left
-            try:
-                self._current = wanted, self._start_listing(wanted)
-            except EtcdError as error:
-                self._finish(error)
+            self._begin_next()
         else:
-            self._work(*self._current)
-        if self._current is not None and self._current[1].done:
-            self._finish(self._current[1])
+            self._work(self._current.wanted, self._current.listing)
+        current = self._current
+        if current is not None and current.listing.done:
+            self._current = None
+            self._tell(current.waiters, current.listing)
         if self._current is not None or self._queue:
             self._schedule_slice()
 
-    def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        waiters, self._waiters, self._current = self._waiters, {}, None
-        for waiter in waiters:
-            self._reactor.call_in_turn(waiter.done, result)
+    def _begin_next(self) -> None:
+        while self._queue:
+            wanted = next(iter(self._queue))
+            waiters = self._queue.pop(wanted)
+            if waiters:                 # not all have left
+                try:
+                    self._current = CurrentListing(wanted, self._start_listing(wanted), waiters)
+                except EtcdError as error:
+                    self._tell(waiters, error)
+                return
+
+    def _tell(self, waiters: Waiters, result: Union[Listing, EtcdError]) -> None:
+        for done in waiters.values():
+            self._reactor.call_in_turn(done, result)
 
 
 # ============================================================================
@@ -16525,7 +16359,7 @@ def add_process_readings(
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
     metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", lambda: _statm_bytes(0))
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
                   lambda: started_ns / NS)
 
@@ -16537,10 +16371,6 @@ def _statm_bytes(field: int) -> int:
             return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
-
-
-def _virtual_bytes() -> int:
-    return _statm_bytes(0)
 
 
 def _resident_bytes() -> int:
@@ -16571,7 +16401,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
         "cmdline": [sys.executable, *sys.argv],
         "file_descriptor_limit": open_files_limit(),
         "memstats": {
-            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "Alloc": _resident_bytes(), "Sys": _statm_bytes(0),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
         "raft.status": _raft_status(server.node.status()),
@@ -18295,7 +18125,7 @@ class Download:
         self._server = server
         self._ended = ended
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
-        request.on_close = self._client_gone
+        request.connection.on_close = self._client_gone
         server.snapshots.request(self._start)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
@@ -18767,22 +18597,15 @@ class CorsRequest(HttpRequest):
         self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
-    def reply(
-        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
-        headers: str = "", more: Sequence[bytes] = (),
-    ) -> None:
-        super().reply(status, body, content_type, self._lines + headers, more)
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        return super()._head_bytes(status, content_type, self._lines + headers, framing)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
-
-    def start_stream(
-        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
-        *, length: Optional[int] = None,
-    ) -> StreamReply:
-        return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
@@ -18918,17 +18741,13 @@ def _refuse_v3(request: HttpRequest) -> None:
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
 
-def _reply_empty(request: HttpRequest) -> None:
-    request.reply(200)
+_reply_empty: Handler = operator.methodcaller("reply", 200)
+_bad_request: Handler = operator.methodcaller("reply", 400)
 
 
 def _refuse_hashes(request: HttpRequest) -> None:
     text = "the snapshot holds password hashes: it is for users with the role root"
     request.reply(401, f'{{"message":"Insufficient credentials; {text}"}}'.encode())
-
-
-def _bad_request(request: HttpRequest) -> None:
-    request.reply(400)
 
 
 class PeerApi:
@@ -21877,14 +21696,14 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        self._request.on_close = self._client_gone
+        self._request.connection.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
         """Drop the request without an answer."""
-        self._request.on_close = None
+        self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
@@ -21937,7 +21756,7 @@ class Forward:
         length = None
         if "transfer-encoding" not in headers and "content-length" in headers:
             length = _content_length(headers)
-        request.on_close = None
+        request.connection.on_close = None
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 

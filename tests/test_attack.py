@@ -296,9 +296,10 @@ _SLOW_PARSERS = {
         b"HTTP/1.1 200 OK\r\n" + data), _HEAD_BYTES),
     "ChunkedDecoder.feed": (lambda data: _fed(pyetcd.ChunkedDecoder(), data),
                             (b"1\r\na\r\n", b"0", b";", b"1", b"0\r\n", b"\r\n")),
-    "Http2Refusal.feed": (lambda data: _fed(pyetcd.Http2Refusal("x"), data),
-                          (b"SM\r\n\r\n", b"\0", b"\xff")),
-    "FrameDecoder.feed": (lambda data: _fed(pyetcd.MessageDecoder(), data), _WIRE_BYTES),
+    "StreamParser.feed": (lambda data: (
+        all(pyetcd.StreamParser(pyetcd.http2_refusal(b"x")).feed(data)),
+        _fed(pyetcd.StreamParser(pyetcd.message_frames()), data),
+    ), (*_WIRE_BYTES, b"SM\r\n\r\n", b"\0", b"\xff")),
     "parse_form": (pyetcd.parse_form, _FORM_BYTES),
     "_parse_uint64": (lambda data: pyetcd._parse_uint64(data.decode("latin-1")), (b"1", b"0")),
     "parse_key_request": (lambda data: pyetcd.parse_key_request(
@@ -344,7 +345,7 @@ _PARSERS_OF_SETTINGS = {                # flags, environment and files of the us
 def _fed(decoder, data):
     """Feed a decoder in pieces, as a slow sender does."""
     for start in range(0, len(data), 7):
-        decoder.feed(data[start:start + 7])
+        list(decoder.feed(data[start:start + 7]))
 
 
 def _lines_run(call, data):
@@ -521,8 +522,8 @@ def test_attack_a_long_message_is_not_copied():
     full, short = encoder.encode(message), None
     message.index, message.entries = 7, [pyetcd.Entry(0, 3, 8, data)]
     short = encoder.encode(message)
-    decoder = pyetcd.AppV2Decoder(2, 1)
-    found = decoder.feed(b"".join(full + short))
+    decoder = pyetcd.StreamParser(pyetcd.app_v2_frames(2, 1))
+    found = filter(None, decoder.feed(b"".join(full + short)))
     assert [message.entries for message in found] == [entries, message.entries]
     posted = pyetcd.encode_message_parts(
         pyetcd.Message(pyetcd.MsgType.SNAP, to=2, sender=1, term=5, snapshot=snapshot))
@@ -773,11 +774,11 @@ def test_attack_listings_ready_together_are_sent_in_parts(turn_rig):
         store.set(f"/1/d/{number:05}", value="x", now_ns=1)
     listings = pyetcd.Listings(store, turn_rig.reactor)
     wanted = pyetcd.ListingRequest("/1/d", False, True)
-    requests = [types.SimpleNamespace(on_close=None) for _ in range(2_000)]
+    requests = [pyetcd.HttpRequest(None, b"", types.SimpleNamespace()) for _ in range(2_000)]
     for request in requests:
         listings.ask(wanted, request, lambda listing: told.append(turn_rig.reactor.turns))
     assert not told
-    left = _lines_run(lambda data: [request.on_close() for request in requests[:1_000]], b"")
+    left = _lines_run(lambda data: [r.connection.on_close() for r in requests[:1_000]], b"")
     assert left <= 5 * 1_000
     turn_rig.turn_until(lambda: len(told) >= 1_000)
     turn_rig.turn(3)

@@ -166,10 +166,11 @@ def fuzz_forms(data):
 
 def fuzz_peer_streams(data):
     """Both kinds of frames, in pieces: messages, or CodecError."""
-    for decoder in (pyetcd.MessageDecoder(), pyetcd.AppV2Decoder(1, 2)):
+    for frames in (pyetcd.message_frames(), pyetcd.app_v2_frames(1, 2)):
+        decoder = pyetcd.StreamParser(frames)
         with contextlib.suppress(pyetcd.CodecError):
             for piece in _fuzz_pieces(data):
-                decoder.feed(piece)
+                collections.deque(decoder.feed(piece), 0)
 
 
 _FUZZ_DECODERS = (

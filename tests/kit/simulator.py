@@ -338,7 +338,7 @@ class _SimTransport:
     def add_peer(self, member_id, urls):
         self.peers.add(member_id)
 
-    add_remote = update_peer = add_peer
+    add_remote = add_peer
 
     def remove_peer(self, member_id):
         self.peers.discard(member_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Union
 
 from ..base.errors import EtcdError
 from ..net.http_requests import HttpRequest
@@ -21,14 +21,15 @@ class ListingRequest(NamedTuple):
     sorted: bool
 
 
-class ListingWaiter:
-    """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
+Waiters = Dict[HttpRequest, Callable[[Any], None]]      # request -> done(Listing, or EtcdError)
 
-    __slots__ = ("done", "group")
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
-        self.done = done
-        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
+class CurrentListing(NamedTuple):
+    """The listing under way, and the requests that wait for it."""
+
+    wanted: ListingRequest
+    listing: Listing
+    waiters: Waiters
 
 
 class Listings:
@@ -45,9 +46,8 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[ListingRequest, Listing]] = None
-        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
-        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
+        self._current: Optional[CurrentListing] = None
+        self._queue: Dict[ListingRequest, Waiters] = {}     # by arrival
         self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
@@ -59,57 +59,43 @@ class Listings:
         self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
     ) -> None:
         """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
+        index, current = self._store.current_index, self._current
         kept = self._kept.get(wanted)
-        if kept is not None and kept.index == self._store.current_index:
+        if kept is not None and kept.index == index:
             done(kept)
             return
-        waiter = ListingWaiter(done)
-        request.on_close = functools.partial(self._leave, waiter)
-        if self._join(wanted, waiter):
-            return
-        if self._work_left() <= 0 or wanted in self._queue:
-            self._enqueue(wanted, waiter)
-            return
-        try:
-            listing = self._start_listing(wanted)
-        except EtcdError as error:
-            done(error)
-            return
-        if listing.done:
-            done(listing)
-        elif self._current is None:
-            self._current, self._waiters = (wanted, listing), {}
-            self._enter(waiter, self._waiters)
-            self._schedule_slice()
+        if current is not None and current.wanted == wanted and current.listing.index == index:
+            waiters = current.waiters
         else:
+            listing = None
+            if self._work_left() > 0 and wanted not in self._queue:
+                try:
+                    listing = self._start_listing(wanted)
+                except EtcdError as error:
+                    done(error)
+                    return
+                if listing.done:
+                    done(listing)
+                    return
+            waiters = self._line_up(wanted, listing)
+        waiters[request] = done
+        request.connection.on_close = functools.partial(self._leave, waiters, request)
+
+    def _line_up(self, wanted: ListingRequest, listing: Optional[Listing]) -> Waiters:
+        """Go on with a begun listing if it is the only one, else queue `wanted`."""
+        self._schedule_slice()
+        if listing is not None:
+            if self._current is None:
+                self._current = CurrentListing(wanted, listing, {})
+                return self._current.waiters
             listing.end()
-            self._enqueue(wanted, waiter)
+        return self._queue.setdefault(wanted, {})
 
-    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
-        """Share the listing under way if a new one would be the same; return whether it is."""
-        if self._current is None:
-            return False
-        its, listing = self._current
-        if its != wanted or listing.index != self._store.current_index:
-            return False
-        self._enter(waiter, self._waiters)
-        return True
-
-    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
-        if self._current is None and not self._queue:
-            self._schedule_slice()
-        self._enter(waiter, self._queue.setdefault(wanted, {}))
-
-    @staticmethod
-    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
-        group[waiter] = None
-        waiter.group = group
-
-    def _leave(self, waiter: ListingWaiter) -> None:
-        """Forget a waiter whose client is gone, and end a listing without waiters."""
-        waiter.group.pop(waiter, None)
-        if self._current is not None and not self._waiters:
-            self._current[1].end()
+    def _leave(self, waiters: Waiters, request: HttpRequest) -> None:
+        """Forget a request whose client is gone, and end a listing that nobody waits for."""
+        waiters.pop(request, None)
+        if self._current is not None and not self._current.waiters:
+            self._current.listing.end()
             self._current = None
 
     def _work_left(self) -> int:
@@ -157,23 +143,27 @@ class Listings:
         """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._queue and not self._waiters:
-                wanted = next(iter(self._queue))
-                self._waiters = self._queue.pop(wanted)
-            if not self._waiters:
-                return                  # all have left
-            try:
-                self._current = wanted, self._start_listing(wanted)
-            except EtcdError as error:
-                self._finish(error)
+            self._begin_next()
         else:
-            self._work(*self._current)
-        if self._current is not None and self._current[1].done:
-            self._finish(self._current[1])
+            self._work(self._current.wanted, self._current.listing)
+        current = self._current
+        if current is not None and current.listing.done:
+            self._current = None
+            self._tell(current.waiters, current.listing)
         if self._current is not None or self._queue:
             self._schedule_slice()
 
-    def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        waiters, self._waiters, self._current = self._waiters, {}, None
-        for waiter in waiters:
-            self._reactor.call_in_turn(waiter.done, result)
+    def _begin_next(self) -> None:
+        while self._queue:
+            wanted = next(iter(self._queue))
+            waiters = self._queue.pop(wanted)
+            if waiters:                 # not all have left
+                try:
+                    self._current = CurrentListing(wanted, self._start_listing(wanted), waiters)
+                except EtcdError as error:
+                    self._tell(waiters, error)
+                return
+
+    def _tell(self, waiters: Waiters, result: Union[Listing, EtcdError]) -> None:
+        for done in waiters.values():
+            self._reactor.call_in_turn(done, result)

@@ -162,7 +162,7 @@ def add_process_readings(
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
     metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", lambda: _statm_bytes(0))
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
                   lambda: started_ns / NS)
 
@@ -174,10 +174,6 @@ def _statm_bytes(field: int) -> int:
             return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
-
-
-def _virtual_bytes() -> int:
-    return _statm_bytes(0)
 
 
 def _resident_bytes() -> int:
@@ -208,7 +204,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
         "cmdline": [sys.executable, *sys.argv],
         "file_descriptor_limit": open_files_limit(),
         "memstats": {
-            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "Alloc": _resident_bytes(), "Sys": _statm_bytes(0),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
         "raft.status": _raft_status(server.node.status()),

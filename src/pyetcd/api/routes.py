@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from typing import Callable, Dict, FrozenSet, Optional, Sequence, Tuple
 
 from ..base.basics import is_clean_path
@@ -14,7 +15,7 @@ from ..member.auth import Auth, Guard
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..net.http_messages import HttpHead
-from ..net.http_requests import Handler, HttpRequest, StreamReply
+from ..net.http_requests import Handler, HttpRequest
 from .auth import AuthApi, refuse_credentials
 from .forms import not_found, refuse_method
 from .keys import KeysApi
@@ -37,22 +38,15 @@ class CorsRequest(HttpRequest):
         self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
-    def reply(
-        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
-        headers: str = "", more: Sequence[bytes] = (),
-    ) -> None:
-        super().reply(status, body, content_type, self._lines + headers, more)
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        return super()._head_bytes(status, content_type, self._lines + headers, framing)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
-
-    def start_stream(
-        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
-        *, length: Optional[int] = None,
-    ) -> StreamReply:
-        return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
@@ -188,17 +182,13 @@ def _refuse_v3(request: HttpRequest) -> None:
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
 
-def _reply_empty(request: HttpRequest) -> None:
-    request.reply(200)
+_reply_empty: Handler = operator.methodcaller("reply", 200)
+_bad_request: Handler = operator.methodcaller("reply", 400)
 
 
 def _refuse_hashes(request: HttpRequest) -> None:
     text = "the snapshot holds password hashes: it is for users with the role root"
     request.reply(401, f'{{"message":"Insufficient credentials; {text}"}}'.encode())
-
-
-def _bad_request(request: HttpRequest) -> None:
-    request.reply(400)
 
 
 class PeerApi:

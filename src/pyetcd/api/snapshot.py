@@ -50,7 +50,7 @@ class Download:
         self._server = server
         self._ended = ended
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
-        request.on_close = self._client_gone
+        request.connection.on_close = self._client_gone
         server.snapshots.request(self._start)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:

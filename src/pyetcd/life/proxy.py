@@ -358,14 +358,14 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        self._request.on_close = self._client_gone
+        self._request.connection.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
         """Drop the request without an answer."""
-        self._request.on_close = None
+        self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
@@ -418,7 +418,7 @@ class Forward:
         length = None
         if "transfer-encoding" not in headers and "content-length" in headers:
             length = _content_length(headers)
-        request.on_close = None
+        request.connection.on_close = None
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 

@@ -73,7 +73,6 @@ class BufferBudget:
         self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
         self._grown = 0                 # bytes since the begin of the last walk
         self._room = HELD_BYTES_MAX     # after the last walk
-        self._walk: Iterator[None] = iter(())
         self._is_walking = False
         self._log = ThrottledLog("http", reactor.now)
 
@@ -84,15 +83,14 @@ class BufferBudget:
         self._grown += grown
         if self._grown >= self._room and not self._is_walking:
             self._is_walking, self._grown = True, 0
-            self._walk = self._close_excess()
-            self._reactor.call_soon(self._go_on)
+            self._reactor.call_soon(self._go_on, self._close_excess())
 
     def forget(self, connection: BufferOwner) -> None:
         self._owners.pop(connection, None)
 
-    def _go_on(self) -> None:
-        for _ in self._walk:
-            self._reactor.call_soon(self._go_on)
+    def _go_on(self, walk: Iterator[None]) -> None:
+        for _ in walk:
+            self._reactor.call_soon(self._go_on, walk)
             return
         self._is_walking = False
 

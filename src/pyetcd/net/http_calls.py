@@ -124,12 +124,6 @@ class HttpCall:
     answer_max         received bytes of the body; above: cut, and complete
     """
 
-    __slots__ = (
-        "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
-    )
-
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
@@ -189,9 +183,21 @@ class HttpCall:
         self._sock.close()
         self._sock = None
 
-    def flush(self) -> None:
+    def pause(self) -> None:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        if not self.ended and self._paused:
+            self._paused = False
+            self._heard = self._reactor.now()
+            self._watch()
+
+    def _flush(self) -> None:
         """Send the rest of the request, as much as the socket takes."""
-        if self.ended or self._sock is None:
+        if self._sock is None:          # timed out meanwhile
             return
         try:
             if self._out:
@@ -204,18 +210,6 @@ class HttpCall:
             self._fail(error)
             return
         self._watch()
-
-    def pause(self) -> None:
-        """Read no more until resume(); the idle timeout is suspended."""
-        if not self.ended and not self._paused:
-            self._paused = True
-            self._watch()
-
-    def resume(self) -> None:
-        if not self.ended and self._paused:
-            self._paused = False
-            self._heard = self._reactor.now()
-            self._watch()
 
     def _watch(self) -> None:
         """Wait for room for the request, and for the answer."""
@@ -272,11 +266,11 @@ class HttpCall:
         self._heard = self._reactor.now()
         self._timer.cancel()
         self._watch_idle()
-        self.flush()
+        self._flush()
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
-            self.flush()
+            self._flush()
         if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
@@ -375,8 +369,6 @@ def _ignore(*args: object) -> None:
 class Answer:
     """The answer to a call: status, headers, and the first body_max bytes of the body."""
 
-    __slots__ = ("status", "headers", "body", "_body_max")
-
     def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
         self._body_max = body_max
         self.status = 0                 # 0: none has arrived
@@ -387,8 +379,7 @@ class Answer:
         self.status, self.headers = status, headers
 
     def take_data(self, data: bytes) -> None:
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
+        self.body = (self.body + data)[:self._body_max]
 
 
 def fetch(

@@ -31,9 +31,10 @@ from .http_messages import (
     ChunkedDecoder,
     HeadFinder,
     Http2Preface,
-    Http2Refusal,
     HttpHead,
+    StreamParser,
     check_start,
+    http2_refusal,
     parse_head,
 )
 from .http_requests import _STATUS_LINES, Handler, HttpRequest, closing_head
@@ -151,8 +152,8 @@ class Connection:
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
-        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_drain_timer",
+        "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_in_line",
+        "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -176,21 +177,17 @@ class Connection:
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
-        self._events = selectors.EVENT_READ
+        self._events = 0                # that the reactor waits for
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
-        self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # _resume() is queued behind other connections
-        self._http2: Optional[Http2Refusal] = None
-        self._drain_timer: Optional[Timer] = None
-        self._register(selectors.EVENT_READ, self._receive)
+        self._http2: Optional[StreamParser] = None
+        self._drain_timer: Optional[Timer] = None   # set: the reply is sent, and input thrown away
+        self._watch(selectors.EVENT_READ)
 
     @property
     def scheme(self) -> str:
         return "https" if self._service.tls else "http"
-
-    def _register(self, events: int, callback: Callable[[int], None]) -> None:
-        self.reactor.register(self._sock, events, callback, patient=self._service.patient)
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -206,7 +203,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._draining:
+        if self._drain_timer:
             if not data:
                 self.close()
         elif not data:
@@ -293,7 +290,7 @@ class Connection:
         if not head.body_size and not head.chunked:
             self._head = None
             return HttpRequest(head, b"", self)
-        body = self._take_chunked(head) if head.chunked else self._take_sized(head)
+        body = self._take_chunked() if head.chunked else self._take_sized(head.body_size)
         if body is None and self._head is not None:
             return None
         self._head = None
@@ -324,25 +321,38 @@ class Connection:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return head
 
-    def _take_sized(self, head: HttpHead) -> Optional[bytes]:
+    def _take_sized(self, size: int) -> Optional[bytes]:
         """Return the body; None: incomplete, or too large and then _head is cleared."""
-        size = head.body_size
-        if size > self._body_max:
-            self._refuse_body()
-            return None
-        if not self._body_bytes and len(self._in) >= size:
-            body = bytes(self._in[:size])
-            del self._in[:size]
-            return body
-        if size <= 1 << 16:
-            return None
+        if size <= self._body_max:
+            if not self._body_bytes and len(self._in) >= size:
+                body = bytes(self._in[:size])
+                del self._in[:size]
+                return body
+            if size <= 1 << 16:
+                return None
         left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
-        if piece and not self._keep(piece):
+        return self._add(piece, fits=size <= self._body_max, is_last=len(piece) == left)
+
+    def _take_chunked(self) -> Optional[bytes]:
+        decoder = self._chunks = self._chunks or ChunkedDecoder()
+        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
+        del self._in[:CHUNKED_SLICE_BYTES]
+        piece = decoder.feed(data)
+        if decoder.done:
+            self._in[:0] = decoder.rest
+            self._chunks = None
+        elif self._in:
+            self._line_up()
+        return self._add(piece, fits=decoder.chunks <= CHUNKS_MAX, is_last=decoder.done)
+
+    def _add(self, piece: bytes, *, fits: bool, is_last: bool) -> Optional[bytes]:
+        """Keep a piece of a body, and return all of it behind the last; not fits: refuse it."""
+        if not fits or piece and not self._keep(piece) or self._body_bytes > self._body_max:
             self._refuse_body()
             return None
-        return self._join() if self._body_bytes == size else None
+        return self._join() if is_last else None
 
     def _keep(self, piece: bytes) -> bool:
         """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
@@ -377,29 +387,10 @@ class Connection:
         self._head = self._chunks = self._file = None
         self._join()
 
-    def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
-        if self._chunks is None:
-            self._chunks = ChunkedDecoder()
-        decoder = self._chunks
-        data = bytes(self._in[:CHUNKED_SLICE_BYTES])
-        del self._in[:CHUNKED_SLICE_BYTES]
-        piece = decoder.feed(data)
-        has_room = self._keep(piece) if piece else True
-        if not has_room or self._body_bytes > self._body_max or decoder.chunks > CHUNKS_MAX:
-            self._refuse_body()
-            return None
-        if not decoder.done:
-            if self._in:
-                self._line_up()
-            return None
-        self._in[:0] = decoder.rest
-        self._chunks = None
-        return self._join()
-
     def refuse(self, error: BadRequest) -> None:
         """Answer a message that is not HTTP, and close."""
         if isinstance(error, Http2Preface):
-            self._http2 = Http2Refusal(V3_REFUSAL)
+            self._http2 = StreamParser(http2_refusal(V3_REFUSAL.encode("ascii")))
             self._refuse_http2(self._http2)
             return
         text = str(error).encode("latin-1")
@@ -411,13 +402,14 @@ class Connection:
         self._in.clear()
         self._close_after = True
 
-    def _refuse_http2(self, refusal: Http2Refusal) -> None:
+    def _refuse_http2(self, refusal: StreamParser) -> None:
         data = bytes(self._in)
         self._in.clear()
-        answer = refusal.feed(data)
-        if answer:
+        for answer in () if self._close_after else refusal.feed(data):
+            if not answer:
+                self._close_after = True
+                break
             self.send(answer)
-        self._close_after = refusal.done
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         """Queue bytes for the end of this turn."""
@@ -545,9 +537,8 @@ class Connection:
 
     def _drain(self) -> None:
         """End the output, then read until the client closes: a reset would destroy the reply."""
-        if self._draining:
+        if self._drain_timer:
             return
-        self._draining = True
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -562,7 +553,7 @@ class Connection:
             return
         callback = self._receive if events == selectors.EVENT_READ else self._on_event
         if not self._events:
-            self._register(events, callback)
+            self.reactor.register(self._sock, events, callback, patient=self._service.patient)
         elif events:
             self.reactor.modify(self._sock, events, callback)
         else:

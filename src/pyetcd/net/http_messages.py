@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Generator, Iterable, Iterator, List, Optional, Tuple, Union
 
 from ..base.limits import (
     HEADER_LINES_MAX,
@@ -302,66 +302,75 @@ class ChunkedDecoder:
         self.done = True
 
 
-class Http2Refusal:
-    """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
+class StreamParser:
+    """Feeds a stream, which arrives in any pieces, to a parser.
+
+    parser  a generator, which yields how many bytes to send it next, and items between
+    """
+
+    def __init__(self, parser: Generator[Any, bytes, None]) -> None:
+        self._parser = parser
+        self._need: int = next(parser)
+        self._partial = bytearray()     # received, but less than _need
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield the items up to the end of `data`; exhaust it before the next data.
+
+        Raises what the parser does; then the stream is lost.
+        """
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._need:
+                return
+            data = bytes(self._partial)
+        at, until, end = 0, self._need, len(data)
+        while until <= end:
+            found = self._parser.send(data[at:until])
+            while not isinstance(found, int):
+                yield found
+                found = next(self._parser)
+            at, until = until, until + found
+        self._need = until - at
+        if at < end or self._partial:
+            self._partial = bytearray(data[at:])
+
+
+_HTTP2_FRAME_BYTES_MAX = 1 << 14    # the protocol's default; above: GOAWAY
+_HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
+
+
+def http2_refusal(sentence: bytes) -> Generator[Union[int, bytes], bytes, None]:
+    """Speak as much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
     The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
     HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
+    Yields what to send, and at the end b"".
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
-
-    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
-    _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-
-    __slots__ = ("done", "_buffer", "_greeted", "_sentence")
-
-    def __init__(self, sentence: str) -> None:
-        self.done = False               # the connection is to be closed
-        self._buffer = b""
-        self._greeted = False
-        self._sentence = sentence.encode("ascii")
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the bytes to send after `data` has arrived."""
-        self._buffer += data
-        answer = b""
-        if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
-            self._greeted = True
-            answer = self._frame(self._SETTINGS, 0, 0)
-            if not self._buffer.startswith(self._PREFACE_END):
-                answer += self._goodbye(0)
-            self._buffer = self._buffer[len(self._PREFACE_END):]
-        while self._greeted and not self.done and len(self._buffer) >= 9:
-            size = int.from_bytes(self._buffer[:3], "big")
-            if size > self._FRAME_BYTES_MAX:
-                return answer + self._goodbye(0)
-            if len(self._buffer) < 9 + size:
-                break
-            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-            answer += self._answer(frame)
-        return answer
-
-    def _answer(self, frame: bytes) -> bytes:
-        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
-        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
-            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+    is_http2 = (yield 6) == b"SM\r\n\r\n"      # follows the empty line of `PRI * HTTP/2.0`
+    yield _http2_frame(_SETTINGS, 0, 0)
+    last_stream = 0
+    while is_http2:
+        head = yield 9
+        kind, flags, stream = struct.unpack_from(">BBI", head, 3)
+        size = int.from_bytes(head[:3], "big")
+        if size > _HTTP2_FRAME_BYTES_MAX:
+            break
+        payload = yield size
+        if kind == _HEADERS:            # the answer: `:status 200` and, as trailers, error 12
+            last_stream = stream & 0x7FFF_FFFF
+            yield _http2_frame(kind, 0x4 | 0x1, last_stream, (      # END_HEADERS | END_STREAM
                 b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
-                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
-            )) + self._goodbye(stream & 0x7FFF_FFFF)
-        if kind == self._GOAWAY:
-            return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
-            return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""
+                b"\0\x0cgrpc-message%c%b" % (len(sentence), sentence)
+            ))
+        if kind in (_HEADERS, _GOAWAY):
+            break
+        if kind in (_SETTINGS, _PING) and not flags & 1:        # 1: acknowledgement
+            yield _http2_frame(kind, 1, 0, payload if kind == _PING else b"")
+    http_1_1_required = 0xD
+    yield _http2_frame(_GOAWAY, 0, 0, struct.pack(">II", last_stream, http_1_1_required) + sentence)
+    yield b""
 
-    def _goodbye(self, last_stream: int) -> bytes:
-        self.done = True
-        http_1_1_required = 0xD
-        return self._frame(self._GOAWAY, 0, 0, struct.pack(
-            ">II", last_stream, http_1_1_required) + self._sentence)
 
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-        return struct.pack(">I", len(payload))[1:] + struct.pack(
-            ">BBI", kind, flags, stream) + payload
+def _http2_frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload

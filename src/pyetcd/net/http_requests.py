@@ -21,7 +21,7 @@ class Channel(Protocol):
 
     reactor: Reactor
     remote: str
-    on_close: Optional[Callable[[], None]]
+    on_close: Optional[Callable[[], None]]      # once, if the client closes it before the reply
     on_drain: Optional[Callable[[], None]]
     streaming: bool
     pending: int
@@ -56,15 +56,6 @@ class HttpRequest:
     headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
     remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
     scheme = cast(str, property(attrgetter("connection.scheme")))
-
-    @property
-    def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client closes the connection before the reply."""
-        return self.connection.on_close
-
-    @on_close.setter
-    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        self.connection.on_close = callback
 
     def _head_bytes(
         self, status: int, content_type: Optional[str], headers: str, framing: str

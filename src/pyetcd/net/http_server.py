@@ -139,8 +139,7 @@ class Listener(Service, http.server.HTTPServer):
         self.pending: Set[PendingConnection] = set()
         self._kept = kept
         self._log = ThrottledLog("http", reactor.now)
-        self._sweep: Optional[Timer] = None
-        self._started = False
+        self._sweep: Optional[Timer] = None     # set while it accepts
         family, address = _listen_address(url)
         self.address_family = family
         http.server.HTTPServer.__init__(self, address, http.server.BaseHTTPRequestHandler)
@@ -162,21 +161,16 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._listen()
-        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
-
-    def _listen(self) -> None:
-        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
         """Close the listening socket and every connection."""
-        if self._started:
-            self.reactor.unregister(self.socket)
         if self._sweep is not None:
             self._sweep.cancel()
-        self._started = False
+            self._sweep = None
+            self.reactor.unregister(self.socket)
         self.server_close()
         for pending in list(self.pending):
             pending.close()
@@ -246,13 +240,12 @@ class Listener(Service, http.server.HTTPServer):
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
         )
-        self.reactor.unregister(self.socket)
-        self._started = False
+        self.reactor.modify(self.socket, 0, self._accept)
         self.reactor.call_later(1.0, self._resume)
 
     def _resume(self) -> None:
-        if self.socket.fileno() >= 0 and not self._started:
-            self._listen()
+        if self._sweep is not None:
+            self.reactor.modify(self.socket, selectors.EVENT_READ, self._accept)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:

@@ -9,7 +9,7 @@ import selectors
 import socket
 import threading
 from email.utils import formatdate
-from typing import Any, Callable, Deque, Dict, List, Optional, OrderedDict, Protocol, Set, Tuple
+from typing import IO, Any, Callable, Deque, Dict, List, Optional, OrderedDict, Set, Tuple, Union
 
 from ..base.limits import NS
 from ..base.system import make_poll
@@ -23,12 +23,7 @@ CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a tu
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
-class HasFileno(Protocol):
-    """A socket or a pipe."""
-
-    def fileno(self) -> int: ...
-
-
+Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
@@ -103,8 +98,7 @@ class Reactor:
             self._schedule(period_s, timer)
             callback()
 
-        timer = Timer(call, ())
-        self._schedule(period_s, timer)
+        timer = self.call_later(period_s, call)
         return timer
 
     def _schedule(self, delay_s: float, timer: Timer) -> None:
@@ -163,7 +157,7 @@ class Reactor:
         return waiter
 
     def register(
-        self, sock: HasFileno, events: int, callback: Callable[[int], None], *,
+        self, sock: Pollable, events: int, callback: Callable[[int], None], *,
         patient: bool = False,
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
@@ -179,7 +173,7 @@ class Reactor:
         else:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
-    def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
+    def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
         """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
@@ -187,7 +181,7 @@ class Reactor:
         if descriptor not in self._patient:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
-    def unregister(self, sock: HasFileno) -> None:
+    def unregister(self, sock: Pollable) -> None:
         """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]

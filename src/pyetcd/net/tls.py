@@ -42,7 +42,6 @@ class TlsSocket(ssl.SSLSocket):
 
         This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
-        data = b""
         pieces: List[bytes] = []
         while size > 0 or self.pending():
             try:
@@ -132,14 +131,15 @@ class TlsContext:
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
         """Return time, inode and size of each file, which change with it."""
+        files = self._files
         found: List[Optional[Tuple[int, int, int]]] = []
-        for path in self._files:
-            if isinstance(path, str) and path and path not in self._files[-2:]:
-                with contextlib.suppress(OSError):
-                    status = os.stat(path)
-                    found.append((status.st_mtime_ns, status.st_ino, status.st_size))
-                    continue
-            found.append(None)
+        for path in (files.cert_file, files.key_file, files.trusted_ca_file, files.ca_file,
+                     files.crl_file):
+            try:
+                status = os.stat(path)
+                found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError:             # unreadable, or ""
+                found.append(None)
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:

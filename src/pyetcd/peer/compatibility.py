@@ -16,8 +16,6 @@ from ..net.budgets import SlicedWork
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 
-CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
-
 
 class StreamKind(NamedTuple):
     """One of the two streams that each member holds open to each peer."""
@@ -30,9 +28,6 @@ class StreamKind(NamedTuple):
 APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
 MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def _parse_id(text: str) -> Optional[int]:
@@ -48,7 +43,6 @@ class PeerStatus:
 
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
         self.version = ""               # "": none yet
-        self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
         self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
@@ -57,8 +51,7 @@ class PeerStatus:
 
     def activate(self) -> None:
         """Note that a message went through."""
-        if not self.active:
-            self.active = True
+        if not self.active_since:
             self.active_since = self._wall_ns() / NS
             package_logger("rafthttp").info("the connection with %s became active", self._id)
 
@@ -67,11 +60,10 @@ class PeerStatus:
         if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
             reason = reason.strerror.lower()
         log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
+        level = logging.ERROR if self.active_since else logging.DEBUG
         self.problem = str(reason)
         log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
-        if self.active:
-            self.active = False
+        if self.active_since:
             self.active_since = 0.0
             self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)

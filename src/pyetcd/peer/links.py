@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from typing import Deque, Iterable, Optional, Set
 
@@ -24,9 +25,7 @@ from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.http_requests import StreamReply
 from ..net.workers import REPEAT_SECONDS
 from .compatibility import (
-    _PIPELINE,
     APP_STREAM,
-    CLOCK_DIFFERENCE_MAX_NS,
     MESSAGE_STREAM,
     LinkContext,
     PeerStatus,
@@ -36,6 +35,9 @@ from .compatibility import (
 )
 from .frames import _U64, AppV2Encoder, EntryListEncoder, MessageEncoder
 from .streams import StreamReader, StreamWriter, refusal_of
+
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+_PIPELINE = "pipeline"              # its name in the log and in statistics
 
 
 class PeerPost:
@@ -124,13 +126,10 @@ class Pipeline:
         context = self._context
         post.url = self.picker.pick()
         post.started = context.reactor.now()
-
-        def done(error: Optional[Exception], answer: Answer) -> None:
-            self._answered(post, error, answer)
-
         post.call = fetch(
-            context.reactor, post.url, post.target, done, method="POST", body=post.body,
-            headers={**context.headers, "Content-Type": post.content_type}, tls=context.tls,
+            context.reactor, post.url, post.target, functools.partial(self._answered, post),
+            method="POST", body=post.body, tls=context.tls,
+            headers={**context.headers, "Content-Type": post.content_type},
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
@@ -176,21 +175,18 @@ class Prober:
             self._call.cancel()
 
     def _probe(self) -> None:
-        context, asked_at = self._context, self._context.reactor.now()
-        if self._call is not None and not self._call.ended:
-            return
+        context = self._context
+        if self._call is None or self._call.ended:
+            self._call = fetch(
+                context.reactor, self._picker.pick(), "/raft/probing",
+                functools.partial(self._probed, context.reactor.now()), tls=context.tls,
+                connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            )
 
-        def done(error: Optional[Exception], answer: Answer) -> None:
-            self._probed(asked_at, None if error else _probed_time(answer))
-
-        self._call = fetch(
-            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-        )
-
-    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
+    def _probed(self, asked_at: float, error: Optional[Exception], answer: Answer) -> None:
         reactor = self._context.reactor
         elapsed_s = reactor.now() - asked_at
+        theirs_ns = None if error else _probed_time(answer)
         if theirs_ns is None:
             self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
@@ -260,11 +256,6 @@ class Peer:
         """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
-
-    @property
-    def problem(self) -> str:
-        """The URL that is dialed and what fails there; "" if the peer can be reached."""
-        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
 
     def other_process(self, advertised: str) -> str:
         """Return the peer URLs of another process that has this peer's streams, or "".

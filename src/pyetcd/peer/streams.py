@@ -23,10 +23,10 @@ from ..base.messages import Message
 from ..base.text import finish, text_of
 from ..base.versions import UNKNOWN_VERSION, major_minor
 from ..net.http_calls import ANSWER_BYTES_MAX, Answer, HttpCall
+from ..net.http_messages import StreamParser
 from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
-    _OLDEST_STREAM_VERSION,
     APP_STREAM,
     DOUBLE_HINT,
     FOREIGN_HINT,
@@ -37,7 +37,9 @@ from .compatibility import (
     StreamKind,
     UrlPicker,
 )
-from .frames import AppV2Decoder, AppV2Encoder, FrameDecoder, MessageDecoder, MessageEncoder
+from .frames import AppV2Encoder, MessageEncoder, app_v2_frames, message_frames
+
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
 
 
 def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
@@ -82,11 +84,6 @@ class StreamReader:
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
-        self._url = ""                              # that _call dialed
-        self._answer = Answer()
-        self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
-        self._unread_bytes = 0                      # received, in no message yet
-        self._is_decoding = False                   # the last data, in the next turns
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
@@ -106,9 +103,9 @@ class StreamReader:
 
     def _dial(self) -> None:
         context = self._context
-        self._decoder = None
-        self._unread_bytes = 0
-        self._is_decoding = False
+        self._decoder: Optional[StreamParser] = None    # set while the stream is open
+        self._unread_bytes = 0                      # received, in no message yet
+        self._is_decoding = False                   # the last data, in the next turns
         self._answer = Answer()
         self._url = self._picker.pick()
         self._call = HttpCall(
@@ -123,8 +120,9 @@ class StreamReader:
         if "x-server-version" in headers:
             self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
-                self._context.member_id, self._member_id)
+            self._decoder = StreamParser(
+                app_v2_frames(self._context.member_id, self._member_id)
+                if self._kind is APP_STREAM else message_frames())
             self._status.activate()
 
     def _on_data(self, data: bytes) -> None:
@@ -138,7 +136,7 @@ class StreamReader:
             return
         self._status.activate()
         self._unread_bytes += len(data)
-        steps = self._receive(call, self._decoder.messages(data))
+        steps = self._receive(call, self._decoder.feed(data))
         if self._unread_bytes <= _SHORT_BYTES and not self._is_decoding:
             self._decoded(call, finish(steps))
             return

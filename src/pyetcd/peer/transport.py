@@ -76,7 +76,6 @@ class Transport:
         identity: Identity = DEFAULT_IDENTITY,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
-        self._reactor = reactor
         self._member_id = member_id
         self._cluster_id = f"{cluster_id:x}"
         self._identity = identity
@@ -85,7 +84,6 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._decoding = SlicedWork(reactor)
         self._is_reading_snapshot = False   # one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
         self._log = ThrottledLog("rafthttp", reactor.now)
@@ -99,12 +97,20 @@ class Transport:
             "/raft/stream": ("", self._redirect_stream),
             "/raft/probing": ("", self._handle_probing),
         }
+        headers = {
+            "X-Etcd-Cluster-Id": self._cluster_id,
+            "X-Min-Cluster-Version": identity.min_cluster,
+            "X-Peerurls": ",".join(peer_urls),
+            "X-Server-From": f"{member_id:x}",
+            "X-Server-Version": identity.server,
+        }
         self._context = LinkContext(
-            reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
+            reactor, member_id, self._cluster_id, headers,
             1.0 + election_s / 5, self._log.error, self._receive,
-            lambda to: self._report_soon(unreachable, to),
-            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
-            round_trip, tls, self._decoding, self._inspector, identity,
+            functools.partial(reactor.call_soon, self._report, unreachable),
+            functools.partial(reactor.call_soon, self._report, snapshot_done),
+            self._report_removal, sent, round_trip, tls, SlicedWork(reactor), self._inspector,
+            identity,
         )
 
     # -- members -----------------------------------------------------------
@@ -112,7 +118,7 @@ class Transport:
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Open the links to a member; a known one gets new URLs."""
         if member_id in self._peers:
-            self.update_peer(member_id, urls)
+            self._peers[member_id].picker.update(urls)
         elif not self._stopped:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
@@ -123,15 +129,9 @@ class Transport:
         if member_id in self._remotes:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            status = PeerStatus(member_id, self._reactor.wall_ns)
+            status = PeerStatus(member_id, self._context.reactor.wall_ns)
             self._remotes[member_id] = Pipeline(
                 self._context, member_id, UrlPicker(urls), status)
-
-    def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Use other URLs for a member; unknown ids are ignored."""
-        peer = self._peers.get(member_id)
-        if peer is not None:
-            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -152,12 +152,14 @@ class Transport:
     def inactive_since(self, member_id: int) -> float:
         """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
         peer = self._peers.get(member_id)
-        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
+        return 0.0 if peer is None or peer.status.active_since else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
         peer = self._peers.get(member_id)
-        return peer.problem if peer is not None else ""
+        if peer is None or peer.status.active_since:
+            return ""
+        return f"{peer.picker.pick()}: {peer.status.problem}"
 
     def stop(self) -> None:
         """Close all links; no callback comes any more."""
@@ -183,11 +185,8 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report in this turn, but outside of the call, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, *args)
-
     def _report(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in a posted call: the cause may be a call of Raft itself."""
         if not self._stopped:
             report(*args)
 
@@ -195,16 +194,7 @@ class Transport:
         """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
-
-    def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
-        return {
-            "X-Etcd-Cluster-Id": self._cluster_id,
-            "X-Min-Cluster-Version": self._identity.min_cluster,
-            "X-Peerurls": ",".join(peer_urls),
-            "X-Server-From": f"{self._member_id:x}",
-            "X-Server-Version": self._identity.server,
-        }
+            self._context.reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     # -- receiving ---------------------------------------------------------
 
@@ -325,7 +315,7 @@ class Transport:
             self._read_snapshot(request, is_framed=is_framed)
         else:
             steps = self._receive_body(memoryview(request.body))
-            self._decoding.add(steps, lambda status: self._answer(request, status))
+            self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
     def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
         """Decode and receive one message; return the status for its sender."""
@@ -380,15 +370,15 @@ class Transport:
                 self._answer(request, 403)
             else:
                 steps = self._receive(message, size)
-                self._decoding.add(steps, lambda status: self._answer(request, status))
+                self._context.decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
-        self._reactor.run_blocking(
+        self._context.reactor.run_blocking(
             _posted_snapshot, body, self._inspector, is_framed, kind=FILE_WORK,
             done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
-        now = format_time(self._reactor.wall_ns())
+        now = format_time(self._context.reactor.wall_ns())
         request.reply(200, b'{"OK":true,"Now":"%b"}\n' % now.encode(), "text/plain; charset=utf-8")
 
     @staticmethod
