@@ -2692,7 +2692,7 @@ class Replication:
         self._config = config
         self._log = log
         self._mail = mail
-        self.is_due = False                         # some progress is due
+        self.is_due = False                         # leader: some progress is due
         self._broadcast_due = False                 # every progress is due
 
     def set_voters(self, voters: Iterable[int]) -> None:
@@ -2930,19 +2930,6 @@ class RaftRole(IntEnum):
     PRE_CANDIDATE = 3
 
 
-class Status(NamedTuple):
-    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
-
-    id: int
-    term: int
-    vote: int
-    commit: int
-    applied: int
-    role: RaftRole
-    lead: int
-    progress: Dict[int, Tuple[int, int, str]]
-
-
 class Raft:
     """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
 
@@ -3009,7 +2996,8 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.mark_due(self.progress[member])
+            if self.role is RaftRole.LEADER:
+                self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -3631,17 +3619,12 @@ class RawNode:
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
-            or raft.replication.is_due and self._is_append_due
-            or raft.term != known.term or raft.vote != known.vote
+            or raft.replication.is_due or raft.term != known.term or raft.vote != known.vote
         )
-
-    @property
-    def _is_append_due(self) -> bool:
-        return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
         raft = self.raft
-        if self._is_append_due:
+        if raft.replication.is_due:
             raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
@@ -3666,14 +3649,6 @@ class RawNode:
     def compact(self, index: int) -> None:
         """Drop the entries up to `index`, which must be applied, from memory."""
         self.raft.log.compact(index)
-
-    def status(self) -> Status:
-        raft = self.raft
-        progress = raft.progress if raft.role is RaftRole.LEADER else {}
-        return Status(
-            raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
-        )
 
 
 def _is_contiguous(message: Message) -> bool:
@@ -16705,7 +16680,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
             "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
-        "raft.status": _raft_status(server.node.status()),
+        "raft.status": _raft_status(server.node.raft),
         "reactor": {
             "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
             "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
@@ -16723,16 +16698,18 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     }
 
 
-def _raft_status(status: Status) -> Dict[str, object]:
+def _raft_status(raft: Raft) -> Dict[str, object]:
+    followed = raft.progress if raft.role is RaftRole.LEADER else {}
     return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
+        "id": format_id(raft.id), "term": raft.term, "vote": format_id(raft.vote),
+        "commit": raft.log.commit, "lead": format_id(raft.lead),
+        "raftState": raft_state_name(raft.role),
         "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            format_id(id): {
+                "match": progress.match_index, "next": progress.next_index,
+                "state": "ProgressState" + progress.state.name.capitalize(),
             }
-            for each, (match, next_, state) in status.progress.items()
+            for id, progress in followed.items()
         },
     }
 

@@ -19,7 +19,7 @@ from ..base.messages import (
     MsgType,
     Snapshot,
 )
-from .core import _RESPONSES, Raft, RaftRole, Status
+from .core import _RESPONSES, Raft
 from .log import Mark, RaftLog
 from .replication import RaftConfig
 
@@ -219,17 +219,12 @@ class RawNode:
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
-            or raft.replication.is_due and self._is_append_due
-            or raft.term != known.term or raft.vote != known.vote
+            or raft.replication.is_due or raft.term != known.term or raft.vote != known.vote
         )
-
-    @property
-    def _is_append_due(self) -> bool:
-        return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
         raft = self.raft
-        if self._is_append_due:
+        if raft.replication.is_due:
             raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
@@ -254,14 +249,6 @@ class RawNode:
     def compact(self, index: int) -> None:
         """Drop the entries up to `index`, which must be applied, from memory."""
         self.raft.log.compact(index)
-
-    def status(self) -> Status:
-        raft = self.raft
-        progress = raft.progress if raft.role is RaftRole.LEADER else {}
-        return Status(
-            raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
-        )
 
 
 def _is_contiguous(message: Message) -> bool:

@@ -52,7 +52,7 @@ class Replication:
         self._config = config
         self._log = log
         self._mail = mail
-        self.is_due = False                         # some progress is due
+        self.is_due = False                         # leader: some progress is due
         self._broadcast_due = False                 # every progress is due
 
     def set_voters(self, voters: Iterable[int]) -> None:
