@@ -2339,12 +2339,6 @@ def quorum_size(voters: int) -> int:
     return voters // 2 + 1
 
 
-def quorum_index(match_indexes: Iterable[int]) -> int:
-    """Return the highest index that a majority has reached; 0 without members."""
-    ascending = sorted(match_indexes)
-    return ascending[(len(ascending) - 1) // 2] if ascending else 0
-
-
 _ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
@@ -2712,8 +2706,9 @@ class Replication:
 
     @property
     def quorum_index(self) -> int:
-        """The highest index that is durable on a majority."""
-        return quorum_index([progress.match_index for progress in self.progress.values()])
+        """The highest index that is durable on a majority; 0 without members."""
+        ascending = sorted([progress.match_index for progress in self.progress.values()])
+        return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
     def mark_due(self, progress: Progress) -> None:
         """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
@@ -4007,11 +4002,9 @@ class TreeWalk:
     def _children(self, path: str) -> List[str]:
         """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
-        paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._kept:
-            known = node.children if node is not None and node.children is not None else {}
-            paths += [kept for kept in dict.fromkeys(self._kept[path]) if kept not in known]
-        return paths
+        known = (node.children if node is not None else None) or {}
+        kept = dict.fromkeys(self._kept.get(path, ()))
+        return [*known, *[child for child in kept if child not in known]]
 
 
 class SnapshotWalk(TreeWalk):
@@ -4216,10 +4209,7 @@ class Listing(TreeWalk):
             if self._sorted:
                 _sort_bytewise(children)
             paths = iter(children)
-        block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
-        while block:
-            yield block
-            block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
+        yield from iter(lambda: list(itertools.islice(paths, LISTING_BLOCK_NODES)), [])
 
 
 # ============================================================================
@@ -4885,7 +4875,7 @@ class StoreState(NamedTuple):
         try:
             nodes, end = _read_tree(data, progress)
             text = bytes(data[end:]).decode("utf-8", "replace")
-            slots, rest = _read_slots(text, 0)
+            slots, rest = _read_slots(text)
             state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
@@ -4919,15 +4909,15 @@ _SLOTS = '"Events":['
 _SLOT_END = re.compile(r"\s*([,\]])")
 
 
-def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the text from `end` on without them.
+def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the rest of the text.
 
     One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
-    first = text.find(_SLOTS, end) + len(_SLOTS)
+    first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
-        return slots, text[end:]
+        return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
@@ -4936,7 +4926,7 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
         if match is None:
             raise ValueError("the history of events has no end")
         comma, at = match.group(1), match.end()
-    return slots, text[end:first] + text[at - 1:]
+    return slots, text[:first] + text[at - 1:]
 
 
 class Store(NodeTree):
@@ -5175,22 +5165,18 @@ class Store(NodeTree):
         Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
-        for _ in self._expirations(cutoff_ns):
-            self._budget -= EXPIRED_KEY_NODES
-            if self._budget <= 0:
-                return
-        self._expiring_ns = 0
-
-    def _expirations(self, cutoff_ns: int) -> Iterator[Event]:
-        while True:
-            expires_ns, path = self._ttl.first()
-            if not path or expires_ns > cutoff_ns:
-                return
+        expires_ns, path = self._ttl.first()
+        while path and expires_ns <= cutoff_ns:
             if path.startswith(self._detached):
                 self._ttl.set(path, 0)
-                continue
-            self.stats.expire_count += 1
-            yield self._remove("expire", path, self._nodes[path], cutoff_ns)
+            else:
+                self.stats.expire_count += 1
+                self._remove("expire", path, self._nodes[path], cutoff_ns)
+                self._budget -= EXPIRED_KEY_NODES
+                if self._budget <= 0:
+                    return
+            expires_ns, path = self._ttl.first()
+        self._expiring_ns = 0
 
     @property
     def has_ttl(self) -> bool:

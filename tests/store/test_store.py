@@ -559,7 +559,7 @@ def test_store_expire_event_of_a_file(store: Store) -> None:
 
 def test_store_expires_many_in_steps_like_at_once(store: Store) -> None:
     """Steps end between different times only, reach every key, and change no order."""
-    rng, other = random.Random(20154), Store()
+    rng, other = random.Random(20154), Store(history_capacity=2_000)
     for number in range(2_000):
         expires_ns = _store_in(rng.randrange(800))
         for each in (store, other):

@@ -15,7 +15,7 @@ from ..base.limits import (
 )
 from ..base.messages import Entry, EntryID, Message, MsgType, Snapshot
 from .log import RaftLog
-from .progress import Mailbox, Progress, ProgressState, quorum_index, quorum_size
+from .progress import Mailbox, Progress, ProgressState, quorum_size
 
 
 class RaftConfig(NamedTuple):
@@ -72,8 +72,9 @@ class Replication:
 
     @property
     def quorum_index(self) -> int:
-        """The highest index that is durable on a majority."""
-        return quorum_index([progress.match_index for progress in self.progress.values()])
+        """The highest index that is durable on a majority; 0 without members."""
+        ascending = sorted([progress.match_index for progress in self.progress.values()])
+        return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
     def mark_due(self, progress: Progress) -> None:
         """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""

@@ -14,7 +14,6 @@ from typing import (
     Callable,
     Dict,
     Generator,
-    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -211,7 +210,7 @@ class StoreState(NamedTuple):
         try:
             nodes, end = _read_tree(data, progress)
             text = bytes(data[end:]).decode("utf-8", "replace")
-            slots, rest = _read_slots(text, 0)
+            slots, rest = _read_slots(text)
             state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
@@ -245,15 +244,15 @@ _SLOTS = '"Events":['
 _SLOT_END = re.compile(r"\s*([,\]])")
 
 
-def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the text from `end` on without them.
+def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the rest of the text.
 
     One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
-    first = text.find(_SLOTS, end) + len(_SLOTS)
+    first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
-        return slots, text[end:]
+        return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
@@ -262,7 +261,7 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
         if match is None:
             raise ValueError("the history of events has no end")
         comma, at = match.group(1), match.end()
-    return slots, text[end:first] + text[at - 1:]
+    return slots, text[:first] + text[at - 1:]
 
 
 class Store(NodeTree):
@@ -501,22 +500,18 @@ class Store(NodeTree):
         Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
-        for _ in self._expirations(cutoff_ns):
-            self._budget -= EXPIRED_KEY_NODES
-            if self._budget <= 0:
-                return
-        self._expiring_ns = 0
-
-    def _expirations(self, cutoff_ns: int) -> Iterator[Event]:
-        while True:
-            expires_ns, path = self._ttl.first()
-            if not path or expires_ns > cutoff_ns:
-                return
+        expires_ns, path = self._ttl.first()
+        while path and expires_ns <= cutoff_ns:
             if path.startswith(self._detached):
                 self._ttl.set(path, 0)
-                continue
-            self.stats.expire_count += 1
-            yield self._remove("expire", path, self._nodes[path], cutoff_ns)
+            else:
+                self.stats.expire_count += 1
+                self._remove("expire", path, self._nodes[path], cutoff_ns)
+                self._budget -= EXPIRED_KEY_NODES
+                if self._budget <= 0:
+                    return
+            expires_ns, path = self._ttl.first()
+        self._expiring_ns = 0
 
     @property
     def has_ttl(self) -> bool:

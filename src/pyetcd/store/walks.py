@@ -89,11 +89,9 @@ class TreeWalk:
     def _children(self, path: str) -> List[str]:
         """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
-        paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._kept:
-            known = node.children if node is not None and node.children is not None else {}
-            paths += [kept for kept in dict.fromkeys(self._kept[path]) if kept not in known]
-        return paths
+        known = (node.children if node is not None else None) or {}
+        kept = dict.fromkeys(self._kept.get(path, ()))
+        return [*known, *[child for child in kept if child not in known]]
 
 
 class SnapshotWalk(TreeWalk):
@@ -298,7 +296,4 @@ class Listing(TreeWalk):
             if self._sorted:
                 _sort_bytewise(children)
             paths = iter(children)
-        block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
-        while block:
-            yield block
-            block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
+        yield from iter(lambda: list(itertools.islice(paths, LISTING_BLOCK_NODES)), [])
