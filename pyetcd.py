@@ -5570,8 +5570,7 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
     """
     writer = _BoltWriter(file)
     rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
-    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
-    writer.finish(root)
+    writer.finish(writer.tree(rows, _BUCKET))
 
 
 class _BoltWriter:
@@ -5591,7 +5590,7 @@ class _BoltWriter:
             first.append((key, value))
             size += _LEAF_ELEMENT.size + len(key) + len(value)
             if size > _INLINE_BYTES_MAX:
-                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+                return _BUCKET_HEAD.pack(self.tree(itertools.chain(first, source), 0), 0)
         return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
 
     def tree(self, items: Items, flags: int) -> int:
@@ -5621,11 +5620,6 @@ class _BoltWriter:
         self._file.write(page.ljust(-(-len(page) // PAGE_BYTES) * PAGE_BYTES, b"\0"))
         self._next += -(-len(page) // PAGE_BYTES)
         return number
-
-
-def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
-    yield from first
-    yield from rest
 
 
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
@@ -5709,9 +5703,9 @@ class OsDisk:
         with open(path, "rb") as file:
             return file.read()
 
-    def create(self, path: str, mode: int = 0o600) -> int:
+    def create(self, path: str) -> int:
         """Make an empty file, or empty the existing one; return a handle for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
     def open_append(self, path: str) -> int:
         """Return a handle for reading and appending to an existing file."""
@@ -5727,7 +5721,7 @@ class OsDisk:
         """Append pieces, many in one call: each call lets another thread run in between."""
         left = [*data]
         while left:
-            written, whole = _write_some(handle, left[:_WRITE_PIECES_MAX]), 0
+            written, whole = os.writev(handle, left[:_WRITE_PIECES_MAX]), 0
             while whole < len(left) and written >= len(left[whole]):
                 written -= len(left[whole])
                 whole += 1
@@ -5736,7 +5730,7 @@ class OsDisk:
                 left[0] = left[0][written:]
 
     def fdatasync(self, handle: int) -> None:
-        _fdatasync(handle)
+        sync_data(handle)
 
     def fsync(self, handle: int) -> None:
         sync_file(handle)
@@ -5810,13 +5804,7 @@ def raise_disk_full(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-def _write_joined(handle: int, pieces: Sequence[bytes]) -> int:
-    return os.write(handle, b"".join(pieces))
-
-
 _WRITE_PIECES_MAX = 1_024               # as many as Linux and macOS take
-_write_some: Callable[[int, Sequence[bytes]], int] = getattr(os, "writev", _write_joined)
-_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()
 
 
@@ -6156,17 +6144,13 @@ class SnapshotFile(NamedTuple):
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
-def _ignore_index(raft_index: int) -> None:
-    pass
-
-
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
-        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
+        self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
@@ -6305,7 +6289,6 @@ class DataDir(NamedTuple):
     member: str
     wal: str
     snap: str
-    proxy: str
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
@@ -6314,10 +6297,8 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
     Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
-    paths = DataDir(
-        data_dir, member, wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"),
-        os.path.join(data_dir, "proxy"),
-    )
+    wal, snap = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    paths = DataDir(data_dir, member, wal, snap)
     try:
         names = set(os.listdir(data_dir)) if os.path.exists(data_dir) else set()
     except OSError as error:
@@ -6640,7 +6621,7 @@ class Wal:
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
-            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
+            return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
     def read_until_damage(
@@ -6664,14 +6645,11 @@ class Wal:
     @staticmethod
     def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
         """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
-        found: Set[EntryID] = set()
-        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
-            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
-                with contextlib.suppress(CodecError):
-                    snapshot_id = _decode_walpb_snapshot(data)
-                    if data != _encode_walpb_snapshot(snapshot_id):
-                        found.add(snapshot_id)
-        return found
+        return {
+            id for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory))
+            for id, data in _scan_snapshots(disk.read(os.path.join(directory, name)))
+            if data != _encode_walpb_snapshot(id)
+        }
 
     # -- reactor's side ----------------------------------------------------
 
@@ -6719,7 +6697,7 @@ class Wal:
         if self._hard_state != HardState():
             head += encoder.record(RecordType.STATE, encode_hard_state(self._hard_state))
         self._size = len(head)
-        return Cut(_wal_name(self._sequence, self._last_index + 1), head)
+        return Cut(f"{self._sequence:016x}-{self._last_index + 1:016x}.wal", head)
 
     # -- wal thread's side -------------------------------------------------
 
@@ -6788,14 +6766,8 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
     return False
 
 
-def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
-    for record in _snapshot_records(data):
-        with contextlib.suppress(CodecError):
-            yield _decode_walpb_snapshot(record)
-
-
-def _snapshot_records(data: bytes) -> Iterator[bytes]:
+def _scan_snapshots(data: bytes) -> Iterator[Tuple[EntryID, bytes]]:
+    """Yield the snapshot records of a segment, up to the first impossible frame: id, data."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6805,7 +6777,8 @@ def _snapshot_records(data: bytes) -> Iterator[bytes]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_record(data[body:body + length])[2]
+                record = _decode_record(data[body:body + length])[2]
+                yield _decode_walpb_snapshot(record), record
 
 
 class _WalReader:
@@ -6949,10 +6922,6 @@ def _wal_entry(data: bytes) -> Entry:
     if not entry.index or entry.type > EntryType.CONF_CHANGE_V2 or (entry.type and not entry.data):
         raise CodecError("not an entry")
     return entry
-
-
-def _wal_name(sequence: int, index: int) -> str:
-    return f"{sequence:016x}-{index:016x}.wal"
 
 
 def _wal_position(name: str) -> Tuple[int, int]:

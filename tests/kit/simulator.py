@@ -425,8 +425,8 @@ class SimMember:
 
     def _boot(self):
         """As pyetcd.bootstrap does it, without flags and network."""
-        directory = pyetcd.DataDir("/disk", "/disk/member", "/disk/member/wal",
-                                   "/disk/member/snap", "/disk/proxy")
+        directory = pyetcd.DataDir(
+            "/disk", "/disk/member", "/disk/member/wal", "/disk/member/snap")
         store = pyetcd.Store(history_capacity=self.sim.history)
         snapshotter = pyetcd.Snapshotter(directory.snap, disk=self.disk)
         options = {"disk": self.disk, "segment_bytes": self.sim.segment_bytes}

@@ -6,6 +6,7 @@ Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -205,8 +206,7 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
     """
     writer = _BoltWriter(file)
     rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
-    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
-    writer.finish(root)
+    writer.finish(writer.tree(rows, _BUCKET))
 
 
 class _BoltWriter:
@@ -226,7 +226,7 @@ class _BoltWriter:
             first.append((key, value))
             size += _LEAF_ELEMENT.size + len(key) + len(value)
             if size > _INLINE_BYTES_MAX:
-                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+                return _BUCKET_HEAD.pack(self.tree(itertools.chain(first, source), 0), 0)
         return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
 
     def tree(self, items: Items, flags: int) -> int:
@@ -256,11 +256,6 @@ class _BoltWriter:
         self._file.write(page.ljust(-(-len(page) // PAGE_BYTES) * PAGE_BYTES, b"\0"))
         self._next += -(-len(page) // PAGE_BYTES)
         return number
-
-
-def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
-    yield from first
-    yield from rest
 
 
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:

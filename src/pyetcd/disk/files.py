@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
 from ..base.errors import DiskFull
@@ -43,9 +43,9 @@ class OsDisk:
         with open(path, "rb") as file:
             return file.read()
 
-    def create(self, path: str, mode: int = 0o600) -> int:
+    def create(self, path: str) -> int:
         """Make an empty file, or empty the existing one; return a handle for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
     def open_append(self, path: str) -> int:
         """Return a handle for reading and appending to an existing file."""
@@ -61,7 +61,7 @@ class OsDisk:
         """Append pieces, many in one call: each call lets another thread run in between."""
         left = [*data]
         while left:
-            written, whole = _write_some(handle, left[:_WRITE_PIECES_MAX]), 0
+            written, whole = os.writev(handle, left[:_WRITE_PIECES_MAX]), 0
             while whole < len(left) and written >= len(left[whole]):
                 written -= len(left[whole])
                 whole += 1
@@ -70,7 +70,7 @@ class OsDisk:
                 left[0] = left[0][written:]
 
     def fdatasync(self, handle: int) -> None:
-        _fdatasync(handle)
+        sync_data(handle)
 
     def fsync(self, handle: int) -> None:
         sync_file(handle)
@@ -144,11 +144,5 @@ def raise_disk_full(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-def _write_joined(handle: int, pieces: Sequence[bytes]) -> int:
-    return os.write(handle, b"".join(pieces))
-
-
 _WRITE_PIECES_MAX = 1_024               # as many as Linux and macOS take
-_write_some: Callable[[int, Sequence[bytes]], int] = getattr(os, "writev", _write_joined)
-_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()

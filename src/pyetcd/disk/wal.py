@@ -151,7 +151,7 @@ class Wal:
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
-            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
+            return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
     def read_until_damage(
@@ -175,14 +175,11 @@ class Wal:
     @staticmethod
     def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
         """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
-        found: Set[EntryID] = set()
-        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
-            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
-                with contextlib.suppress(CodecError):
-                    snapshot_id = _decode_walpb_snapshot(data)
-                    if data != _encode_walpb_snapshot(snapshot_id):
-                        found.add(snapshot_id)
-        return found
+        return {
+            id for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory))
+            for id, data in _scan_snapshots(disk.read(os.path.join(directory, name)))
+            if data != _encode_walpb_snapshot(id)
+        }
 
     # -- reactor's side ----------------------------------------------------
 
@@ -230,7 +227,7 @@ class Wal:
         if self._hard_state != HardState():
             head += encoder.record(RecordType.STATE, encode_hard_state(self._hard_state))
         self._size = len(head)
-        return Cut(_wal_name(self._sequence, self._last_index + 1), head)
+        return Cut(f"{self._sequence:016x}-{self._last_index + 1:016x}.wal", head)
 
     # -- wal thread's side -------------------------------------------------
 
@@ -299,14 +296,8 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
     return False
 
 
-def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
-    for record in _snapshot_records(data):
-        with contextlib.suppress(CodecError):
-            yield _decode_walpb_snapshot(record)
-
-
-def _snapshot_records(data: bytes) -> Iterator[bytes]:
+def _scan_snapshots(data: bytes) -> Iterator[Tuple[EntryID, bytes]]:
+    """Yield the snapshot records of a segment, up to the first impossible frame: id, data."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -316,7 +307,8 @@ def _snapshot_records(data: bytes) -> Iterator[bytes]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_record(data[body:body + length])[2]
+                record = _decode_record(data[body:body + length])[2]
+                yield _decode_walpb_snapshot(record), record
 
 
 class _WalReader:
@@ -460,10 +452,6 @@ def _wal_entry(data: bytes) -> Entry:
     if not entry.index or entry.type > EntryType.CONF_CHANGE_V2 or (entry.type and not entry.data):
         raise CodecError("not an entry")
     return entry
-
-
-def _wal_name(sequence: int, index: int) -> str:
-    return f"{sequence:016x}-{index:016x}.wal"
 
 
 def _wal_position(name: str) -> Tuple[int, int]:
