@@ -729,7 +729,6 @@ class RecentLines(logging.Handler):
         self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one line."""
         package, text = record.name.partition(".")[2], record.getMessage()
         self.lines.append(
             (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
@@ -1853,7 +1852,7 @@ _MESSAGE: Schema = {
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
-        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50([\x00\x01])", rb"\x58" + _VARINT,
+        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50\x00", rb"\x58" + _VARINT,
     )
 )
 
@@ -1861,9 +1860,9 @@ _PLAIN_MESSAGE = re.compile(
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
     """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
-    if plain is None or plain.group(8) == b"\1":
+    if plain is None:
         return None
-    kind, to, sender, term, log_term, index, commit, _, hint = plain.groups()
+    kind, to, sender, term, log_term, index, commit, hint = plain.groups()
     return Message(
         _varint_value(kind), to=_varint_value(to), sender=_varint_value(sender),
         term=_varint_value(term), log_term=_varint_value(log_term),
@@ -5438,10 +5437,11 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
-        """Read `file` if it is given, and name it `path` in errors."""
+    def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
+        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = file or open(path, "rb")
+        self._file = file or open(path, "rb")
+        self._start = start
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
@@ -5481,7 +5481,7 @@ class BoltReader:
         found = []
         sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
         for offset in (0, *sizes):      # the second one stands one page behind the first
-            self._file.seek(offset)
+            self._file.seek(self._start + offset)
             data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
             if len(data) < _META_BODY.size + 8:
                 continue
@@ -5521,7 +5521,7 @@ class BoltReader:
         size = self._meta.page_bytes
         if not 2 <= number < self._meta.pages:
             raise self._damage(f"page {number} is none of its {self._meta.pages}")
-        self._file.seek(number * size)
+        self._file.seek(self._start + number * size)
         data = self._file.read(size)
         if len(data) < size:
             raise self._damage(f"the file ends before page {number}")
@@ -5562,7 +5562,7 @@ class BoltReader:
 # -- writing
 
 
-def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+def write_bolt(file: IO[bytes], buckets: Dict[bytes, Items]) -> None:
     """Write a database with these buckets into an empty file.  Raises OSError.
 
     buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
@@ -5576,7 +5576,7 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
 class _BoltWriter:
     """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._next = 3                  # page
         file.write(bytes(3 * PAGE_BYTES))
@@ -6473,29 +6473,14 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         start = database.tell()
         if not database.read(1):
             return False
-        database.seek(start)
         try:
-            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
+            reader = BoltReader("database", database, start)
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
         except (BoltError, OSError, OverflowError):
             return True
 
 
 _DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
-
-
-class _Tail(io.RawIOBase):
-    """A file from the present position of another one on."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._start = file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(self._start + offset) - self._start
-
-    def read(self, size: int = -1) -> bytes:
-        return self._file.read(size)
 
 
 # ============================================================================
@@ -13547,19 +13532,14 @@ WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
 
-def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
-    sizes = [len(entry.data) for entry in entries]
-    if sum(sizes) <= bytes_max:
-        return len(entries)
-    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
-
-
 def first_part(entries: Sequence[Entry]) -> int:
-    """Return how many of `entries` are the work of one turn."""
+    """Return how many of `entries` are the work of one turn; the last may exceed its bytes."""
     if len(entries) <= 1:
         return len(entries)
-    return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
+    sizes = [len(entry.data) for entry in entries[:WORK_ENTRIES_MAX]]
+    if sum(sizes) <= WORK_BYTES_MAX:
+        return len(sizes)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), WORK_BYTES_MAX) + 1
 
 
 class Journal:

@@ -154,9 +154,10 @@ def test_codec_long_batch_is_the_plain_one(sizes, state):
     ((), 0), ((5,), 1), ((100,), 1), ((60, 40), 2), ((60, 39, 2, 1), 3), ((101, 1), 1),
     ((0, 0, 200, 1), 3),
 ])
-def test_codec_first_entries_are_as_many_as_fill_the_bytes(sizes, count):
+def test_codec_first_entries_are_as_many_as_fill_the_bytes(sizes, count, monkeypatch):
+    monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 100)
     entries = [Entry(0, 1, index, bytes(size)) for index, size in enumerate(sizes, 1)]
-    assert pyetcd.first_entries(entries, 100) == count
+    assert pyetcd.first_part(entries) == count
 
 
 @pytest.mark.parametrize("name", [

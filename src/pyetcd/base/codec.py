@@ -334,7 +334,7 @@ _MESSAGE: Schema = {
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
-        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50([\x00\x01])", rb"\x58" + _VARINT,
+        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50\x00", rb"\x58" + _VARINT,
     )
 )
 
@@ -342,9 +342,9 @@ _PLAIN_MESSAGE = re.compile(
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
     """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
-    if plain is None or plain.group(8) == b"\1":
+    if plain is None:
         return None
-    kind, to, sender, term, log_term, index, commit, _, hint = plain.groups()
+    kind, to, sender, term, log_term, index, commit, hint = plain.groups()
     return Message(
         _varint_value(kind), to=_varint_value(to), sender=_varint_value(sender),
         term=_varint_value(term), log_term=_varint_value(log_term),

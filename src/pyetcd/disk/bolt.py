@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import struct
-from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.limits import UINT64_MAX
 
@@ -74,10 +74,11 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
-        """Read `file` if it is given, and name it `path` in errors."""
+    def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
+        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = file or open(path, "rb")
+        self._file = file or open(path, "rb")
+        self._start = start
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
@@ -117,7 +118,7 @@ class BoltReader:
         found = []
         sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
         for offset in (0, *sizes):      # the second one stands one page behind the first
-            self._file.seek(offset)
+            self._file.seek(self._start + offset)
             data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
             if len(data) < _META_BODY.size + 8:
                 continue
@@ -157,7 +158,7 @@ class BoltReader:
         size = self._meta.page_bytes
         if not 2 <= number < self._meta.pages:
             raise self._damage(f"page {number} is none of its {self._meta.pages}")
-        self._file.seek(number * size)
+        self._file.seek(self._start + number * size)
         data = self._file.read(size)
         if len(data) < size:
             raise self._damage(f"the file ends before page {number}")
@@ -198,7 +199,7 @@ class BoltReader:
 # -- writing
 
 
-def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+def write_bolt(file: IO[bytes], buckets: Dict[bytes, Items]) -> None:
     """Write a database with these buckets into an empty file.  Raises OSError.
 
     buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
@@ -212,7 +213,7 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
 class _BoltWriter:
     """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._next = 3                  # page
         file.write(bytes(3 * PAGE_BYTES))

@@ -225,19 +225,14 @@ WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
 
-def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
-    sizes = [len(entry.data) for entry in entries]
-    if sum(sizes) <= bytes_max:
-        return len(entries)
-    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
-
-
 def first_part(entries: Sequence[Entry]) -> int:
-    """Return how many of `entries` are the work of one turn."""
+    """Return how many of `entries` are the work of one turn; the last may exceed its bytes."""
     if len(entries) <= 1:
         return len(entries)
-    return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
+    sizes = [len(entry.data) for entry in entries[:WORK_ENTRIES_MAX]]
+    if sum(sizes) <= WORK_BYTES_MAX:
+        return len(sizes)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), WORK_BYTES_MAX) + 1
 
 
 class Journal:
