@@ -1502,6 +1502,10 @@ class Snapshot(NamedTuple):
     term: int = 0
     state: Any = None
 
+    @property
+    def id(self) -> EntryID:
+        return EntryID(self.term, self.index)
+
 
 class Message:
     """raftpb.Message.  `sender` is protobuf's `from`; snapshot and context are None when unset."""
@@ -1729,18 +1733,11 @@ def decode_conf_change(data: Buffer) -> ConfChange:
     return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
-def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """None is the empty snapshot that every Message carries."""
-    return b"".join(encode_snapshot_parts(snapshot))
-
-
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Encode a snapshot without a copy of its data."""
+    """Encode a snapshot without a copy of its data; None is the empty one of most messages."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
-    before, after = encode_snapshot_around(
-        len(snapshot.data), snapshot.voters, EntryID(snapshot.term, snapshot.index)
-    )
+    before, after = encode_snapshot_around(len(snapshot.data), snapshot.voters, snapshot.id)
     return before, snapshot.data, after
 
 
@@ -2777,7 +2774,7 @@ class Replication:
         snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
-        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if not log.match_term(snapshot.id):
             return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
@@ -3355,7 +3352,7 @@ class Raft:
     def _restore(self, snapshot: Snapshot) -> None:
         """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if log.match_term(snapshot.id):
             log.commit_to(snapshot.index)
             return
         log.restore(snapshot)
@@ -3464,9 +3461,7 @@ class RawNode:
         point = snapshot or Snapshot()
         if entries and entries[0].term < point.term:
             entries = ()        # a crash kept the tail of the log that the snapshot replaced
-        log = RaftLog(
-            EntryID(point.term, point.index), entries, commit=hard_state.commit, applied=applied
-        )
+        log = RaftLog(point.id, entries, commit=hard_state.commit, applied=applied)
         self.raft = Raft(config, log, hard_state.term, hard_state.vote, point.voters)
         self._hard_state = hard_state       # as of the last Ready
         last = log.last_id
@@ -5688,6 +5683,12 @@ class OsDisk:
     """
 
     read_only = False           # True: a log is read without repairs
+    fdatasync = staticmethod(sync_data)
+    fsync = staticmethod(sync_file)
+    fsync_dir = staticmethod(fsync_dir)
+    close = staticmethod(os.close)
+    rename = staticmethod(os.replace)
+    unlink = staticmethod(os.unlink)
 
     def makedirs(self, path: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -5729,28 +5730,10 @@ class OsDisk:
             if written:
                 left[0] = left[0][written:]
 
-    def fdatasync(self, handle: int) -> None:
-        sync_data(handle)
-
-    def fsync(self, handle: int) -> None:
-        sync_file(handle)
-
-    def close(self, handle: int) -> None:
-        os.close(handle)
-
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
         sync_file(handle)
-
-    def rename(self, old: str, new: str) -> None:
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def fsync_dir(self, path: str) -> None:
-        fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.
@@ -6143,6 +6126,13 @@ class SnapshotFile(NamedTuple):
         """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> "SnapshotFile":
+        parts, crc = encode_snapshot_parts(snapshot), 0
+        for part in parts:
+            crc = crc32c(part, crc)
+        return cls(snapshot.id, parts, sum(map(len, parts)), crc)
+
 
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
@@ -6157,11 +6147,7 @@ class Snapshotter:
 
         Raises DiskFull, leaving nothing, and OSError.
         """
-        parts, crc = encode_snapshot_parts(snapshot), 0
-        for part in parts:
-            crc = crc32c(part, crc)
-        snapshot_id = EntryID(snapshot.term, snapshot.index)
-        self.write(SnapshotFile(snapshot_id, parts, sum(map(len, parts)), crc))
+        self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
         """Do save() for a snapshot with a known checksum.
@@ -13681,7 +13667,7 @@ class Journal:
     ) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
-            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+            record = self._wal.encode_snapshot(batch.snapshot.id)
         data = yield from self._wal.encode_steps(batch.hard_state, batch.entries)
         release_to, self._release_to = self._release_to, 0
         is_full = self._wal.segment_full(after_snapshot=release_to > 0)
@@ -23439,8 +23425,7 @@ def backup(
     store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
-        data, start = encode_snapshot(source.snapshot), source.snapshot
-        file = SnapshotFile(EntryID(start.term, start.index), (data,), len(data), crc32c(data))
+        file = SnapshotFile.of(source.snapshot)
     entries = source.entries[:source.committed]
     new_ids = secrets.randbits(63) + 1, secrets.randbits(63) + 1
     state = source.hard_state._replace(commit=source.last.index)

@@ -208,7 +208,7 @@ def test_codec_snapshot_file_as_recorded():
     assert (snapshot.index, snapshot.term) == (metadata["index"], metadata["term"])
     assert list(map(pyetcd.format_id, snapshot.voters)) == metadata["conf_state_nodes"]
     assert json.loads(bytes(snapshot.data)) == wanted["store"]
-    data = pyetcd.encode_snapshot(snapshot)
+    data = b"".join(pyetcd.encode_snapshot_parts(snapshot))
     head = b"\x08%b\x12%b" % (pyetcd.encode_varint(wanted["crc"]), pyetcd.encode_varint(len(data)))
     assert head + data == content
 
@@ -323,7 +323,7 @@ def test_codec_garbage_raises_codec_error_only(decode):
     message = pyetcd.Message(3, to=1, sender=2, entries=[entry], snapshot=snapshot)
     samples = [
         pyetcd.encode_message(message), pyetcd.encode_entry(entry), entry.data,
-        pyetcd.encode_snapshot(snapshot),
+        b"".join(pyetcd.encode_snapshot_parts(snapshot)),
     ]
     for _ in range(2000):
         data = bytearray(rng.choice(samples))

@@ -211,18 +211,11 @@ def decode_conf_change(data: Buffer) -> ConfChange:
     return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
-def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """None is the empty snapshot that every Message carries."""
-    return b"".join(encode_snapshot_parts(snapshot))
-
-
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Encode a snapshot without a copy of its data."""
+    """Encode a snapshot without a copy of its data; None is the empty one of most messages."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
-    before, after = encode_snapshot_around(
-        len(snapshot.data), snapshot.voters, EntryID(snapshot.term, snapshot.index)
-    )
+    before, after = encode_snapshot_around(len(snapshot.data), snapshot.voters, snapshot.id)
     return before, snapshot.data, after
 
 

@@ -28,6 +28,12 @@ class OsDisk:
     """
 
     read_only = False           # True: a log is read without repairs
+    fdatasync = staticmethod(sync_data)
+    fsync = staticmethod(sync_file)
+    fsync_dir = staticmethod(fsync_dir)
+    close = staticmethod(os.close)
+    rename = staticmethod(os.replace)
+    unlink = staticmethod(os.unlink)
 
     def makedirs(self, path: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -69,28 +75,10 @@ class OsDisk:
             if written:
                 left[0] = left[0][written:]
 
-    def fdatasync(self, handle: int) -> None:
-        sync_data(handle)
-
-    def fsync(self, handle: int) -> None:
-        sync_file(handle)
-
-    def close(self, handle: int) -> None:
-        os.close(handle)
-
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
         sync_file(handle)
-
-    def rename(self, old: str, new: str) -> None:
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def fsync_dir(self, path: str) -> None:
-        fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.

@@ -36,6 +36,13 @@ class SnapshotFile(NamedTuple):
         """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> SnapshotFile:
+        parts, crc = encode_snapshot_parts(snapshot), 0
+        for part in parts:
+            crc = crc32c(part, crc)
+        return cls(snapshot.id, parts, sum(map(len, parts)), crc)
+
 
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
@@ -50,11 +57,7 @@ class Snapshotter:
 
         Raises DiskFull, leaving nothing, and OSError.
         """
-        parts, crc = encode_snapshot_parts(snapshot), 0
-        for part in parts:
-            crc = crc32c(part, crc)
-        snapshot_id = EntryID(snapshot.term, snapshot.index)
-        self.write(SnapshotFile(snapshot_id, parts, sum(map(len, parts)), crc))
+        self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
         """Do save() for a snapshot with a known checksum.

@@ -374,7 +374,7 @@ class Journal:
     ) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
-            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+            record = self._wal.encode_snapshot(batch.snapshot.id)
         data = yield from self._wal.encode_steps(batch.hard_state, batch.entries)
         release_to, self._release_to = self._release_to, 0
         is_full = self._wal.segment_full(after_snapshot=release_to > 0)

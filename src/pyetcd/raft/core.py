@@ -459,7 +459,7 @@ class Raft:
     def _restore(self, snapshot: Snapshot) -> None:
         """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if log.match_term(snapshot.id):
             log.commit_to(snapshot.index)
             return
         log.restore(snapshot)

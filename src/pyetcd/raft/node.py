@@ -12,7 +12,6 @@ from ..base.messages import (
     LOCAL_MESSAGES,
     ConfChange,
     Entry,
-    EntryID,
     EntryType,
     HardState,
     Message,
@@ -70,9 +69,7 @@ class RawNode:
         point = snapshot or Snapshot()
         if entries and entries[0].term < point.term:
             entries = ()        # a crash kept the tail of the log that the snapshot replaced
-        log = RaftLog(
-            EntryID(point.term, point.index), entries, commit=hard_state.commit, applied=applied
-        )
+        log = RaftLog(point.id, entries, commit=hard_state.commit, applied=applied)
         self.raft = Raft(config, log, hard_state.term, hard_state.vote, point.voters)
         self._hard_state = hard_state       # as of the last Ready
         last = log.last_id

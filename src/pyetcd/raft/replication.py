@@ -13,7 +13,7 @@ from ..base.limits import (
     READ_ROUNDS_MAX,
     UNCOMMITTED_BYTES_MAX,
 )
-from ..base.messages import Entry, EntryID, Message, MsgType, Snapshot
+from ..base.messages import Entry, Message, MsgType, Snapshot
 from .log import RaftLog
 from .progress import Mailbox, Progress, ProgressState, quorum_size
 
@@ -144,7 +144,7 @@ class Replication:
         snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
-        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if not log.match_term(snapshot.id):
             return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
