@@ -1104,18 +1104,12 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     """Encode texts, joined where they follow each other; bytes stay as they are."""
-    pieces: List[bytes] = []
-    strings: List[str] = []
-    for text in texts:
-        if isinstance(text, str):
-            strings.append(text)
-            continue
-        if strings:
-            pieces.append("".join(strings).encode())
-            strings = []
-        pieces.append(text)
-    if strings:
-        pieces.append("".join(strings).encode())
+    pieces: List[Any] = []
+    for kind, run in itertools.groupby(texts, type):
+        if kind is str:
+            pieces.append("".join(cast(Iterable[str], run)).encode())
+        else:
+            pieces += run
     return pieces
 
 
@@ -1796,14 +1790,11 @@ def joined_parts(parts: Sequence[bytes]) -> List[bytes]:
     if max(map(len, parts), default=0) <= SHARED_DATA_BYTES:
         return [b"".join(parts)]
     joined: List[bytes] = []
-    short: List[bytes] = []
-    for part in parts:
-        if len(part) <= SHARED_DATA_BYTES:
-            short.append(part)
+    for is_short, run in itertools.groupby(parts, lambda part: len(part) <= SHARED_DATA_BYTES):
+        if is_short:
+            joined.append(b"".join(run))
         else:
-            joined += (b"".join(short), part)
-            short = []
-    joined.append(b"".join(short))
+            joined += run
     return joined
 
 
@@ -1847,9 +1838,9 @@ _MESSAGE: Schema = {
     12: ("context", 2, bytes),
 }
 _PLAIN_MESSAGE = re.compile(
-    b"%b%b%b%b" % (
+    rb"%b%b\x50\x00\x58%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
-        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50\x00", rb"\x58" + _VARINT,
+        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), _VARINT,
     )
 )
 
@@ -1983,7 +1974,6 @@ _LONG_REQUEST: Schema = {
 }
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
-_PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
 _VALUE_HEAD = re.compile(b'"' + _VARINT)
 
@@ -1991,16 +1981,16 @@ _VALUE_HEAD = re.compile(b'"' + _VARINT)
 def _decode_plain_put(data: bytes) -> Optional[Request]:
     """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
-    if head is None or not data.endswith(_PLAIN_REST):
+    if head is None or not data.endswith(_NO_OPTIONS):
         return None
     id, size = head.groups()
     path_end = head.end() + _varint_value(size)
     value = _VALUE_HEAD.match(data, path_end)
-    if value is None or value.end() + _varint_value(value[1]) + len(_PLAIN_REST) != len(data):
+    if value is None or value.end() + _varint_value(value[1]) + len(_NO_OPTIONS) != len(data):
         return None
     return Request(
         _varint_number(id), "PUT", text_of(data[head.end():path_end]),
-        text_of(data[value.end():-len(_PLAIN_REST)]),
+        text_of(data[value.end():-len(_NO_OPTIONS)]),
     )
 
 
@@ -2484,8 +2474,8 @@ class RaftLog:
 
     def match_term(self, entry_id: EntryID) -> bool:
         """Tell whether our log holds that entry; False above the last and when compacted."""
-        position = entry_id.index - self.offset
-        return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
+        is_held = self.offset <= entry_id.index <= self.last_index
+        return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
         """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
@@ -3518,13 +3508,10 @@ class RawNode:
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
             self.propose(*entries, sender=message.sender)
         elif (
-            (not message.term and kind != MsgType.READ_INDEX)
-            or kind in LOCAL_MESSAGES
-            or (kind in _RESPONSES and message.sender not in raft.progress)
-            or (kind == MsgType.APP and not _is_contiguous(message))
+            (message.term or kind == MsgType.READ_INDEX) and kind not in LOCAL_MESSAGES
+            and (kind not in _RESPONSES or message.sender in raft.progress)
+            and (kind != MsgType.APP or _is_contiguous(message))
         ):
-            return
-        else:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
@@ -4271,18 +4258,17 @@ class EventHistory:
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
-        events, first, last, back = list(self.events), self.first_index, self.last_index, self._back
-        front = (back - len(events)) % self.capacity
-        slots: List[Optional[Event]] = [None] * self.capacity
-        for offset, event in enumerate(events):
-            slots[(front + offset) % self.capacity] = event
+        first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
+        front = (back - size) % self.capacity
+        slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
+        slots.rotate(front)
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
             yield comma
             yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
-        yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
+        yield f'],"Size":{size},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
@@ -4723,7 +4709,7 @@ _READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT_BYTES = _PERMANENT.encode()
 
 
-def _number(members: Mapping[str, Any], name: str) -> int:
+def _number(members: Dict[str, Any], name: str) -> int:
     """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
     value = members.get(name, 0)
     if type(value) is not int or value < 0:
@@ -4823,7 +4809,7 @@ def _read_files(
     return 1 + (tried if whole else len(text[:end - 2].encode())), tried
 
 
-def _read_event(members: Mapping[str, Any]) -> Event:
+def _read_event(members: Dict[str, Any]) -> Event:
     """Make an Event of its snapshot form; the seconds left are those it was written with."""
     shown, before = members["node"], members.get("prevNode")
     action, key = members["action"], shown["key"]
@@ -4836,7 +4822,7 @@ def _read_event(members: Mapping[str, Any]) -> Event:
     return event
 
 
-def _read_event_node(members: Mapping[str, Any]) -> Node:
+def _read_event_node(members: Dict[str, Any]) -> Node:
     created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
     expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
     if members.get("dir"):
@@ -5201,7 +5187,7 @@ class Store(NodeTree):
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
 
-    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Dict[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -5440,7 +5426,8 @@ class BoltReader:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
-            self._buckets = self._top_buckets()
+            top = self._walk(self._meta.root)
+            self._buckets = {name: value for flags, name, value in top if flags & _BUCKET}
             on_failure.pop_all()
 
     def __enter__(self) -> "BoltReader":
@@ -5464,13 +5451,9 @@ class BoltReader:
             return
         if len(value) < _BUCKET_HEAD.size:
             raise self._damage(f"bucket {bucket!r} is cut")
-        root = _BUCKET_HEAD.unpack_from(value)[0]
-        if root:
-            for _, key, content in self._walk(root):
-                yield key, content
-        else:
-            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
-                yield key, content
+        root, page = _BUCKET_HEAD.unpack_from(value)[0], value[_BUCKET_HEAD.size:]
+        for _, key, content in self._walk(root) if root else self._leaf(page, "an inline bucket"):
+            yield key, content
 
     def _newest_meta(self) -> _Meta:
         found = []
@@ -5489,10 +5472,6 @@ class BoltReader:
             raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
         return max(found, key=lambda meta: meta.transaction)
 
-    def _top_buckets(self) -> Dict[bytes, bytes]:
-        return {key: value for flags, key, value in self._walk(self._meta.root)
-                if flags & _BUCKET}
-
     def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
         """Yield (flags, key, value) of all leaves below a page."""
         waiting = [[root]]              # pages to come, of each level
@@ -5509,7 +5488,9 @@ class BoltReader:
             if kind == _LEAF:
                 yield from self._leaf(data, f"page {page}")
             else:
-                waiting.append(self._children(data, page)[::-1])
+                places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+                elements = [_BRANCH_ELEMENT.unpack_from(data, at) for at in reversed(places)]
+                waiting.append([child for _, _, child in elements])
 
     def _page(self, number: int) -> Tuple[int, bytes]:
         """Return the kind (branch or leaf) and all bytes of a page."""
@@ -5535,10 +5516,6 @@ class BoltReader:
             if end > len(data):
                 raise self._damage(f"{what} is damaged")
             yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
-
-    def _children(self, data: bytes, page: int) -> List[int]:
-        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
-        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
 
     def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
         """Return the offsets of the elements of a page."""
@@ -5631,35 +5608,31 @@ def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, byte
     yield chunk
 
 
-def _head(number: int, kind: int, count: int, size: int) -> bytes:
-    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
-    return _PAGE_HEAD.pack(number, kind, count, overflow)
-
-
 def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
     """Return a leaf; number 0: the page of an inline bucket."""
-    table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
-    for key, value in items:
-        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
-        data += key, value
-        at += len(key) + len(value) - _LEAF_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+    rows = [((flags,), (len(key), len(value)), key + value) for key, value in items]
+    return _page_of(number, _LEAF, _LEAF_ELEMENT, rows)
 
 
 def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
     """Return a branch; the values are page numbers in 8 bytes."""
+    rows = [((), (len(key), int.from_bytes(page, "little")), key) for key, page in items]
+    return _page_of(number, _BRANCH, _BRANCH_ELEMENT, rows)
+
+
+def _page_of(
+    number: int, kind: int, element: struct.Struct,
+    rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
+) -> bytes:
+    """Return a page with the numbers of each element before and behind its position, its data."""
     table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _BRANCH_ELEMENT.size
-    for key, page in items:
-        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
-        data.append(key)
-        at += len(key) - _BRANCH_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
+    at = len(rows) * element.size       # from the place of the present element
+    for before, behind, data in rows:
+        table.append(element.pack(*before, at, *behind))
+        at += len(data) - element.size
+    body = b"".join(table + [data for _, _, data in rows])
+    pages = -(-(_PAGE_HEAD.size + len(body)) // PAGE_BYTES) if number else 1
+    return _PAGE_HEAD.pack(number, kind, len(rows), pages - 1) + body
 
 
 # ============================================================================
@@ -5757,13 +5730,10 @@ class OsDisk:
         return os.path.realpath(path) in _locked_paths.values()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextlib.contextmanager
 def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+    codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
     """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
@@ -5772,16 +5742,8 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        raise_disk_full(error, path, undo, codes)
-        raise
-
-
-def raise_disk_full(
-    error: OSError, path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
-) -> None:
-    """Raise DiskFull after undo() if `error` is of these codes."""
-    if error.errno in codes:
+        if error.errno not in codes:
+            raise
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
@@ -5825,7 +5787,7 @@ class WalContents(NamedTuple):
 
 LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
-_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
+_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%c\x10" % kind for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
 
@@ -6680,10 +6642,10 @@ class Wal:
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
-        except OSError as error:
-            path = os.path.join(self.directory, name)
-            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
-            raise
+        except OSError:                 # only now: the `with` takes 3 us
+            undo = functools.partial(self._disk.truncate, handle, self._end)
+            with disk_full_as_error(os.path.join(self.directory, name), undo):
+                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
@@ -11786,13 +11748,18 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
+def check_entry(
+    entry: Entry, identity: Identity = DEFAULT_IDENTITY, *, is_proposal: bool = False
+) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
+
+    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+                 accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
-        _check_change(entry.data)
+        _check_change(entry.data, is_proposal)
     elif entry.type:
         raise CodecError(f"an entry of unknown type {entry.type}")
     elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
@@ -11806,22 +11773,6 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         request = entry.request = read_command(entry.data)
         if request is not None:
             _check_path(request, identity)
-
-
-def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
-
-    An entry in a leader's log would have to be accepted: other members have it already.
-    """
-    if entry.type == EntryType.CONF_CHANGE:
-        change = decode_conf_change(entry.data)
-        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-            member = parse_member(change.context or b"{}", change.node_id)
-            try:
-                if not list(map(check_advertised_url, member.peer_urls)):
-                    raise ValueError("no peer URL")
-            except ValueError as error:
-                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
@@ -11848,15 +11799,21 @@ def _check_own_path(request: Request, identity: Identity) -> None:
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
-def _check_change(data: bytes) -> None:
+def _check_change(data: bytes, is_proposal: bool) -> None:
     change = decode_conf_change(data)
     if not data or not change.node_id:
         raise CodecError("a change of no member")
-    if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-        context = change.context or b"{}"
-        parse_member(context, change.node_id)
-        if load_json(context).get("id", change.node_id) != change.node_id:
-            raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    if change.type not in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+        return
+    context = change.context or b"{}"
+    member = parse_member(context, change.node_id)
+    if load_json(context).get("id", change.node_id) != change.node_id:
+        raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    try:
+        if is_proposal and not list(map(check_advertised_url, member.peer_urls)):
+            raise ValueError("no peer URL")
+    except ValueError as error:
+        raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 class MemberInspector(MessageInspector):
@@ -11878,9 +11835,7 @@ class MemberInspector(MessageInspector):
         identity, is_proposal = self._cluster.identity, message.type == MsgType.PROP
         try:
             for entry in entries:
-                check_entry(entry, identity)
-                if is_proposal:
-                    check_proposal(entry)
+                check_entry(entry, identity, is_proposal=is_proposal)
                 work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
                 if work > STEP_BYTES:
                     work = 0
@@ -13390,23 +13345,19 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if not self._may_sync_inline(job):
-            self._queue(job)
-            return
         self._deferred = job
-        if self._reactor.is_quiet:
+        if not self._may_sync_inline(job):
+            self._queue_deferred()
+        elif self._reactor.is_quiet:
             self._sync_inline(job)
         else:                           # messages to followers leave at the end of this turn
             self._reactor.call_soon(self._sync_alone)
 
-    def _queue(self, job: WalJob) -> None:
-        self._queued += 1
-        self._jobs.put(job)
-
     def _queue_deferred(self) -> None:
-        job, self._deferred = self._deferred, None
-        if job is not None:
-            self._queue(job)
+        if self._deferred is not None:
+            self._queued += 1
+            self._jobs.put(self._deferred)
+            self._deferred = None
 
     def _may_sync_inline(self, job: WalJob) -> bool:
         return (
@@ -13592,8 +13543,10 @@ class Journal:
                 if batch.mark is None or not (batch.must_sync or batch.held):
                     return
                 self._batch = Batch()
-            if batch.must_sync:
-                self._write_batch(batch)
+            if batch.must_sync:         # a long one in parts, which the next turns encode
+                self.busy = True
+                self._steps = self._write_steps(batch)
+                self._encode_on()
                 continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -13625,12 +13578,6 @@ class Journal:
         for batch in (*self._waiting, self._batch):
             self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
-
-    def _write_batch(self, batch: Batch) -> None:
-        """Write a batch; a long one in parts, which the next turns encode."""
-        self.busy = True
-        self._steps = self._write_steps(batch)
-        self._encode_on()
 
     def _encode_on(self) -> None:
         assert self._steps is not None

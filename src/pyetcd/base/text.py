@@ -5,12 +5,13 @@ from __future__ import annotations
 import binascii
 import codecs
 import contextlib
+import itertools
 import json
 import re
 import socket
 import time
 from datetime import datetime, timedelta
-from typing import Any, Generator, Iterable, List, Tuple, TypeVar, Union
+from typing import Any, Generator, Iterable, List, Tuple, TypeVar, Union, cast
 
 from .limits import NS
 
@@ -108,18 +109,12 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     """Encode texts, joined where they follow each other; bytes stay as they are."""
-    pieces: List[bytes] = []
-    strings: List[str] = []
-    for text in texts:
-        if isinstance(text, str):
-            strings.append(text)
-            continue
-        if strings:
-            pieces.append("".join(strings).encode())
-            strings = []
-        pieces.append(text)
-    if strings:
-        pieces.append("".join(strings).encode())
+    pieces: List[Any] = []
+    for kind, run in itertools.groupby(texts, type):
+        if kind is str:
+            pieces.append("".join(cast(Iterable[str], run)).encode())
+        else:
+            pieces += run
     return pieces
 
 

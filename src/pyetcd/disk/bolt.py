@@ -82,7 +82,8 @@ class BoltReader:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
-            self._buckets = self._top_buckets()
+            top = self._walk(self._meta.root)
+            self._buckets = {name: value for flags, name, value in top if flags & _BUCKET}
             on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
@@ -106,13 +107,9 @@ class BoltReader:
             return
         if len(value) < _BUCKET_HEAD.size:
             raise self._damage(f"bucket {bucket!r} is cut")
-        root = _BUCKET_HEAD.unpack_from(value)[0]
-        if root:
-            for _, key, content in self._walk(root):
-                yield key, content
-        else:
-            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
-                yield key, content
+        root, page = _BUCKET_HEAD.unpack_from(value)[0], value[_BUCKET_HEAD.size:]
+        for _, key, content in self._walk(root) if root else self._leaf(page, "an inline bucket"):
+            yield key, content
 
     def _newest_meta(self) -> _Meta:
         found = []
@@ -131,10 +128,6 @@ class BoltReader:
             raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
         return max(found, key=lambda meta: meta.transaction)
 
-    def _top_buckets(self) -> Dict[bytes, bytes]:
-        return {key: value for flags, key, value in self._walk(self._meta.root)
-                if flags & _BUCKET}
-
     def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
         """Yield (flags, key, value) of all leaves below a page."""
         waiting = [[root]]              # pages to come, of each level
@@ -151,7 +144,9 @@ class BoltReader:
             if kind == _LEAF:
                 yield from self._leaf(data, f"page {page}")
             else:
-                waiting.append(self._children(data, page)[::-1])
+                places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+                elements = [_BRANCH_ELEMENT.unpack_from(data, at) for at in reversed(places)]
+                waiting.append([child for _, _, child in elements])
 
     def _page(self, number: int) -> Tuple[int, bytes]:
         """Return the kind (branch or leaf) and all bytes of a page."""
@@ -177,10 +172,6 @@ class BoltReader:
             if end > len(data):
                 raise self._damage(f"{what} is damaged")
             yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
-
-    def _children(self, data: bytes, page: int) -> List[int]:
-        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
-        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
 
     def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
         """Return the offsets of the elements of a page."""
@@ -273,32 +264,28 @@ def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, byte
     yield chunk
 
 
-def _head(number: int, kind: int, count: int, size: int) -> bytes:
-    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
-    return _PAGE_HEAD.pack(number, kind, count, overflow)
-
-
 def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
     """Return a leaf; number 0: the page of an inline bucket."""
-    table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
-    for key, value in items:
-        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
-        data += key, value
-        at += len(key) + len(value) - _LEAF_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+    rows = [((flags,), (len(key), len(value)), key + value) for key, value in items]
+    return _page_of(number, _LEAF, _LEAF_ELEMENT, rows)
 
 
 def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
     """Return a branch; the values are page numbers in 8 bytes."""
+    rows = [((), (len(key), int.from_bytes(page, "little")), key) for key, page in items]
+    return _page_of(number, _BRANCH, _BRANCH_ELEMENT, rows)
+
+
+def _page_of(
+    number: int, kind: int, element: struct.Struct,
+    rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
+) -> bytes:
+    """Return a page with the numbers of each element before and behind its position, its data."""
     table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _BRANCH_ELEMENT.size
-    for key, page in items:
-        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
-        data.append(key)
-        at += len(key) - _BRANCH_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
+    at = len(rows) * element.size       # from the place of the present element
+    for before, behind, data in rows:
+        table.append(element.pack(*before, at, *behind))
+        at += len(data) - element.size
+    body = b"".join(table + [data for _, _, data in rows])
+    pages = -(-(_PAGE_HEAD.size + len(body)) // PAGE_BYTES) if number else 1
+    return _PAGE_HEAD.pack(number, kind, len(rows), pages - 1) + body

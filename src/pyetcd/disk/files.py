@@ -102,13 +102,10 @@ class OsDisk:
         return os.path.realpath(path) in _locked_paths.values()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextlib.contextmanager
 def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+    codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
     """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
@@ -117,16 +114,8 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        raise_disk_full(error, path, undo, codes)
-        raise
-
-
-def raise_disk_full(
-    error: OSError, path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
-) -> None:
-    """Raise DiskFull after undo() if `error` is of these codes."""
-    if error.errno in codes:
+        if error.errno not in codes:
+            raise
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error

@@ -6,6 +6,7 @@ Knows neither the store nor the rules of Raft.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -23,7 +24,7 @@ from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT, SEGMENT_BYTES_MAX, SEGMENT_PARTS
 from ..base.messages import Entry, EntryID, EntryType, HardState
 from ..base.text import finish
-from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error, raise_disk_full
+from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error
 from .records import (
     LONG_ENTRY_BYTES,
     RecordType,
@@ -239,10 +240,10 @@ class Wal:
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
-        except OSError as error:
-            path = os.path.join(self.directory, name)
-            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
-            raise
+        except OSError:                 # only now: the `with` takes 3 us
+            undo = functools.partial(self._disk.truncate, handle, self._end)
+            with disk_full_as_error(os.path.join(self.directory, name), undo):
+                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)

@@ -97,23 +97,19 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if not self._may_sync_inline(job):
-            self._queue(job)
-            return
         self._deferred = job
-        if self._reactor.is_quiet:
+        if not self._may_sync_inline(job):
+            self._queue_deferred()
+        elif self._reactor.is_quiet:
             self._sync_inline(job)
         else:                           # messages to followers leave at the end of this turn
             self._reactor.call_soon(self._sync_alone)
 
-    def _queue(self, job: WalJob) -> None:
-        self._queued += 1
-        self._jobs.put(job)
-
     def _queue_deferred(self) -> None:
-        job, self._deferred = self._deferred, None
-        if job is not None:
-            self._queue(job)
+        if self._deferred is not None:
+            self._queued += 1
+            self._jobs.put(self._deferred)
+            self._deferred = None
 
     def _may_sync_inline(self, job: WalJob) -> bool:
         return (
@@ -299,8 +295,10 @@ class Journal:
                 if batch.mark is None or not (batch.must_sync or batch.held):
                     return
                 self._batch = Batch()
-            if batch.must_sync:
-                self._write_batch(batch)
+            if batch.must_sync:         # a long one in parts, which the next turns encode
+                self.busy = True
+                self._steps = self._write_steps(batch)
+                self._encode_on()
                 continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -332,12 +330,6 @@ class Journal:
         for batch in (*self._waiting, self._batch):
             self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
-
-    def _write_batch(self, batch: Batch) -> None:
-        """Write a batch; a long one in parts, which the next turns encode."""
-        self.busy = True
-        self._steps = self._write_steps(batch)
-        self._encode_on()
 
     def _encode_on(self) -> None:
         assert self._steps is not None

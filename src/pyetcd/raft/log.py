@@ -87,8 +87,8 @@ class RaftLog:
 
     def match_term(self, entry_id: EntryID) -> bool:
         """Tell whether our log holds that entry; False above the last and when compacted."""
-        position = entry_id.index - self.offset
-        return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
+        is_held = self.offset <= entry_id.index <= self.last_index
+        return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
         """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""

@@ -126,13 +126,10 @@ class RawNode:
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
             self.propose(*entries, sender=message.sender)
         elif (
-            (not message.term and kind != MsgType.READ_INDEX)
-            or kind in LOCAL_MESSAGES
-            or (kind in _RESPONSES and message.sender not in raft.progress)
-            or (kind == MsgType.APP and not _is_contiguous(message))
+            (message.term or kind == MsgType.READ_INDEX) and kind not in LOCAL_MESSAGES
+            and (kind not in _RESPONSES or message.sender in raft.progress)
+            and (kind != MsgType.APP or _is_contiguous(message))
         ):
-            return
-        else:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:

@@ -9,18 +9,7 @@ import copy
 import json
 import operator
 import re
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Generator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
 from ..base.codec import Buffer
@@ -64,7 +53,7 @@ _READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT_BYTES = _PERMANENT.encode()
 
 
-def _number(members: Mapping[str, Any], name: str) -> int:
+def _number(members: Dict[str, Any], name: str) -> int:
     """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
     value = members.get(name, 0)
     if type(value) is not int or value < 0:
@@ -164,7 +153,7 @@ def _read_files(
     return 1 + (tried if whole else len(text[:end - 2].encode())), tried
 
 
-def _read_event(members: Mapping[str, Any]) -> Event:
+def _read_event(members: Dict[str, Any]) -> Event:
     """Make an Event of its snapshot form; the seconds left are those it was written with."""
     shown, before = members["node"], members.get("prevNode")
     action, key = members["action"], shown["key"]
@@ -177,7 +166,7 @@ def _read_event(members: Mapping[str, Any]) -> Event:
     return event
 
 
-def _read_event_node(members: Mapping[str, Any]) -> Node:
+def _read_event_node(members: Dict[str, Any]) -> Node:
     created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
     expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
     if members.get("dir"):
@@ -542,7 +531,7 @@ class Store(NodeTree):
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
 
-    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Dict[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:

@@ -73,18 +73,17 @@ class EventHistory:
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
-        events, first, last, back = list(self.events), self.first_index, self.last_index, self._back
-        front = (back - len(events)) % self.capacity
-        slots: List[Optional[Event]] = [None] * self.capacity
-        for offset, event in enumerate(events):
-            slots[(front + offset) % self.capacity] = event
+        first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
+        front = (back - size) % self.capacity
+        slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
+        slots.rotate(front)
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
             yield comma
             yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
-        yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
+        yield f'],"Size":{size},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
