@@ -2449,11 +2449,6 @@ class RaftLog:
             )
 
     @property
-    def first_index(self) -> int:
-        """Index of the first entry held, or of the next one if there is none."""
-        return self.offset + 1
-
-    @property
     def last_id(self) -> EntryID:
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
@@ -2488,7 +2483,7 @@ class RaftLog:
         """
         if low <= self.offset or high > self.last_index + 1:
             raise InvariantError(
-                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f"entries {low} to {high - 1} are not in the log, which has {self.offset + 1} to"
                 f" {self.last_index}"
             )
         start, end = low - self.offset - 1, high - self.offset - 1
@@ -3955,8 +3950,6 @@ class TreeWalk:
     walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_images", "_kept")
-
     def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
@@ -3990,8 +3983,6 @@ class TreeWalk:
 
 class SnapshotWalk(TreeWalk):
     """The walk that writes a snapshot."""
-
-    __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
@@ -4075,11 +4066,6 @@ class Listing(TreeWalk):
 
     Shows the visible children, with `recursive` all visible nodes below.
     """
-
-    __slots__ = (
-        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
-        "_texts",
-    )
 
     def __init__(
         self, nodes: Dict[str, Node], walks: List[TreeWalk], path: str, *, recursive: bool,

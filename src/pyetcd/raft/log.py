@@ -62,11 +62,6 @@ class RaftLog:
             )
 
     @property
-    def first_index(self) -> int:
-        """Index of the first entry held, or of the next one if there is none."""
-        return self.offset + 1
-
-    @property
     def last_id(self) -> EntryID:
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
@@ -101,7 +96,7 @@ class RaftLog:
         """
         if low <= self.offset or high > self.last_index + 1:
             raise InvariantError(
-                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f"entries {low} to {high - 1} are not in the log, which has {self.offset + 1} to"
                 f" {self.last_index}"
             )
         start, end = low - self.offset - 1, high - self.offset - 1

@@ -61,8 +61,6 @@ class TreeWalk:
     walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_images", "_kept")
-
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
         self._walks = walks
@@ -96,8 +94,6 @@ class TreeWalk:
 
 class SnapshotWalk(TreeWalk):
     """The walk that writes a snapshot."""
-
-    __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
@@ -181,11 +177,6 @@ class Listing(TreeWalk):
 
     Shows the visible children, with `recursive` all visible nodes below.
     """
-
-    __slots__ = (
-        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
-        "_texts",
-    )
 
     def __init__(
         self, nodes: Dict[str, Node], walks: List[TreeWalk], path: str, *, recursive: bool,
