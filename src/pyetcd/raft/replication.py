@@ -239,7 +239,7 @@ class PendingReads:
     @property
     def newest(self) -> Optional[bytes]:
         """The context that a heartbeat has to carry; None without a round."""
-        return next(reversed(self._rounds), None) if self._rounds else None
+        return next(reversed(self._rounds), None)
 
     def clear(self) -> None:
         self._rounds.clear()
