@@ -157,7 +157,7 @@ import urllib.parse
 import weakref
 from array import array
 from collections import OrderedDict
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from enum import IntEnum
 from operator import attrgetter
@@ -1200,9 +1200,8 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
-)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)\Z")
+_UTC_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def load_json(text: Union[str, bytes]) -> Any:
@@ -1218,12 +1217,9 @@ def parse_time(text: str) -> int:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
-    moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - _EPOCH) // timedelta(seconds=1)
-    if match.group(8):
-        offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
-        seconds += -offset if match.group(8) == "+" else offset
-    return seconds * NS + int((match.group(7) or "0")[:9].ljust(9, "0"))
+    moment = datetime.fromisoformat(match[1] + match[3].replace("Z", "+00:00"))
+    seconds = (moment - _UTC_EPOCH) // timedelta(seconds=1)
+    return seconds * NS + int((match[2] or "0")[:9].ljust(9, "0"))
 
 
 def format_duration(seconds: float) -> str:
