@@ -3849,9 +3849,6 @@ class Event:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
-    def client_json(self) -> bytes:
-        return b"".join(self.client_pieces())
-
     def history_texts(self) -> Texts:
         """Yield the form kept in snapshots: full keys, and the refresh mark."""
         end = ',"refresh":true}' if self.refresh else "}"
@@ -5418,11 +5415,6 @@ class BoltReader:
 
     def close(self) -> None:
         self._file.close()
-
-    @property
-    def names(self) -> List[bytes]:
-        """The names of the buckets, sorted."""
-        return list(self._buckets)
 
     def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""

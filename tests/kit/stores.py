@@ -18,6 +18,10 @@ def delete_expired(store: Store, cutoff_ns: int) -> List[Event]:
     return [event for event in store.hub.history.events if event.index > before]
 
 
+def event_line(event: Event) -> bytes:
+    return b"".join(event.client_pieces())
+
+
 def store_json(
     store: Store, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
 ) -> bytes:

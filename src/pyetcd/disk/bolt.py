@@ -95,11 +95,6 @@ class BoltReader:
     def close(self) -> None:
         self._file.close()
 
-    @property
-    def names(self) -> List[bytes]:
-        """The names of the buckets, sorted."""
-        return list(self._buckets)
-
     def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""
         value = self._buckets.get(bucket)
