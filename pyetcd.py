@@ -159,7 +159,7 @@ import urllib.parse
 import weakref
 from array import array
 from collections import OrderedDict
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from enum import IntEnum
 from operator import attrgetter
@@ -731,7 +731,6 @@ class RecentLines(logging.Handler):
         self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one line."""
         package, text = record.name.partition(".")[2], record.getMessage()
         self.lines.append(
             (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
@@ -1107,18 +1106,12 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     """Encode texts, joined where they follow each other; bytes stay as they are."""
-    pieces: List[bytes] = []
-    strings: List[str] = []
-    for text in texts:
-        if isinstance(text, str):
-            strings.append(text)
-            continue
-        if strings:
-            pieces.append("".join(strings).encode())
-            strings = []
-        pieces.append(text)
-    if strings:
-        pieces.append("".join(strings).encode())
+    pieces: List[Any] = []
+    for kind, run in itertools.groupby(texts, type):
+        if kind is str:
+            pieces.append("".join(cast(Iterable[str], run)).encode())
+        else:
+            pieces += run
     return pieces
 
 
@@ -1209,9 +1202,8 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
-)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)\Z")
+_UTC_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def load_json(text: Union[str, bytes]) -> Any:
@@ -1227,12 +1219,9 @@ def parse_time(text: str) -> int:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
-    moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - _EPOCH) // timedelta(seconds=1)
-    if match.group(8):
-        offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
-        seconds += -offset if match.group(8) == "+" else offset
-    return seconds * NS + int((match.group(7) or "0")[:9].ljust(9, "0"))
+    moment = datetime.fromisoformat(match[1] + match[3].replace("Z", "+00:00"))
+    seconds = (moment - _UTC_EPOCH) // timedelta(seconds=1)
+    return seconds * NS + int((match[2] or "0")[:9].ljust(9, "0"))
 
 
 def format_duration(seconds: float) -> str:
@@ -1505,6 +1494,10 @@ class Snapshot(NamedTuple):
     term: int = 0
     state: Any = None
 
+    @property
+    def id(self) -> EntryID:
+        return EntryID(self.term, self.index)
+
 
 class Message:
     """raftpb.Message.  `sender` is protobuf's `from`; snapshot and context are None when unset."""
@@ -1732,18 +1725,11 @@ def decode_conf_change(data: Buffer) -> ConfChange:
     return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
-def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """None is the empty snapshot that every Message carries."""
-    return b"".join(encode_snapshot_parts(snapshot))
-
-
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Encode a snapshot without a copy of its data."""
+    """Encode a snapshot without a copy of its data; None is the empty one of most messages."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
-    before, after = encode_snapshot_around(
-        len(snapshot.data), snapshot.voters, EntryID(snapshot.term, snapshot.index)
-    )
+    before, after = encode_snapshot_around(len(snapshot.data), snapshot.voters, snapshot.id)
     return before, snapshot.data, after
 
 
@@ -1802,14 +1788,11 @@ def joined_parts(parts: Sequence[bytes]) -> List[bytes]:
     if max(map(len, parts), default=0) <= SHARED_DATA_BYTES:
         return [b"".join(parts)]
     joined: List[bytes] = []
-    short: List[bytes] = []
-    for part in parts:
-        if len(part) <= SHARED_DATA_BYTES:
-            short.append(part)
+    for is_short, run in itertools.groupby(parts, lambda part: len(part) <= SHARED_DATA_BYTES):
+        if is_short:
+            joined.append(b"".join(run))
         else:
-            joined += (b"".join(short), part)
-            short = []
-    joined.append(b"".join(short))
+            joined += run
     return joined
 
 
@@ -1853,9 +1836,9 @@ _MESSAGE: Schema = {
     12: ("context", 2, bytes),
 }
 _PLAIN_MESSAGE = re.compile(
-    b"%b%b%b%b" % (
+    rb"%b%b\x50\x00\x58%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
-        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50([\x00\x01])", rb"\x58" + _VARINT,
+        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), _VARINT,
     )
 )
 
@@ -1863,9 +1846,9 @@ _PLAIN_MESSAGE = re.compile(
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
     """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
-    if plain is None or plain.group(8) == b"\1":
+    if plain is None:
         return None
-    kind, to, sender, term, log_term, index, commit, _, hint = plain.groups()
+    kind, to, sender, term, log_term, index, commit, hint = plain.groups()
     return Message(
         _varint_value(kind), to=_varint_value(to), sender=_varint_value(sender),
         term=_varint_value(term), log_term=_varint_value(log_term),
@@ -1989,7 +1972,6 @@ _LONG_REQUEST: Schema = {
 }
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
-_PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
 _VALUE_HEAD = re.compile(b'"' + _VARINT)
 
@@ -1997,16 +1979,16 @@ _VALUE_HEAD = re.compile(b'"' + _VARINT)
 def _decode_plain_put(data: bytes) -> Optional[Request]:
     """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
-    if head is None or not data.endswith(_PLAIN_REST):
+    if head is None or not data.endswith(_NO_OPTIONS):
         return None
     id, size = head.groups()
     path_end = head.end() + _varint_value(size)
     value = _VALUE_HEAD.match(data, path_end)
-    if value is None or value.end() + _varint_value(value[1]) + len(_PLAIN_REST) != len(data):
+    if value is None or value.end() + _varint_value(value[1]) + len(_NO_OPTIONS) != len(data):
         return None
     return Request(
         _varint_number(id), "PUT", text_of(data[head.end():path_end]),
-        text_of(data[value.end():-len(_PLAIN_REST)]),
+        text_of(data[value.end():-len(_NO_OPTIONS)]),
     )
 
 
@@ -2341,12 +2323,6 @@ def quorum_size(voters: int) -> int:
     return voters // 2 + 1
 
 
-def quorum_index(match_indexes: Iterable[int]) -> int:
-    """Return the highest index that a majority has reached; 0 without members."""
-    ascending = sorted(match_indexes)
-    return ascending[(len(ascending) - 1) // 2] if ascending else 0
-
-
 _ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
@@ -2471,11 +2447,6 @@ class RaftLog:
             )
 
     @property
-    def first_index(self) -> int:
-        """Index of the first entry held, or of the next one if there is none."""
-        return self.offset + 1
-
-    @property
     def last_id(self) -> EntryID:
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
@@ -2496,8 +2467,8 @@ class RaftLog:
 
     def match_term(self, entry_id: EntryID) -> bool:
         """Tell whether our log holds that entry; False above the last and when compacted."""
-        position = entry_id.index - self.offset
-        return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
+        is_held = self.offset <= entry_id.index <= self.last_index
+        return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
         """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
@@ -2510,7 +2481,7 @@ class RaftLog:
         """
         if low <= self.offset or high > self.last_index + 1:
             raise InvariantError(
-                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f"entries {low} to {high - 1} are not in the log, which has {self.offset + 1} to"
                 f" {self.last_index}"
             )
         start, end = low - self.offset - 1, high - self.offset - 1
@@ -2694,7 +2665,7 @@ class Replication:
         self._config = config
         self._log = log
         self._mail = mail
-        self.is_due = False                         # some progress is due
+        self.is_due = False                         # leader: some progress is due
         self._broadcast_due = False                 # every progress is due
 
     def set_voters(self, voters: Iterable[int]) -> None:
@@ -2714,8 +2685,9 @@ class Replication:
 
     @property
     def quorum_index(self) -> int:
-        """The highest index that is durable on a majority."""
-        return quorum_index([progress.match_index for progress in self.progress.values()])
+        """The highest index that is durable on a majority; 0 without members."""
+        ascending = sorted([progress.match_index for progress in self.progress.values()])
+        return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
     def mark_due(self, progress: Progress) -> None:
         """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
@@ -2785,7 +2757,7 @@ class Replication:
         snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
-        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if not log.match_term(snapshot.id):
             return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
@@ -2880,7 +2852,7 @@ class PendingReads:
     @property
     def newest(self) -> Optional[bytes]:
         """The context that a heartbeat has to carry; None without a round."""
-        return next(reversed(self._rounds), None) if self._rounds else None
+        return next(reversed(self._rounds), None)
 
     def clear(self) -> None:
         self._rounds.clear()
@@ -2930,19 +2902,6 @@ class RaftRole(IntEnum):
     CANDIDATE = 1
     LEADER = 2
     PRE_CANDIDATE = 3
-
-
-class Status(NamedTuple):
-    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
-
-    id: int
-    term: int
-    vote: int
-    commit: int
-    applied: int
-    role: RaftRole
-    lead: int
-    progress: Dict[int, Tuple[int, int, str]]
 
 
 class Raft:
@@ -3011,7 +2970,8 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.mark_due(self.progress[member])
+            if self.role is RaftRole.LEADER:
+                self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -3375,7 +3335,7 @@ class Raft:
     def _restore(self, snapshot: Snapshot) -> None:
         """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if log.match_term(snapshot.id):
             log.commit_to(snapshot.index)
             return
         log.restore(snapshot)
@@ -3484,9 +3444,7 @@ class RawNode:
         point = snapshot or Snapshot()
         if entries and entries[0].term < point.term:
             entries = ()        # a crash kept the tail of the log that the snapshot replaced
-        log = RaftLog(
-            EntryID(point.term, point.index), entries, commit=hard_state.commit, applied=applied
-        )
+        log = RaftLog(point.id, entries, commit=hard_state.commit, applied=applied)
         self.raft = Raft(config, log, hard_state.term, hard_state.vote, point.voters)
         self._hard_state = hard_state       # as of the last Ready
         last = log.last_id
@@ -3543,13 +3501,10 @@ class RawNode:
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
             self.propose(*entries, sender=message.sender)
         elif (
-            (not message.term and kind != MsgType.READ_INDEX)
-            or kind in LOCAL_MESSAGES
-            or (kind in _RESPONSES and message.sender not in raft.progress)
-            or (kind == MsgType.APP and not _is_contiguous(message))
+            (message.term or kind == MsgType.READ_INDEX) and kind not in LOCAL_MESSAGES
+            and (kind not in _RESPONSES or message.sender in raft.progress)
+            and (kind != MsgType.APP or _is_contiguous(message))
         ):
-            return
-        else:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
@@ -3633,17 +3588,12 @@ class RawNode:
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
-            or raft.replication.is_due and self._is_append_due
-            or raft.term != known.term or raft.vote != known.vote
+            or raft.replication.is_due or raft.term != known.term or raft.vote != known.vote
         )
-
-    @property
-    def _is_append_due(self) -> bool:
-        return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
         raft = self.raft
-        if self._is_append_due:
+        if raft.replication.is_due:
             raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
@@ -3668,14 +3618,6 @@ class RawNode:
     def compact(self, index: int) -> None:
         """Drop the entries up to `index`, which must be applied, from memory."""
         self.raft.log.compact(index)
-
-    def status(self) -> Status:
-        raft = self.raft
-        progress = raft.progress if raft.role is RaftRole.LEADER else {}
-        return Status(
-            raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
-        )
 
 
 def _is_contiguous(message: Message) -> bool:
@@ -3909,9 +3851,6 @@ class Event:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
-    def client_json(self) -> bytes:
-        return b"".join(self.client_pieces())
-
     def history_texts(self) -> Texts:
         """Yield the form kept in snapshots: full keys, and the refresh mark."""
         end = ',"refresh":true}' if self.refresh else "}"
@@ -4006,8 +3945,6 @@ class TreeWalk:
     walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_images", "_kept")
-
     def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
@@ -4034,17 +3971,13 @@ class TreeWalk:
     def _children(self, path: str) -> List[str]:
         """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
-        paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._kept:
-            known = node.children if node is not None and node.children is not None else {}
-            paths += [kept for kept in dict.fromkeys(self._kept[path]) if kept not in known]
-        return paths
+        known = (node.children if node is not None else None) or {}
+        kept = dict.fromkeys(self._kept.get(path, ()))
+        return [*known, *[child for child in kept if child not in known]]
 
 
 class SnapshotWalk(TreeWalk):
     """The walk that writes a snapshot."""
-
-    __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
@@ -4128,11 +4061,6 @@ class Listing(TreeWalk):
 
     Shows the visible children, with `recursive` all visible nodes below.
     """
-
-    __slots__ = (
-        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
-        "_texts",
-    )
 
     def __init__(
         self, nodes: Dict[str, Node], walks: List[TreeWalk], path: str, *, recursive: bool,
@@ -4243,10 +4171,7 @@ class Listing(TreeWalk):
             if self._sorted:
                 _sort_bytewise(children)
             paths = iter(children)
-        block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
-        while block:
-            yield block
-            block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
+        yield from iter(lambda: list(itertools.islice(paths, LISTING_BLOCK_NODES)), [])
 
 
 # ============================================================================
@@ -4284,8 +4209,8 @@ class EventHistory:
         if self._back == self.capacity:
             self._back = 0
 
-    def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on for a watch of `path`.
+    def matches(self, watcher: "Watcher") -> Iterator[Event]:
+        """Yield the events from index `since` on for a watcher.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -4295,9 +4220,10 @@ class EventHistory:
         Differs from etcd: a stream has no third oddity, for it would lose events.
         Source: etcd 2.3 store/event_history.go, scan.
         """
+        path, recursive = watcher.path, watcher.recursive
         below = path if path == "/" else path + "/"
-        exact = path
-        for event in itertools.islice(self.events, max(since - self.first_index, 0), None):
+        exact, start = path, max(watcher.since - self.first_index, 0)
+        for event in itertools.islice(self.events, start, None):
             if event.refresh:
                 continue
             key = event.key
@@ -4306,7 +4232,7 @@ class EventHistory:
                 and event.prev is not None and event.prev.children is not None
             ):
                 yield event
-            if recursive and not stream:
+            if recursive and not watcher.stream:
                 exact = below
 
     def pieces(self) -> Texts:
@@ -4314,18 +4240,17 @@ class EventHistory:
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
-        events, first, last, back = list(self.events), self.first_index, self.last_index, self._back
-        front = (back - len(events)) % self.capacity
-        slots: List[Optional[Event]] = [None] * self.capacity
-        for offset, event in enumerate(events):
-            slots[(front + offset) % self.capacity] = event
+        first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
+        front = (back - size) % self.capacity
+        slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
+        slots.rotate(front)
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
             yield comma
             yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
-        yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
+        yield f'],"Size":{size},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
@@ -4400,10 +4325,7 @@ class WatcherHub:
         """
         history = self.history
         if watcher.since <= history.last_index:
-            found = history.matches(
-                watcher.path, recursive=watcher.recursive, stream=watcher.stream,
-                since=watcher.since,
-            )
+            found = history.matches(watcher)
             for event in list(found) if watcher.stream else found:
                 watcher.deliver(event)
                 if not watcher.stream:
@@ -4766,7 +4688,7 @@ _READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT_BYTES = _PERMANENT.encode()
 
 
-def _number(members: Mapping[str, Any], name: str) -> int:
+def _number(members: Dict[str, Any], name: str) -> int:
     """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
     value = members.get(name, 0)
     if type(value) is not int or value < 0:
@@ -4866,7 +4788,7 @@ def _read_files(
     return 1 + (tried if whole else len(text[:end - 2].encode())), tried
 
 
-def _read_event(members: Mapping[str, Any]) -> Event:
+def _read_event(members: Dict[str, Any]) -> Event:
     """Make an Event of its snapshot form; the seconds left are those it was written with."""
     shown, before = members["node"], members.get("prevNode")
     action, key = members["action"], shown["key"]
@@ -4879,7 +4801,7 @@ def _read_event(members: Mapping[str, Any]) -> Event:
     return event
 
 
-def _read_event_node(members: Mapping[str, Any]) -> Node:
+def _read_event_node(members: Dict[str, Any]) -> Node:
     created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
     expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
     if members.get("dir"):
@@ -4912,7 +4834,7 @@ class StoreState(NamedTuple):
         try:
             nodes, end = _read_tree(data, progress)
             text = bytes(data[end:]).decode("utf-8", "replace")
-            slots, rest = _read_slots(text, 0)
+            slots, rest = _read_slots(text)
             state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
@@ -4946,15 +4868,15 @@ _SLOTS = '"Events":['
 _SLOT_END = re.compile(r"\s*([,\]])")
 
 
-def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the text from `end` on without them.
+def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the rest of the text.
 
     One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
-    first = text.find(_SLOTS, end) + len(_SLOTS)
+    first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
-        return slots, text[end:]
+        return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
@@ -4963,7 +4885,7 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
         if match is None:
             raise ValueError("the history of events has no end")
         comma, at = match.group(1), match.end()
-    return slots, text[end:first] + text[at - 1:]
+    return slots, text[:first] + text[at - 1:]
 
 
 class Store(NodeTree):
@@ -5202,22 +5124,18 @@ class Store(NodeTree):
         Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
-        for _ in self._expirations(cutoff_ns):
-            self._budget -= EXPIRED_KEY_NODES
-            if self._budget <= 0:
-                return
-        self._expiring_ns = 0
-
-    def _expirations(self, cutoff_ns: int) -> Iterator[Event]:
-        while True:
-            expires_ns, path = self._ttl.first()
-            if not path or expires_ns > cutoff_ns:
-                return
+        expires_ns, path = self._ttl.first()
+        while path and expires_ns <= cutoff_ns:
             if path.startswith(self._detached):
                 self._ttl.set(path, 0)
-                continue
-            self.stats.expire_count += 1
-            yield self._remove("expire", path, self._nodes[path], cutoff_ns)
+            else:
+                self.stats.expire_count += 1
+                self._remove("expire", path, self._nodes[path], cutoff_ns)
+                self._budget -= EXPIRED_KEY_NODES
+                if self._budget <= 0:
+                    return
+            expires_ns, path = self._ttl.first()
+        self._expiring_ns = 0
 
     @property
     def has_ttl(self) -> bool:
@@ -5248,7 +5166,7 @@ class Store(NodeTree):
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
 
-    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Dict[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -5479,14 +5397,16 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
-        """Read `file` if it is given, and name it `path` in errors."""
+    def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
+        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = file or open(path, "rb")
+        self._file = file or open(path, "rb")
+        self._start = start
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
-            self._buckets = self._top_buckets()
+            top = self._walk(self._meta.root)
+            self._buckets = {name: value for flags, name, value in top if flags & _BUCKET}
             on_failure.pop_all()
 
     def __enter__(self) -> "BoltReader":
@@ -5498,11 +5418,6 @@ class BoltReader:
     def close(self) -> None:
         self._file.close()
 
-    @property
-    def names(self) -> List[bytes]:
-        """The names of the buckets, sorted."""
-        return list(self._buckets)
-
     def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""
         value = self._buckets.get(bucket)
@@ -5510,19 +5425,15 @@ class BoltReader:
             return
         if len(value) < _BUCKET_HEAD.size:
             raise self._damage(f"bucket {bucket!r} is cut")
-        root = _BUCKET_HEAD.unpack_from(value)[0]
-        if root:
-            for _, key, content in self._walk(root):
-                yield key, content
-        else:
-            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
-                yield key, content
+        root, page = _BUCKET_HEAD.unpack_from(value)[0], value[_BUCKET_HEAD.size:]
+        for _, key, content in self._walk(root) if root else self._leaf(page, "an inline bucket"):
+            yield key, content
 
     def _newest_meta(self) -> _Meta:
         found = []
         sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
         for offset in (0, *sizes):      # the second one stands one page behind the first
-            self._file.seek(offset)
+            self._file.seek(self._start + offset)
             data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
             if len(data) < _META_BODY.size + 8:
                 continue
@@ -5534,10 +5445,6 @@ class BoltReader:
         if not found or not 512 <= found[0].page_bytes <= _PAGE_BYTES_MAX:
             raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
         return max(found, key=lambda meta: meta.transaction)
-
-    def _top_buckets(self) -> Dict[bytes, bytes]:
-        return {key: value for flags, key, value in self._walk(self._meta.root)
-                if flags & _BUCKET}
 
     def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
         """Yield (flags, key, value) of all leaves below a page."""
@@ -5555,14 +5462,16 @@ class BoltReader:
             if kind == _LEAF:
                 yield from self._leaf(data, f"page {page}")
             else:
-                waiting.append(self._children(data, page)[::-1])
+                places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+                elements = [_BRANCH_ELEMENT.unpack_from(data, at) for at in reversed(places)]
+                waiting.append([child for _, _, child in elements])
 
     def _page(self, number: int) -> Tuple[int, bytes]:
         """Return the kind (branch or leaf) and all bytes of a page."""
         size = self._meta.page_bytes
         if not 2 <= number < self._meta.pages:
             raise self._damage(f"page {number} is none of its {self._meta.pages}")
-        self._file.seek(number * size)
+        self._file.seek(self._start + number * size)
         data = self._file.read(size)
         if len(data) < size:
             raise self._damage(f"the file ends before page {number}")
@@ -5582,10 +5491,6 @@ class BoltReader:
                 raise self._damage(f"{what} is damaged")
             yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
 
-    def _children(self, data: bytes, page: int) -> List[int]:
-        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
-        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
-
     def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
         """Return the offsets of the elements of a page."""
         if len(data) < _PAGE_HEAD.size:
@@ -5603,7 +5508,7 @@ class BoltReader:
 # -- writing
 
 
-def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+def write_bolt(file: IO[bytes], buckets: Dict[bytes, Items]) -> None:
     """Write a database with these buckets into an empty file.  Raises OSError.
 
     buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
@@ -5611,14 +5516,13 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
     """
     writer = _BoltWriter(file)
     rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
-    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
-    writer.finish(root)
+    writer.finish(writer.tree(rows, _BUCKET))
 
 
 class _BoltWriter:
     """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._next = 3                  # page
         file.write(bytes(3 * PAGE_BYTES))
@@ -5632,7 +5536,7 @@ class _BoltWriter:
             first.append((key, value))
             size += _LEAF_ELEMENT.size + len(key) + len(value)
             if size > _INLINE_BYTES_MAX:
-                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+                return _BUCKET_HEAD.pack(self.tree(itertools.chain(first, source), 0), 0)
         return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
 
     def tree(self, items: Items, flags: int) -> int:
@@ -5664,11 +5568,6 @@ class _BoltWriter:
         return number
 
 
-def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
-    yield from first
-    yield from rest
-
-
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
     """Yield the items of one page after the other; one empty page if there are none."""
     chunk: List[Tuple[bytes, bytes]] = []
@@ -5683,35 +5582,31 @@ def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, byte
     yield chunk
 
 
-def _head(number: int, kind: int, count: int, size: int) -> bytes:
-    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
-    return _PAGE_HEAD.pack(number, kind, count, overflow)
-
-
 def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
     """Return a leaf; number 0: the page of an inline bucket."""
-    table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
-    for key, value in items:
-        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
-        data += key, value
-        at += len(key) + len(value) - _LEAF_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+    rows = [((flags,), (len(key), len(value)), key + value) for key, value in items]
+    return _page_of(number, _LEAF, _LEAF_ELEMENT, rows)
 
 
 def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
     """Return a branch; the values are page numbers in 8 bytes."""
+    rows = [((), (len(key), int.from_bytes(page, "little")), key) for key, page in items]
+    return _page_of(number, _BRANCH, _BRANCH_ELEMENT, rows)
+
+
+def _page_of(
+    number: int, kind: int, element: struct.Struct,
+    rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
+) -> bytes:
+    """Return a page with the numbers of each element before and behind its position, its data."""
     table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _BRANCH_ELEMENT.size
-    for key, page in items:
-        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
-        data.append(key)
-        at += len(key) - _BRANCH_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
+    at = len(rows) * element.size       # from the place of the present element
+    for before, behind, data in rows:
+        table.append(element.pack(*before, at, *behind))
+        at += len(data) - element.size
+    body = b"".join(table + [data for _, _, data in rows])
+    pages = -(-(_PAGE_HEAD.size + len(body)) // PAGE_BYTES) if number else 1
+    return _PAGE_HEAD.pack(number, kind, len(rows), pages - 1) + body
 
 
 # ============================================================================
@@ -5735,6 +5630,12 @@ class OsDisk:
     """
 
     read_only = False           # True: a log is read without repairs
+    fdatasync = staticmethod(sync_data)
+    fsync = staticmethod(sync_file)
+    fsync_dir = staticmethod(fsync_dir)
+    close = staticmethod(os.close)
+    rename = staticmethod(os.replace)
+    unlink = staticmethod(os.unlink)
 
     def makedirs(self, path: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -5750,9 +5651,9 @@ class OsDisk:
         with open(path, "rb") as file:
             return file.read()
 
-    def create(self, path: str, mode: int = 0o600) -> int:
+    def create(self, path: str) -> int:
         """Make an empty file, or empty the existing one; return a handle for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
     def open_append(self, path: str) -> int:
         """Return a handle for reading and appending to an existing file."""
@@ -5768,7 +5669,7 @@ class OsDisk:
         """Append pieces, many in one call: each call lets another thread run in between."""
         left = [*data]
         while left:
-            written, whole = _write_some(handle, left[:_WRITE_PIECES_MAX]), 0
+            written, whole = os.writev(handle, left[:_WRITE_PIECES_MAX]), 0
             while whole < len(left) and written >= len(left[whole]):
                 written -= len(left[whole])
                 whole += 1
@@ -5776,28 +5677,10 @@ class OsDisk:
             if written:
                 left[0] = left[0][written:]
 
-    def fdatasync(self, handle: int) -> None:
-        _fdatasync(handle)
-
-    def fsync(self, handle: int) -> None:
-        sync_file(handle)
-
-    def close(self, handle: int) -> None:
-        os.close(handle)
-
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
         sync_file(handle)
-
-    def rename(self, old: str, new: str) -> None:
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def fsync_dir(self, path: str) -> None:
-        fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.
@@ -5821,13 +5704,10 @@ class OsDisk:
         return os.path.realpath(path) in _locked_paths.values()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextlib.contextmanager
 def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+    codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
     """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
@@ -5836,28 +5716,14 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        raise_disk_full(error, path, undo, codes)
-        raise
-
-
-def raise_disk_full(
-    error: OSError, path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
-) -> None:
-    """Raise DiskFull after undo() if `error` is of these codes."""
-    if error.errno in codes:
+        if error.errno not in codes:
+            raise
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-def _write_joined(handle: int, pieces: Sequence[bytes]) -> int:
-    return os.write(handle, b"".join(pieces))
-
-
 _WRITE_PIECES_MAX = 1_024               # as many as Linux and macOS take
-_write_some: Callable[[int, Sequence[bytes]], int] = getattr(os, "writev", _write_joined)
-_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()
 
 
@@ -5895,7 +5761,7 @@ class WalContents(NamedTuple):
 
 LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
-_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
+_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%c\x10" % kind for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
 
@@ -6196,9 +6062,12 @@ class SnapshotFile(NamedTuple):
         """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
-
-def _ignore_index(raft_index: int) -> None:
-    pass
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> "SnapshotFile":
+        parts, crc = encode_snapshot_parts(snapshot), 0
+        for part in parts:
+            crc = crc32c(part, crc)
+        return cls(snapshot.id, parts, sum(map(len, parts)), crc)
 
 
 class Snapshotter:
@@ -6207,18 +6076,14 @@ class Snapshotter:
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
-        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
+        self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
 
         Raises DiskFull, leaving nothing, and OSError.
         """
-        parts, crc = encode_snapshot_parts(snapshot), 0
-        for part in parts:
-            crc = crc32c(part, crc)
-        snapshot_id = EntryID(snapshot.term, snapshot.index)
-        self.write(SnapshotFile(snapshot_id, parts, sum(map(len, parts)), crc))
+        self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
         """Do save() for a snapshot with a known checksum.
@@ -6346,7 +6211,6 @@ class DataDir(NamedTuple):
     member: str
     wal: str
     snap: str
-    proxy: str
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
@@ -6355,10 +6219,8 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
     Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
-    paths = DataDir(
-        data_dir, member, wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"),
-        os.path.join(data_dir, "proxy"),
-    )
+    wal, snap = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    paths = DataDir(data_dir, member, wal, snap)
     try:
         names = set(os.listdir(data_dir)) if os.path.exists(data_dir) else set()
     except OSError as error:
@@ -6533,29 +6395,14 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         start = database.tell()
         if not database.read(1):
             return False
-        database.seek(start)
         try:
-            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
+            reader = BoltReader("database", database, start)
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
         except (BoltError, OSError, OverflowError):
             return True
 
 
 _DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
-
-
-class _Tail(io.RawIOBase):
-    """A file from the present position of another one on."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._start = file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(self._start + offset) - self._start
-
-    def read(self, size: int = -1) -> bytes:
-        return self._file.read(size)
 
 
 # ============================================================================
@@ -6681,7 +6528,7 @@ class Wal:
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
-            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
+            return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
     def read_until_damage(
@@ -6705,14 +6552,11 @@ class Wal:
     @staticmethod
     def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
         """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
-        found: Set[EntryID] = set()
-        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
-            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
-                with contextlib.suppress(CodecError):
-                    snapshot_id = _decode_walpb_snapshot(data)
-                    if data != _encode_walpb_snapshot(snapshot_id):
-                        found.add(snapshot_id)
-        return found
+        return {
+            id for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory))
+            for id, data in _scan_snapshots(disk.read(os.path.join(directory, name)))
+            if data != _encode_walpb_snapshot(id)
+        }
 
     # -- reactor's side ----------------------------------------------------
 
@@ -6760,7 +6604,7 @@ class Wal:
         if self._hard_state != HardState():
             head += encoder.record(RecordType.STATE, encode_hard_state(self._hard_state))
         self._size = len(head)
-        return Cut(_wal_name(self._sequence, self._last_index + 1), head)
+        return Cut(f"{self._sequence:016x}-{self._last_index + 1:016x}.wal", head)
 
     # -- wal thread's side -------------------------------------------------
 
@@ -6772,10 +6616,10 @@ class Wal:
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
-        except OSError as error:
-            path = os.path.join(self.directory, name)
-            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
-            raise
+        except OSError:                 # only now: the `with` takes 3 us
+            undo = functools.partial(self._disk.truncate, handle, self._end)
+            with disk_full_as_error(os.path.join(self.directory, name), undo):
+                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
@@ -6829,14 +6673,8 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
     return False
 
 
-def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
-    for record in _snapshot_records(data):
-        with contextlib.suppress(CodecError):
-            yield _decode_walpb_snapshot(record)
-
-
-def _snapshot_records(data: bytes) -> Iterator[bytes]:
+def _scan_snapshots(data: bytes) -> Iterator[Tuple[EntryID, bytes]]:
+    """Yield the snapshot records of a segment, up to the first impossible frame: id, data."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6846,7 +6684,8 @@ def _snapshot_records(data: bytes) -> Iterator[bytes]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_record(data[body:body + length])[2]
+                record = _decode_record(data[body:body + length])[2]
+                yield _decode_walpb_snapshot(record), record
 
 
 class _WalReader:
@@ -6990,10 +6829,6 @@ def _wal_entry(data: bytes) -> Entry:
     if not entry.index or entry.type > EntryType.CONF_CHANGE_V2 or (entry.type and not entry.data):
         raise CodecError("not an entry")
     return entry
-
-
-def _wal_name(sequence: int, index: int) -> str:
-    return f"{sequence:016x}-{index:016x}.wal"
 
 
 def _wal_position(name: str) -> Tuple[int, int]:
@@ -11702,13 +11537,18 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
+def check_entry(
+    entry: Entry, identity: Identity = DEFAULT_IDENTITY, *, is_proposal: bool = False
+) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
+
+    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+                 accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
-        _check_change(entry.data)
+        _check_change(entry.data, is_proposal)
     elif entry.type:
         raise CodecError(f"an entry of unknown type {entry.type}")
     elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
@@ -11722,22 +11562,6 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         request = entry.request = read_command(entry.data)
         if request is not None:
             _check_path(request, identity)
-
-
-def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
-
-    An entry in a leader's log would have to be accepted: other members have it already.
-    """
-    if entry.type == EntryType.CONF_CHANGE:
-        change = decode_conf_change(entry.data)
-        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-            member = parse_member(change.context or b"{}", change.node_id)
-            try:
-                if not list(map(check_advertised_url, member.peer_urls)):
-                    raise ValueError("no peer URL")
-            except ValueError as error:
-                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
@@ -11764,15 +11588,21 @@ def _check_own_path(request: Request, identity: Identity) -> None:
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
-def _check_change(data: bytes) -> None:
+def _check_change(data: bytes, is_proposal: bool) -> None:
     change = decode_conf_change(data)
     if not data or not change.node_id:
         raise CodecError("a change of no member")
-    if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-        context = change.context or b"{}"
-        parse_member(context, change.node_id)
-        if load_json(context).get("id", change.node_id) != change.node_id:
-            raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    if change.type not in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+        return
+    context = change.context or b"{}"
+    member = parse_member(context, change.node_id)
+    if load_json(context).get("id", change.node_id) != change.node_id:
+        raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    try:
+        if is_proposal and not list(map(check_advertised_url, member.peer_urls)):
+            raise ValueError("no peer URL")
+    except ValueError as error:
+        raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 class MemberInspector(MessageInspector):
@@ -11794,9 +11624,7 @@ class MemberInspector(MessageInspector):
         identity, is_proposal = self._cluster.identity, message.type == MsgType.PROP
         try:
             for entry in entries:
-                check_entry(entry, identity)
-                if is_proposal:
-                    check_proposal(entry)
+                check_entry(entry, identity, is_proposal=is_proposal)
                 work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
                 if work > STEP_BYTES:
                     work = 0
@@ -13224,23 +13052,19 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if not self._may_sync_inline(job):
-            self._queue(job)
-            return
         self._deferred = job
-        if self._reactor.is_quiet:
+        if not self._may_sync_inline(job):
+            self._queue_deferred()
+        elif self._reactor.is_quiet:
             self._sync_inline(job)
         else:                           # messages to followers leave at the end of this turn
             self._reactor.call_soon(self._sync_alone)
 
-    def _queue(self, job: WalJob) -> None:
-        self._queued += 1
-        self._jobs.put(job)
-
     def _queue_deferred(self) -> None:
-        job, self._deferred = self._deferred, None
-        if job is not None:
-            self._queue(job)
+        if self._deferred is not None:
+            self._queued += 1
+            self._jobs.put(self._deferred)
+            self._deferred = None
 
     def _may_sync_inline(self, job: WalJob) -> bool:
         return (
@@ -13352,19 +13176,14 @@ WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
 
-def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
-    sizes = [len(entry.data) for entry in entries]
-    if sum(sizes) <= bytes_max:
-        return len(entries)
-    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
-
-
 def first_part(entries: Sequence[Entry]) -> int:
-    """Return how many of `entries` are the work of one turn."""
+    """Return how many of `entries` are the work of one turn; the last may exceed its bytes."""
     if len(entries) <= 1:
         return len(entries)
-    return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
+    sizes = [len(entry.data) for entry in entries[:WORK_ENTRIES_MAX]]
+    if sum(sizes) <= WORK_BYTES_MAX:
+        return len(sizes)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), WORK_BYTES_MAX) + 1
 
 
 class Journal:
@@ -13431,8 +13250,10 @@ class Journal:
                 if batch.mark is None or not (batch.must_sync or batch.held):
                     return
                 self._batch = Batch()
-            if batch.must_sync:
-                self._write_batch(batch)
+            if batch.must_sync:         # a long one in parts, which the next turns encode
+                self.busy = True
+                self._steps = self._write_steps(batch)
+                self._encode_on()
                 continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -13464,12 +13285,6 @@ class Journal:
         for batch in (*self._waiting, self._batch):
             self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
-
-    def _write_batch(self, batch: Batch) -> None:
-        """Write a batch; a long one in parts, which the next turns encode."""
-        self.busy = True
-        self._steps = self._write_steps(batch)
-        self._encode_on()
 
     def _encode_on(self) -> None:
         assert self._steps is not None
@@ -13506,7 +13321,7 @@ class Journal:
     ) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
-            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+            record = self._wal.encode_snapshot(batch.snapshot.id)
         data = yield from self._wal.encode_steps(batch.hard_state, batch.entries)
         release_to, self._release_to = self._release_to, 0
         is_full = self._wal.segment_full(after_snapshot=release_to > 0)
@@ -16404,7 +16219,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
             "Alloc": _resident_bytes(), "Sys": _statm_bytes(0),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
-        "raft.status": _raft_status(server.node.status()),
+        "raft.status": _raft_status(server.node.raft),
         "reactor": {
             "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
             "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
@@ -16422,16 +16237,18 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     }
 
 
-def _raft_status(status: Status) -> Dict[str, object]:
+def _raft_status(raft: Raft) -> Dict[str, object]:
+    followed = raft.progress if raft.role is RaftRole.LEADER else {}
     return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
+        "id": format_id(raft.id), "term": raft.term, "vote": format_id(raft.vote),
+        "commit": raft.log.commit, "lead": format_id(raft.lead),
+        "raftState": raft_state_name(raft.role),
         "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            format_id(id): {
+                "match": progress.match_index, "next": progress.next_index,
+                "state": "ProgressState" + progress.state.name.capitalize(),
             }
-            for each, (match, next_, state) in status.progress.items()
+            for id, progress in followed.items()
         },
     }
 
@@ -23160,8 +22977,7 @@ def backup(
     store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
-        data, start = encode_snapshot(source.snapshot), source.snapshot
-        file = SnapshotFile(EntryID(start.term, start.index), (data,), len(data), crc32c(data))
+        file = SnapshotFile.of(source.snapshot)
     entries = source.entries[:source.committed]
     new_ids = secrets.randbits(63) + 1, secrets.randbits(63) + 1
     state = source.hard_state._replace(commit=source.last.index)

@@ -154,9 +154,10 @@ def test_codec_long_batch_is_the_plain_one(sizes, state):
     ((), 0), ((5,), 1), ((100,), 1), ((60, 40), 2), ((60, 39, 2, 1), 3), ((101, 1), 1),
     ((0, 0, 200, 1), 3),
 ])
-def test_codec_first_entries_are_as_many_as_fill_the_bytes(sizes, count):
+def test_codec_first_entries_are_as_many_as_fill_the_bytes(sizes, count, monkeypatch):
+    monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 100)
     entries = [Entry(0, 1, index, bytes(size)) for index, size in enumerate(sizes, 1)]
-    assert pyetcd.first_entries(entries, 100) == count
+    assert pyetcd.first_part(entries) == count
 
 
 @pytest.mark.parametrize("name", [
@@ -207,7 +208,7 @@ def test_codec_snapshot_file_as_recorded():
     assert (snapshot.index, snapshot.term) == (metadata["index"], metadata["term"])
     assert list(map(pyetcd.format_id, snapshot.voters)) == metadata["conf_state_nodes"]
     assert json.loads(bytes(snapshot.data)) == wanted["store"]
-    data = pyetcd.encode_snapshot(snapshot)
+    data = b"".join(pyetcd.encode_snapshot_parts(snapshot))
     head = b"\x08%b\x12%b" % (pyetcd.encode_varint(wanted["crc"]), pyetcd.encode_varint(len(data)))
     assert head + data == content
 
@@ -322,7 +323,7 @@ def test_codec_garbage_raises_codec_error_only(decode):
     message = pyetcd.Message(3, to=1, sender=2, entries=[entry], snapshot=snapshot)
     samples = [
         pyetcd.encode_message(message), pyetcd.encode_entry(entry), entry.data,
-        pyetcd.encode_snapshot(snapshot),
+        b"".join(pyetcd.encode_snapshot_parts(snapshot)),
     ]
     for _ in range(2000):
         data = bytearray(rng.choice(samples))

@@ -47,7 +47,8 @@ def test_snap_bad_file_is_set_aside_for_the_one_before(damage, tmp_path, wal_log
 
 def test_snap_every_flipped_byte_is_noticed(tmp_path):
     """The checksum covers all but the frame around it, and that is noticed too."""
-    data = pyetcd.encode_snapshot(pyetcd.Snapshot(b'{"a":1}', (1, 2), 9, 2))
+    data = b"".join(pyetcd.encode_snapshot_parts(
+        pyetcd.Snapshot(b'{"a":1}', (1, 2), 9, 2)))
     content = b"\x08%b\x12%b" % (
         pyetcd.encode_varint(pyetcd.crc32c(data)), pyetcd.encode_varint(len(data))) + data
     good = pyetcd.decode_snapshot_file(content)

@@ -535,9 +535,9 @@ class _NoDescriptorDisk(pyetcd.OsDisk):
             self.failing.discard(what)
             raise OSError(self.code, os.strerror(self.code))
 
-    def create(self, path, mode=0o600):
+    def create(self, path):
         self._fail("create")
-        return super().create(path, mode)
+        return super().create(path)
 
     def fsync_dir(self, path):
         self._fail("fsync_dir")
@@ -577,11 +577,11 @@ def test_wal_short_writes_are_continued(tmp_path, monkeypatch, size):
 
     def write_some(handle, pieces):
         calls.append(len(pieces))
-        return pyetcd._write_joined(handle, [b"".join(pieces)[:size]])  # where writev is missing
+        return os.write(handle, b"".join(pieces)[:size])
 
     values = [os.urandom(1_000 * number) for number in range(8)]        # some in pieces
     entries = [Entry(0, 1, index, value) for index, value in enumerate(values, 1)]
-    monkeypatch.setattr(pyetcd, "_write_some", write_some)
+    monkeypatch.setattr(os, "writev", write_some)
     with contextlib.closing(Wal.create(str(tmp_path / "wal"), b"\x08\x01\x10\x02")) as wal:
         wal.write(*pyetcd.finish(wal.encode_steps(HardState(1, 0, 8), entries)), sync=True)
     assert _wal_open(tmp_path / "wal").entries == entries
@@ -590,8 +590,8 @@ def test_wal_short_writes_are_continued(tmp_path, monkeypatch, size):
 
 def test_wal_batch_is_written_in_few_calls(tmp_path, monkeypatch):
     """Each call lets another thread run: three a record made PUTs of 16 KB a fifth slower."""
-    calls, write_some = [], pyetcd._write_some
-    monkeypatch.setattr(pyetcd, "_write_some", lambda *call: calls.append(1) or write_some(*call))
+    calls, write_some = [], os.writev
+    monkeypatch.setattr(os, "writev", lambda *call: calls.append(1) or write_some(*call))
     with contextlib.closing(Wal.create(str(tmp_path / "wal"), b"\x08\x01\x10\x02")) as wal:
         entries = [Entry(0, 1, index, bytes(16 << 10)) for index in range(1, 2_001)]
         pieces = pyetcd.finish(wal.encode_steps(HardState(1, 0, 8), entries))

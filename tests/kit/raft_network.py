@@ -35,7 +35,7 @@ def _raft_entries(terms: Sequence[int], first: int = 1) -> List[Entry]:
 
 
 def _raft_terms(log: RaftLog) -> List[int]:
-    return [entry.term for entry in log.slice(log.first_index, log.last_index + 1)]
+    return [entry.term for entry in log.slice(log.offset + 1, log.last_index + 1)]
 
 
 def _raft_config(member: int, **options: Any) -> RaftConfig:

@@ -425,8 +425,8 @@ class SimMember:
 
     def _boot(self):
         """As pyetcd.bootstrap does it, without flags and network."""
-        directory = pyetcd.DataDir("/disk", "/disk/member", "/disk/member/wal",
-                                   "/disk/member/snap", "/disk/proxy")
+        directory = pyetcd.DataDir(
+            "/disk", "/disk/member", "/disk/member/wal", "/disk/member/snap")
         store = pyetcd.Store(history_capacity=self.sim.history)
         snapshotter = pyetcd.Snapshotter(directory.snap, disk=self.disk)
         options = {"disk": self.disk, "segment_bytes": self.sim.segment_bytes}
@@ -535,7 +535,7 @@ class _Invariants:
         assert log.applied >= member.seen_applied, f"{member.name}: applied went back"
         assert log.applied <= log.commit <= log.last_index
         if log.commit > member.seen_commit:
-            first = max(member.seen_commit + 1, log.first_index)
+            first = max(member.seen_commit, log.offset) + 1
             for entry in log.slice(first, log.commit + 1) if log.commit >= first else ():
                 known = self.committed.setdefault(entry.index, (entry.term, entry.data))
                 assert known == (entry.term, entry.data), f"committed entry {entry.index} changed"

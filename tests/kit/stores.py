@@ -10,8 +10,16 @@ from pyetcd import Event, Store
 
 
 def delete_expired(store: Store, cutoff_ns: int) -> List[Event]:
-    """Do Store.expire() in one turn; return the events."""
-    return list(store._expirations(cutoff_ns))
+    """Do Store.expire() to its end in one turn; return the events that the history still has."""
+    before = store.current_index
+    store.expire(cutoff_ns)
+    while store.is_expiring:
+        store.expire(cutoff_ns)
+    return [event for event in store.hub.history.events if event.index > before]
+
+
+def event_line(event: Event) -> bytes:
+    return b"".join(event.client_pieces())
 
 
 def store_json(

@@ -57,7 +57,7 @@ def test_bolt_reads_what_it_writes(tmp_path, count):
     with open(path, "w+b") as file:
         pyetcd.write_bolt(file, {b"key": iter(items), b"empty": [], b"meta": [(b"a", b"b")]})
     with pyetcd.BoltReader(str(path)) as reader:
-        assert reader.names == [b"empty", b"key", b"meta"]
+        assert list(reader._buckets) == [b"empty", b"key", b"meta"]
         assert list(reader.items(b"key")) == items
         assert list(reader.items(b"meta")) == [(b"a", b"b")]
         assert list(reader.items(b"empty")) == list(reader.items(b"absent")) == []
@@ -78,7 +78,7 @@ def test_bolt_damage_is_an_error_of_its_own(tmp_path):
         path.write_bytes(data[:rng.choice((len(data), rng.randrange(len(data))))])
         try:
             with pyetcd.BoltReader(str(path)) as reader:
-                for name in reader.names:
+                for name in reader._buckets:
                     assert sum(1 for _ in reader.items(name)) < 100_000
         except pyetcd.BoltError as error:
             assert str(path) in str(error)

@@ -172,7 +172,7 @@ def _fail_sync_and_close(server, patch):
         os.close(handle)
         _raise_eio()
     patch.setattr(pyetcd.OsDisk, "close", close)
-    patch.setattr(pyetcd, "_fdatasync", _raise_eio)
+    patch.setattr(pyetcd.OsDisk, "fdatasync", _raise_eio)
     server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
 
 

@@ -196,7 +196,7 @@ def test_journal_disk_that_stalls_stops_its_leader_once(monkeypatch):
         if threading.get_ident() in reactors:
             stalled.set()
             assert release.wait(60)
-        sync(disk, handle)
+        sync(handle)
 
     monkeypatch.setattr(pyetcd.OsDisk, "fdatasync", fdatasync)
     monkeypatch.setattr(pyetcd.WalWriter, "QUICK_SYNCS_MIN", 5)

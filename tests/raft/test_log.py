@@ -19,7 +19,7 @@ def _raft_handed(log: RaftLog) -> List[int]:
 def test_raft_log_fresh_is_empty_at_index_zero():
     """Index 0 is the snapshot point of an empty log: term 0, and it matches."""
     log = RaftLog()
-    assert (log.first_index, log.last_index, log.last_id) == (1, 0, EntryID(0, 0))
+    assert (log.offset, log.last_index, log.last_id) == (0, 0, EntryID(0, 0))
     assert (log.term(0), log.term(1)) == (0, 0)
     assert log.match_term(EntryID(0, 0)) and not log.match_term(EntryID(0, 1))
     assert log.committed(10) == [] and not log.has_unhanded
@@ -169,7 +169,7 @@ def test_raft_log_compact_moves_the_snapshot_point():
     log = RaftLog(entries=_raft_entries([1, 2, 2]), commit=3, applied=3)
     log.compact(2)
     log.compact(1)
-    assert (log.first_index, log.last_index, log.term(2)) == (3, 3, 2)
+    assert (log.offset, log.last_index, log.term(2)) == (2, 3, 2)
     assert not log.match_term(EntryID(1, 1))
 
 
@@ -276,4 +276,7 @@ def test_raft_progress_snapshot_ends_by_answer_or_report():
 )
 def test_raft_quorum_index_is_held_by_a_majority(matches, expected):
     """At least quorum_size members have reached it, and it is the highest such index."""
-    assert pyetcd.quorum_index(matches) == expected
+    replication = pyetcd.Replication(None, None, None)
+    replication.progress = {
+        id: Progress(match + 1, 1, match_index=match) for id, match in enumerate(matches, 1)}
+    assert replication.quorum_index == expected

@@ -572,8 +572,9 @@ def test_raft_restart_begins_behind_the_snapshot():
         _raft_config(1), hard_state=HardState(3, 2, 12),
         snapshot=Snapshot(b"", (1, 2), 10, 2), entries=_raft_entries([2, 3, 3], 11),
     )
-    status = node.status()
-    assert status == pyetcd.Status(1, 3, 2, 12, 10, RaftRole.FOLLOWER, 0, {})
+    raft = node.raft
+    assert (raft.term, raft.vote, raft.log.commit, raft.log.applied) == (3, 2, 12, 10)
+    assert (raft.role, raft.lead) == (RaftRole.FOLLOWER, 0)
     assert [entry.index for entry in node.committed_entries()] == [11, 12]
     assert not node.has_ready() and node.raft.voters == (1, 2)
 
@@ -775,7 +776,9 @@ def test_raft_answer_beyond_the_leaders_log_is_ignored():
     node = _raft_lead(_raft_node())
     _raft_sync(node)
     _raft_say(node, MsgType.APP_RESP, 2, index=99)
-    assert (node.raft.log.commit, node.status().progress[2]) == (0, (0, 1, "PROBE"))
+    progress = node.raft.progress[2]
+    assert (node.raft.log.commit, progress.match_index, progress.next_index) == (0, 0, 1)
+    assert progress.state == pyetcd.ProgressState.PROBE
 
 
 # --- snapshots ----------------------------------------------------------------
@@ -799,7 +802,7 @@ def test_raft_lagging_follower_gets_a_snapshot_then_entries():
     net.tick(1, 2)
     net.propose(1, b"d")
     assert net.applied[3] == [b"a", b"b", b"c", b"d"]
-    assert net.nodes[1].status().progress[3][2] == "REPLICATE"
+    assert net.nodes[1].raft.progress[3].state == pyetcd.ProgressState.REPLICATE
     assert net.nodes[3].raft.voters == (1, 2, 3)
 
 

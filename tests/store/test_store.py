@@ -16,7 +16,7 @@ import pytest
 import pyetcd
 from pyetcd import Event, Store, Watcher
 from tests.kit.basics import TESTDATA
-from tests.kit.stores import delete_expired, store_json
+from tests.kit.stores import delete_expired, event_line, store_json
 
 _STORE_NOW = 1_800_000_000 * pyetcd.NS + 123_456_789       # 2027-01-15T08:00:00.123456789Z
 _STORE_LATER = _STORE_NOW + 1000 * pyetcd.NS
@@ -34,7 +34,7 @@ def _store_call(store: Store, verb: str, path: str, **options: Any) -> Event:
 
 
 def _store_body(event: Event) -> Any:
-    line = event.client_json()
+    line = event_line(event)
     assert line.endswith(b"}\n") and line.count(b"\n") == 1
     return json.loads(line)
 
@@ -72,7 +72,7 @@ def _store_keys_of(events: List[Any]) -> List[Tuple[str, str]]:
 
 def test_store_get_file_answers_key_value_and_indexes(store: Store) -> None:
     _store_call(store, "set", "/a", value="one")
-    assert store.get("/1/a", now_ns=_STORE_NOW).client_json() == (
+    assert event_line(store.get("/1/a", now_ns=_STORE_NOW)) == (
         b'{"action":"get","node":{"key":"/a","value":"one","modifiedIndex":1,"createdIndex":1}}\n'
     )
 
@@ -91,7 +91,7 @@ def test_store_event_of_a_long_value_is_the_plain_one(
         event = _store_call(store, "set", "/a", value=text, expires_ns=expires_ns)
         same = pyetcd.Event(
             event.action, event.key, plain(event.node), plain(event.prev), event.index, _STORE_NOW)
-        assert event.client_json() == same.client_json()
+        assert event_line(event) == event_line(same)
         history = b"".join(pyetcd.in_pieces(event.history_texts()))
         assert history == "".join(map(str, same.history_texts())).encode()
 
@@ -204,7 +204,7 @@ def test_store_value_and_children_are_plain_and_uncounted(store: Store) -> None:
 def test_store_set_of_a_new_key_has_no_prev_node(store: Store) -> None:
     event = _store_call(store, "set", "/a", value="1")
     assert event.is_created and event.index == 1
-    assert event.client_json() == (
+    assert event_line(event) == (
         b'{"action":"set","node":{"key":"/a","value":"1","modifiedIndex":1,"createdIndex":1}}\n'
     )
 
@@ -279,7 +279,7 @@ def test_store_long_values_are_long_whoever_wrote_them(store: Store, verb: str) 
         store, "update" if verb == "refresh" else verb, "/a",
         value="" if verb == "refresh" else value, **options)
     assert isinstance(event.node, pyetcd.LongNode) and event.node.value == value
-    assert json.loads(event.client_json())["node"]["value"] == value
+    assert json.loads(event_line(event))["node"]["value"] == value
     again = Store()
     again.recover(store.save())
     assert isinstance(again.hub.history.events[-1].node, pyetcd.LongNode)
@@ -519,7 +519,7 @@ def test_store_ttl_is_rounded_up_and_then_towards_zero(
 
 def test_store_expiration_is_utc_without_trailing_zeros(store: Store) -> None:
     event = _store_call(store, "set", "/a", value="1", expires_ns=_store_in(5) - 6_789)
-    assert b'"value":"1","expiration":"2027-01-15T08:00:05.12345Z","ttl":5,' in event.client_json()
+    assert b'"value":"1","expiration":"2027-01-15T08:00:05.12345Z","ttl":5,' in event_line(event)
 
 
 def test_store_event_keeps_the_ttl_of_its_time(store: Store) -> None:
@@ -559,7 +559,7 @@ def test_store_expire_event_of_a_file(store: Store) -> None:
 
 def test_store_expires_many_in_steps_like_at_once(store: Store) -> None:
     """Steps end between different times only, reach every key, and change no order."""
-    rng, other = random.Random(20154), Store()
+    rng, other = random.Random(20154), Store(history_capacity=2_000)
     for number in range(2_000):
         expires_ns = _store_in(rng.randrange(800))
         for each in (store, other):
@@ -611,7 +611,7 @@ def test_store_refresh_keeps_the_value_and_wakes_nobody(store: Store, verb: str)
     _, exact = _store_watch(store, "/a")
     _, above = _store_watch(store, "", recursive=True, stream=True)
     event = _store_call(store, verb, "/a", refresh=True, expires_ns=_store_in(9))
-    assert _store_body(event)["node"]["value"] == "1" and b"refresh" not in event.client_json()
+    assert _store_body(event)["node"]["value"] == "1" and b"refresh" not in event_line(event)
     assert exact == above == [] and store.current_index == 2
     assert "".join(event.history_texts()).endswith(',"refresh":true}')
     _, late = _store_watch(store, "/a", since=2)
@@ -794,7 +794,7 @@ def test_store_tells_the_owed_before_a_snapshot_replaces_it(
 def test_store_event_is_encoded_once_for_all_watchers(store: Store) -> None:
     bodies: List[bytes] = []
     for _ in range(1_000):
-        store.watch("/1/a", deliver=lambda event: bodies.append(event.client_json()))
+        store.watch("/1/a", deliver=lambda event: bodies.append(event_line(event)))
     _store_call(store, "set", "/a")
     assert len(bodies) == 1_000 and all(body is bodies[0] for body in bodies)
 
@@ -1365,10 +1365,10 @@ class _StoreReplay:
             watcher = self.store.watch(
                 path, recursive=flag("recursive"), stream=flag("stream"),
                 since=int(form.get("waitIndex") or 0),
-                deliver=lambda event: lines.append(event.client_json()))
+                deliver=lambda event: lines.append(event_line(event)))
             return 200, index, lines, watcher
         event = self.write(method, path, form, flag)
-        return 201 if event.is_created else 200, event.index, [event.client_json()], None
+        return 201 if event.is_created else 200, event.index, [event_line(event)], None
 
     def write(self, method: str, path: str, form: Dict[str, str], flag: Callable[[str], bool]
               ) -> Event:

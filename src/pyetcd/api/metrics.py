@@ -14,7 +14,7 @@ from ..base.system import open_files_limit, resident_bytes_max
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.statistics import Family, Labels, Metrics
-from ..raft.core import Status
+from ..raft.core import Raft, RaftRole
 from ..store.tree import Store
 from .gojson import raft_state_name
 
@@ -207,7 +207,7 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
             "Alloc": _resident_bytes(), "Sys": _statm_bytes(0),
             "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         },
-        "raft.status": _raft_status(server.node.status()),
+        "raft.status": _raft_status(server.node.raft),
         "reactor": {
             "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
             "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
@@ -225,15 +225,17 @@ def debug_variables(server: EtcdServer) -> Dict[str, object]:
     }
 
 
-def _raft_status(status: Status) -> Dict[str, object]:
+def _raft_status(raft: Raft) -> Dict[str, object]:
+    followed = raft.progress if raft.role is RaftRole.LEADER else {}
     return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
+        "id": format_id(raft.id), "term": raft.term, "vote": format_id(raft.vote),
+        "commit": raft.log.commit, "lead": format_id(raft.lead),
+        "raftState": raft_state_name(raft.role),
         "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            format_id(id): {
+                "match": progress.match_index, "next": progress.next_index,
+                "state": "ProgressState" + progress.state.name.capitalize(),
             }
-            for each, (match, next_, state) in status.progress.items()
+            for id, progress in followed.items()
         },
     }

@@ -8,6 +8,7 @@ Source: etcd 2.3 raft/raftpb, wal/walpb, snap/snappb, etcdserver/etcdserverpb.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from typing import (
     Any,
@@ -211,18 +212,11 @@ def decode_conf_change(data: Buffer) -> ConfChange:
     return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
-def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """None is the empty snapshot that every Message carries."""
-    return b"".join(encode_snapshot_parts(snapshot))
-
-
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Encode a snapshot without a copy of its data."""
+    """Encode a snapshot without a copy of its data; None is the empty one of most messages."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
-    before, after = encode_snapshot_around(
-        len(snapshot.data), snapshot.voters, EntryID(snapshot.term, snapshot.index)
-    )
+    before, after = encode_snapshot_around(len(snapshot.data), snapshot.voters, snapshot.id)
     return before, snapshot.data, after
 
 
@@ -281,14 +275,11 @@ def joined_parts(parts: Sequence[bytes]) -> List[bytes]:
     if max(map(len, parts), default=0) <= SHARED_DATA_BYTES:
         return [b"".join(parts)]
     joined: List[bytes] = []
-    short: List[bytes] = []
-    for part in parts:
-        if len(part) <= SHARED_DATA_BYTES:
-            short.append(part)
+    for is_short, run in itertools.groupby(parts, lambda part: len(part) <= SHARED_DATA_BYTES):
+        if is_short:
+            joined.append(b"".join(run))
         else:
-            joined += (b"".join(short), part)
-            short = []
-    joined.append(b"".join(short))
+            joined += run
     return joined
 
 
@@ -332,9 +323,9 @@ _MESSAGE: Schema = {
     12: ("context", 2, bytes),
 }
 _PLAIN_MESSAGE = re.compile(
-    b"%b%b%b%b" % (
+    rb"%b%b\x50\x00\x58%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
-        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), rb"\x50([\x00\x01])", rb"\x58" + _VARINT,
+        re.escape(b"\x4a\x08" + _EMPTY_SNAPSHOT), _VARINT,
     )
 )
 
@@ -342,9 +333,9 @@ _PLAIN_MESSAGE = re.compile(
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
     """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
-    if plain is None or plain.group(8) == b"\1":
+    if plain is None:
         return None
-    kind, to, sender, term, log_term, index, commit, _, hint = plain.groups()
+    kind, to, sender, term, log_term, index, commit, hint = plain.groups()
     return Message(
         _varint_value(kind), to=_varint_value(to), sender=_varint_value(sender),
         term=_varint_value(term), log_term=_varint_value(log_term),
@@ -468,7 +459,6 @@ _LONG_REQUEST: Schema = {
 }
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
-_PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
 _VALUE_HEAD = re.compile(b'"' + _VARINT)
 
@@ -476,16 +466,16 @@ _VALUE_HEAD = re.compile(b'"' + _VARINT)
 def _decode_plain_put(data: bytes) -> Optional[Request]:
     """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
-    if head is None or not data.endswith(_PLAIN_REST):
+    if head is None or not data.endswith(_NO_OPTIONS):
         return None
     id, size = head.groups()
     path_end = head.end() + _varint_value(size)
     value = _VALUE_HEAD.match(data, path_end)
-    if value is None or value.end() + _varint_value(value[1]) + len(_PLAIN_REST) != len(data):
+    if value is None or value.end() + _varint_value(value[1]) + len(_NO_OPTIONS) != len(data):
         return None
     return Request(
         _varint_number(id), "PUT", text_of(data[head.end():path_end]),
-        text_of(data[value.end():-len(_PLAIN_REST)]),
+        text_of(data[value.end():-len(_NO_OPTIONS)]),
     )
 
 

@@ -21,7 +21,6 @@ class RecentLines(logging.Handler):
         self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one line."""
         package, text = record.name.partition(".")[2], record.getMessage()
         self.lines.append(
             (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))

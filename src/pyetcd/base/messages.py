@@ -156,6 +156,10 @@ class Snapshot(NamedTuple):
     term: int = 0
     state: Any = None
 
+    @property
+    def id(self) -> EntryID:
+        return EntryID(self.term, self.index)
+
 
 class Message:
     """raftpb.Message.  `sender` is protobuf's `from`; snapshot and context are None when unset."""

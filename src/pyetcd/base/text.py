@@ -5,12 +5,13 @@ from __future__ import annotations
 import binascii
 import codecs
 import contextlib
+import itertools
 import json
 import re
 import socket
 import time
-from datetime import datetime, timedelta
-from typing import Any, Generator, Iterable, List, Tuple, TypeVar, Union
+from datetime import datetime, timedelta, timezone
+from typing import Any, Generator, Iterable, List, Tuple, TypeVar, Union, cast
 
 from .limits import NS
 
@@ -108,18 +109,12 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     """Encode texts, joined where they follow each other; bytes stay as they are."""
-    pieces: List[bytes] = []
-    strings: List[str] = []
-    for text in texts:
-        if isinstance(text, str):
-            strings.append(text)
-            continue
-        if strings:
-            pieces.append("".join(strings).encode())
-            strings = []
-        pieces.append(text)
-    if strings:
-        pieces.append("".join(strings).encode())
+    pieces: List[Any] = []
+    for kind, run in itertools.groupby(texts, type):
+        if kind is str:
+            pieces.append("".join(cast(Iterable[str], run)).encode())
+        else:
+            pieces += run
     return pieces
 
 
@@ -210,9 +205,8 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
-)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)\Z")
+_UTC_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def load_json(text: Union[str, bytes]) -> Any:
@@ -228,12 +222,9 @@ def parse_time(text: str) -> int:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
-    moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - _EPOCH) // timedelta(seconds=1)
-    if match.group(8):
-        offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
-        seconds += -offset if match.group(8) == "+" else offset
-    return seconds * NS + int((match.group(7) or "0")[:9].ljust(9, "0"))
+    moment = datetime.fromisoformat(match[1] + match[3].replace("Z", "+00:00"))
+    seconds = (moment - _UTC_EPOCH) // timedelta(seconds=1)
+    return seconds * NS + int((match[2] or "0")[:9].ljust(9, "0"))
 
 
 def format_duration(seconds: float) -> str:

@@ -6,9 +6,10 @@ Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
-from typing import BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.limits import UINT64_MAX
 
@@ -73,14 +74,16 @@ class BoltReader:
     All methods raise BoltError and OSError.
     """
 
-    def __init__(self, path: str, file: Optional[BinaryIO] = None) -> None:
-        """Read `file` if it is given, and name it `path` in errors."""
+    def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
+        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
         self.path = path
-        self._file: BinaryIO = file or open(path, "rb")
+        self._file = file or open(path, "rb")
+        self._start = start
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
-            self._buckets = self._top_buckets()
+            top = self._walk(self._meta.root)
+            self._buckets = {name: value for flags, name, value in top if flags & _BUCKET}
             on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
@@ -92,11 +95,6 @@ class BoltReader:
     def close(self) -> None:
         self._file.close()
 
-    @property
-    def names(self) -> List[bytes]:
-        """The names of the buckets, sorted."""
-        return list(self._buckets)
-
     def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
         """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""
         value = self._buckets.get(bucket)
@@ -104,19 +102,15 @@ class BoltReader:
             return
         if len(value) < _BUCKET_HEAD.size:
             raise self._damage(f"bucket {bucket!r} is cut")
-        root = _BUCKET_HEAD.unpack_from(value)[0]
-        if root:
-            for _, key, content in self._walk(root):
-                yield key, content
-        else:
-            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
-                yield key, content
+        root, page = _BUCKET_HEAD.unpack_from(value)[0], value[_BUCKET_HEAD.size:]
+        for _, key, content in self._walk(root) if root else self._leaf(page, "an inline bucket"):
+            yield key, content
 
     def _newest_meta(self) -> _Meta:
         found = []
         sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
         for offset in (0, *sizes):      # the second one stands one page behind the first
-            self._file.seek(offset)
+            self._file.seek(self._start + offset)
             data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
             if len(data) < _META_BODY.size + 8:
                 continue
@@ -128,10 +122,6 @@ class BoltReader:
         if not found or not 512 <= found[0].page_bytes <= _PAGE_BYTES_MAX:
             raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
         return max(found, key=lambda meta: meta.transaction)
-
-    def _top_buckets(self) -> Dict[bytes, bytes]:
-        return {key: value for flags, key, value in self._walk(self._meta.root)
-                if flags & _BUCKET}
 
     def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
         """Yield (flags, key, value) of all leaves below a page."""
@@ -149,14 +139,16 @@ class BoltReader:
             if kind == _LEAF:
                 yield from self._leaf(data, f"page {page}")
             else:
-                waiting.append(self._children(data, page)[::-1])
+                places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+                elements = [_BRANCH_ELEMENT.unpack_from(data, at) for at in reversed(places)]
+                waiting.append([child for _, _, child in elements])
 
     def _page(self, number: int) -> Tuple[int, bytes]:
         """Return the kind (branch or leaf) and all bytes of a page."""
         size = self._meta.page_bytes
         if not 2 <= number < self._meta.pages:
             raise self._damage(f"page {number} is none of its {self._meta.pages}")
-        self._file.seek(number * size)
+        self._file.seek(self._start + number * size)
         data = self._file.read(size)
         if len(data) < size:
             raise self._damage(f"the file ends before page {number}")
@@ -176,10 +168,6 @@ class BoltReader:
                 raise self._damage(f"{what} is damaged")
             yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
 
-    def _children(self, data: bytes, page: int) -> List[int]:
-        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
-        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
-
     def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
         """Return the offsets of the elements of a page."""
         if len(data) < _PAGE_HEAD.size:
@@ -197,7 +185,7 @@ class BoltReader:
 # -- writing
 
 
-def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+def write_bolt(file: IO[bytes], buckets: Dict[bytes, Items]) -> None:
     """Write a database with these buckets into an empty file.  Raises OSError.
 
     buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
@@ -205,14 +193,13 @@ def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
     """
     writer = _BoltWriter(file)
     rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
-    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
-    writer.finish(root)
+    writer.finish(writer.tree(rows, _BUCKET))
 
 
 class _BoltWriter:
     """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._next = 3                  # page
         file.write(bytes(3 * PAGE_BYTES))
@@ -226,7 +213,7 @@ class _BoltWriter:
             first.append((key, value))
             size += _LEAF_ELEMENT.size + len(key) + len(value)
             if size > _INLINE_BYTES_MAX:
-                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+                return _BUCKET_HEAD.pack(self.tree(itertools.chain(first, source), 0), 0)
         return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
 
     def tree(self, items: Items, flags: int) -> int:
@@ -258,11 +245,6 @@ class _BoltWriter:
         return number
 
 
-def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
-    yield from first
-    yield from rest
-
-
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
     """Yield the items of one page after the other; one empty page if there are none."""
     chunk: List[Tuple[bytes, bytes]] = []
@@ -277,32 +259,28 @@ def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, byte
     yield chunk
 
 
-def _head(number: int, kind: int, count: int, size: int) -> bytes:
-    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
-    return _PAGE_HEAD.pack(number, kind, count, overflow)
-
-
 def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
     """Return a leaf; number 0: the page of an inline bucket."""
-    table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
-    for key, value in items:
-        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
-        data += key, value
-        at += len(key) + len(value) - _LEAF_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+    rows = [((flags,), (len(key), len(value)), key + value) for key, value in items]
+    return _page_of(number, _LEAF, _LEAF_ELEMENT, rows)
 
 
 def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
     """Return a branch; the values are page numbers in 8 bytes."""
+    rows = [((), (len(key), int.from_bytes(page, "little")), key) for key, page in items]
+    return _page_of(number, _BRANCH, _BRANCH_ELEMENT, rows)
+
+
+def _page_of(
+    number: int, kind: int, element: struct.Struct,
+    rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
+) -> bytes:
+    """Return a page with the numbers of each element before and behind its position, its data."""
     table: List[bytes] = []
-    data: List[bytes] = []
-    at = len(items) * _BRANCH_ELEMENT.size
-    for key, page in items:
-        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
-        data.append(key)
-        at += len(key) - _BRANCH_ELEMENT.size
-    body = b"".join(table + data)
-    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
+    at = len(rows) * element.size       # from the place of the present element
+    for before, behind, data in rows:
+        table.append(element.pack(*before, at, *behind))
+        at += len(data) - element.size
+    body = b"".join(table + [data for _, _, data in rows])
+    pages = -(-(_PAGE_HEAD.size + len(body)) // PAGE_BYTES) if number else 1
+    return _PAGE_HEAD.pack(number, kind, len(rows), pages - 1) + body

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
 from ..base.errors import DiskFull
@@ -28,6 +28,12 @@ class OsDisk:
     """
 
     read_only = False           # True: a log is read without repairs
+    fdatasync = staticmethod(sync_data)
+    fsync = staticmethod(sync_file)
+    fsync_dir = staticmethod(fsync_dir)
+    close = staticmethod(os.close)
+    rename = staticmethod(os.replace)
+    unlink = staticmethod(os.unlink)
 
     def makedirs(self, path: str) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -43,9 +49,9 @@ class OsDisk:
         with open(path, "rb") as file:
             return file.read()
 
-    def create(self, path: str, mode: int = 0o600) -> int:
+    def create(self, path: str) -> int:
         """Make an empty file, or empty the existing one; return a handle for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
     def open_append(self, path: str) -> int:
         """Return a handle for reading and appending to an existing file."""
@@ -61,7 +67,7 @@ class OsDisk:
         """Append pieces, many in one call: each call lets another thread run in between."""
         left = [*data]
         while left:
-            written, whole = _write_some(handle, left[:_WRITE_PIECES_MAX]), 0
+            written, whole = os.writev(handle, left[:_WRITE_PIECES_MAX]), 0
             while whole < len(left) and written >= len(left[whole]):
                 written -= len(left[whole])
                 whole += 1
@@ -69,28 +75,10 @@ class OsDisk:
             if written:
                 left[0] = left[0][written:]
 
-    def fdatasync(self, handle: int) -> None:
-        _fdatasync(handle)
-
-    def fsync(self, handle: int) -> None:
-        sync_file(handle)
-
-    def close(self, handle: int) -> None:
-        os.close(handle)
-
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
         sync_file(handle)
-
-    def rename(self, old: str, new: str) -> None:
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def fsync_dir(self, path: str) -> None:
-        fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.
@@ -114,13 +102,10 @@ class OsDisk:
         return os.path.realpath(path) in _locked_paths.values()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextlib.contextmanager
 def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+    codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
     """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
@@ -129,26 +114,12 @@ def disk_full_as_error(
     try:
         yield
     except OSError as error:
-        raise_disk_full(error, path, undo, codes)
-        raise
-
-
-def raise_disk_full(
-    error: OSError, path: str, undo: Callable[[], None] = _nothing,
-    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
-) -> None:
-    """Raise DiskFull after undo() if `error` is of these codes."""
-    if error.errno in codes:
+        if error.errno not in codes:
+            raise
         undo()
         hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-def _write_joined(handle: int, pieces: Sequence[bytes]) -> int:
-    return os.write(handle, b"".join(pieces))
-
-
 _WRITE_PIECES_MAX = 1_024               # as many as Linux and macOS take
-_write_some: Callable[[int, Sequence[bytes]], int] = getattr(os, "writev", _write_joined)
-_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()

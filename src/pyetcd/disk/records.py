@@ -7,14 +7,7 @@ from enum import IntEnum
 from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.checksums import CRC_BLOCK_BYTES, crc32c, crc32c_chain
-from ..base.codec import (
-    _BYTE,
-    _SMALL,
-    decode_known,
-    decode_varint,
-    encode_entry_head,
-    encode_varint,
-)
+from ..base.codec import _SMALL, decode_known, decode_varint, encode_entry_head, encode_varint
 from ..base.errors import CodecError, CrcMismatch, TornTail, WalError
 from ..base.limits import REPAIR_HINT
 from ..base.messages import Entry, EntryID, HardState
@@ -48,7 +41,7 @@ class WalContents(NamedTuple):
 
 LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
-_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
+_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%c\x10" % kind for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
 

@@ -36,9 +36,12 @@ class SnapshotFile(NamedTuple):
         """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
-
-def _ignore_index(raft_index: int) -> None:
-    pass
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> SnapshotFile:
+        parts, crc = encode_snapshot_parts(snapshot), 0
+        for part in parts:
+            crc = crc32c(part, crc)
+        return cls(snapshot.id, parts, sum(map(len, parts)), crc)
 
 
 class Snapshotter:
@@ -47,18 +50,14 @@ class Snapshotter:
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
         self.disk = disk
-        self.before_write: Callable[[int], None] = _ignore_index    # gets the index of each file
+        self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot durably.  Its WAL record must be durable before.
 
         Raises DiskFull, leaving nothing, and OSError.
         """
-        parts, crc = encode_snapshot_parts(snapshot), 0
-        for part in parts:
-            crc = crc32c(part, crc)
-        snapshot_id = EntryID(snapshot.term, snapshot.index)
-        self.write(SnapshotFile(snapshot_id, parts, sum(map(len, parts)), crc))
+        self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
         """Do save() for a snapshot with a known checksum.
@@ -186,7 +185,6 @@ class DataDir(NamedTuple):
     member: str
     wal: str
     snap: str
-    proxy: str
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
@@ -195,10 +193,8 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
     Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
-    paths = DataDir(
-        data_dir, member, wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"),
-        os.path.join(data_dir, "proxy"),
-    )
+    wal, snap = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    paths = DataDir(data_dir, member, wal, snap)
     try:
         names = set(os.listdir(data_dir)) if os.path.exists(data_dir) else set()
     except OSError as error:

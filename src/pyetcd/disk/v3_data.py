@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from typing import IO, BinaryIO, cast
+from typing import IO
 
 from ..base.basics import fsync_dir
 from ..base.ids import package_logger
@@ -92,26 +92,11 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         start = database.tell()
         if not database.read(1):
             return False
-        database.seek(start)
         try:
-            reader = BoltReader("database", cast(BinaryIO, _Tail(database)))
+            reader = BoltReader("database", database, start)
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
         except (BoltError, OSError, OverflowError):
             return True
 
 
 _DATA_BUCKETS = (b"key", b"lease", b"authUsers", b"authRoles")
-
-
-class _Tail(io.RawIOBase):
-    """A file from the present position of another one on."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._start = file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(self._start + offset) - self._start
-
-    def read(self, size: int = -1) -> bytes:
-        return self._file.read(size)

@@ -6,6 +6,7 @@ Knows neither the store nor the rules of Raft.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -23,7 +24,7 @@ from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT, SEGMENT_BYTES_MAX, SEGMENT_PARTS
 from ..base.messages import Entry, EntryID, EntryType, HardState
 from ..base.text import finish
-from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error, raise_disk_full
+from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error
 from .records import (
     LONG_ENTRY_BYTES,
     RecordType,
@@ -151,7 +152,7 @@ class Wal:
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
-            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
+            return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
     def read_until_damage(
@@ -175,14 +176,11 @@ class Wal:
     @staticmethod
     def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
         """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
-        found: Set[EntryID] = set()
-        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
-            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
-                with contextlib.suppress(CodecError):
-                    snapshot_id = _decode_walpb_snapshot(data)
-                    if data != _encode_walpb_snapshot(snapshot_id):
-                        found.add(snapshot_id)
-        return found
+        return {
+            id for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory))
+            for id, data in _scan_snapshots(disk.read(os.path.join(directory, name)))
+            if data != _encode_walpb_snapshot(id)
+        }
 
     # -- reactor's side ----------------------------------------------------
 
@@ -230,7 +228,7 @@ class Wal:
         if self._hard_state != HardState():
             head += encoder.record(RecordType.STATE, encode_hard_state(self._hard_state))
         self._size = len(head)
-        return Cut(_wal_name(self._sequence, self._last_index + 1), head)
+        return Cut(f"{self._sequence:016x}-{self._last_index + 1:016x}.wal", head)
 
     # -- wal thread's side -------------------------------------------------
 
@@ -242,10 +240,10 @@ class Wal:
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
-        except OSError as error:
-            path = os.path.join(self.directory, name)
-            raise_disk_full(error, path, lambda: self._disk.truncate(handle, self._end))
-            raise
+        except OSError:                 # only now: the `with` takes 3 us
+            undo = functools.partial(self._disk.truncate, handle, self._end)
+            with disk_full_as_error(os.path.join(self.directory, name), undo):
+                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
@@ -299,14 +297,8 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
     return False
 
 
-def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
-    for record in _snapshot_records(data):
-        with contextlib.suppress(CodecError):
-            yield _decode_walpb_snapshot(record)
-
-
-def _snapshot_records(data: bytes) -> Iterator[bytes]:
+def _scan_snapshots(data: bytes) -> Iterator[Tuple[EntryID, bytes]]:
+    """Yield the snapshot records of a segment, up to the first impossible frame: id, data."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -316,7 +308,8 @@ def _snapshot_records(data: bytes) -> Iterator[bytes]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_record(data[body:body + length])[2]
+                record = _decode_record(data[body:body + length])[2]
+                yield _decode_walpb_snapshot(record), record
 
 
 class _WalReader:
@@ -460,10 +453,6 @@ def _wal_entry(data: bytes) -> Entry:
     if not entry.index or entry.type > EntryType.CONF_CHANGE_V2 or (entry.type and not entry.data):
         raise CodecError("not an entry")
     return entry
-
-
-def _wal_name(sequence: int, index: int) -> str:
-    return f"{sequence:016x}-{index:016x}.wal"
 
 
 def _wal_position(name: str) -> Tuple[int, int]:

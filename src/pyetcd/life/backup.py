@@ -9,11 +9,10 @@ import shutil
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import fsync_dir
-from ..base.checksums import crc32c
-from ..base.codec import encode_metadata, encode_snapshot
+from ..base.codec import encode_metadata
 from ..base.errors import DiskFull, StartError
 from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME, DEFAULT_PEER_URLS, UINT64_MAX
-from ..base.messages import Entry, EntryID, HardState
+from ..base.messages import Entry, HardState
 from ..base.urls import parse_urls
 from ..base.versions import DEFAULT_IDENTITY
 from ..disk.bolt import v3_buckets, write_bolt
@@ -162,8 +161,7 @@ def backup(
     store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
-        data, start = encode_snapshot(source.snapshot), source.snapshot
-        file = SnapshotFile(EntryID(start.term, start.index), (data,), len(data), crc32c(data))
+        file = SnapshotFile.of(source.snapshot)
     entries = source.entries[:source.committed]
     new_ids = secrets.randbits(63) + 1, secrets.randbits(63) + 1
     state = source.hard_state._replace(commit=source.last.index)

@@ -252,13 +252,18 @@ def read_change(entry: Entry) -> ConfChange:
         return ConfChange(type=-1)
 
 
-def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
+def check_entry(
+    entry: Entry, identity: Identity = DEFAULT_IDENTITY, *, is_proposal: bool = False
+) -> None:
     """Raise CodecError for an entry whose application would fail here, or at the next start.
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
+
+    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+                 accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
-        _check_change(entry.data)
+        _check_change(entry.data, is_proposal)
     elif entry.type:
         raise CodecError(f"an entry of unknown type {entry.type}")
     elif len(entry.data) > LONG_REQUEST_BYTES:      # see Applier.prepare()
@@ -272,22 +277,6 @@ def check_entry(entry: Entry, identity: Identity = DEFAULT_IDENTITY) -> None:
         request = entry.request = read_command(entry.data)
         if request is not None:
             _check_path(request, identity)
-
-
-def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
-
-    An entry in a leader's log would have to be accepted: other members have it already.
-    """
-    if entry.type == EntryType.CONF_CHANGE:
-        change = decode_conf_change(entry.data)
-        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-            member = parse_member(change.context or b"{}", change.node_id)
-            try:
-                if not list(map(check_advertised_url, member.peer_urls)):
-                    raise ValueError("no peer URL")
-            except ValueError as error:
-                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 _PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
@@ -314,15 +303,21 @@ def _check_own_path(request: Request, identity: Identity) -> None:
         raise CodecError(f"cluster version {value} is newer than this program")
 
 
-def _check_change(data: bytes) -> None:
+def _check_change(data: bytes, is_proposal: bool) -> None:
     change = decode_conf_change(data)
     if not data or not change.node_id:
         raise CodecError("a change of no member")
-    if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
-        context = change.context or b"{}"
-        parse_member(context, change.node_id)
-        if load_json(context).get("id", change.node_id) != change.node_id:
-            raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    if change.type not in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+        return
+    context = change.context or b"{}"
+    member = parse_member(context, change.node_id)
+    if load_json(context).get("id", change.node_id) != change.node_id:
+        raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+    try:
+        if is_proposal and not list(map(check_advertised_url, member.peer_urls)):
+            raise ValueError("no peer URL")
+    except ValueError as error:
+        raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 class MemberInspector(MessageInspector):
@@ -344,9 +339,7 @@ class MemberInspector(MessageInspector):
         identity, is_proposal = self._cluster.identity, message.type == MsgType.PROP
         try:
             for entry in entries:
-                check_entry(entry, identity)
-                if is_proposal:
-                    check_proposal(entry)
+                check_entry(entry, identity, is_proposal=is_proposal)
                 work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
                 if work > STEP_BYTES:
                     work = 0

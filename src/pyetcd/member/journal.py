@@ -97,23 +97,19 @@ class WalWriter:
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
         self._queue_deferred()
-        if not self._may_sync_inline(job):
-            self._queue(job)
-            return
         self._deferred = job
-        if self._reactor.is_quiet:
+        if not self._may_sync_inline(job):
+            self._queue_deferred()
+        elif self._reactor.is_quiet:
             self._sync_inline(job)
         else:                           # messages to followers leave at the end of this turn
             self._reactor.call_soon(self._sync_alone)
 
-    def _queue(self, job: WalJob) -> None:
-        self._queued += 1
-        self._jobs.put(job)
-
     def _queue_deferred(self) -> None:
-        job, self._deferred = self._deferred, None
-        if job is not None:
-            self._queue(job)
+        if self._deferred is not None:
+            self._queued += 1
+            self._jobs.put(self._deferred)
+            self._deferred = None
 
     def _may_sync_inline(self, job: WalJob) -> bool:
         return (
@@ -225,19 +221,14 @@ WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
 
-def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
-    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
-    sizes = [len(entry.data) for entry in entries]
-    if sum(sizes) <= bytes_max:
-        return len(entries)
-    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
-
-
 def first_part(entries: Sequence[Entry]) -> int:
-    """Return how many of `entries` are the work of one turn."""
+    """Return how many of `entries` are the work of one turn; the last may exceed its bytes."""
     if len(entries) <= 1:
         return len(entries)
-    return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
+    sizes = [len(entry.data) for entry in entries[:WORK_ENTRIES_MAX]]
+    if sum(sizes) <= WORK_BYTES_MAX:
+        return len(sizes)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), WORK_BYTES_MAX) + 1
 
 
 class Journal:
@@ -304,8 +295,10 @@ class Journal:
                 if batch.mark is None or not (batch.must_sync or batch.held):
                     return
                 self._batch = Batch()
-            if batch.must_sync:
-                self._write_batch(batch)
+            if batch.must_sync:         # a long one in parts, which the next turns encode
+                self.busy = True
+                self._steps = self._write_steps(batch)
+                self._encode_on()
                 continue
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -337,12 +330,6 @@ class Journal:
         for batch in (*self._waiting, self._batch):
             self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
-
-    def _write_batch(self, batch: Batch) -> None:
-        """Write a batch; a long one in parts, which the next turns encode."""
-        self.busy = True
-        self._steps = self._write_steps(batch)
-        self._encode_on()
 
     def _encode_on(self) -> None:
         assert self._steps is not None
@@ -379,7 +366,7 @@ class Journal:
     ) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
-            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+            record = self._wal.encode_snapshot(batch.snapshot.id)
         data = yield from self._wal.encode_steps(batch.hard_state, batch.entries)
         release_to, self._release_to = self._release_to, 0
         is_full = self._wal.segment_full(after_snapshot=release_to > 0)

@@ -8,7 +8,7 @@ whose wire behaviour this is; rules of 3.x are named.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..base.errors import ProposalDropped
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryID, Message, MsgType, Snapshot
@@ -26,19 +26,6 @@ class RaftRole(IntEnum):
     CANDIDATE = 1
     LEADER = 2
     PRE_CANDIDATE = 3
-
-
-class Status(NamedTuple):
-    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
-
-    id: int
-    term: int
-    vote: int
-    commit: int
-    applied: int
-    role: RaftRole
-    lead: int
-    progress: Dict[int, Tuple[int, int, str]]
 
 
 class Raft:
@@ -107,7 +94,8 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.mark_due(self.progress[member])
+            if self.role is RaftRole.LEADER:
+                self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -471,7 +459,7 @@ class Raft:
     def _restore(self, snapshot: Snapshot) -> None:
         """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if log.match_term(snapshot.id):
             log.commit_to(snapshot.index)
             return
         log.restore(snapshot)

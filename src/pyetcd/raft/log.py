@@ -62,11 +62,6 @@ class RaftLog:
             )
 
     @property
-    def first_index(self) -> int:
-        """Index of the first entry held, or of the next one if there is none."""
-        return self.offset + 1
-
-    @property
     def last_id(self) -> EntryID:
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
@@ -87,8 +82,8 @@ class RaftLog:
 
     def match_term(self, entry_id: EntryID) -> bool:
         """Tell whether our log holds that entry; False above the last and when compacted."""
-        position = entry_id.index - self.offset
-        return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
+        is_held = self.offset <= entry_id.index <= self.last_index
+        return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
         """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
@@ -101,7 +96,7 @@ class RaftLog:
         """
         if low <= self.offset or high > self.last_index + 1:
             raise InvariantError(
-                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f"entries {low} to {high - 1} are not in the log, which has {self.offset + 1} to"
                 f" {self.last_index}"
             )
         start, end = low - self.offset - 1, high - self.offset - 1

@@ -12,14 +12,13 @@ from ..base.messages import (
     LOCAL_MESSAGES,
     ConfChange,
     Entry,
-    EntryID,
     EntryType,
     HardState,
     Message,
     MsgType,
     Snapshot,
 )
-from .core import _RESPONSES, Raft, RaftRole, Status
+from .core import _RESPONSES, Raft
 from .log import Mark, RaftLog
 from .replication import RaftConfig
 
@@ -70,9 +69,7 @@ class RawNode:
         point = snapshot or Snapshot()
         if entries and entries[0].term < point.term:
             entries = ()        # a crash kept the tail of the log that the snapshot replaced
-        log = RaftLog(
-            EntryID(point.term, point.index), entries, commit=hard_state.commit, applied=applied
-        )
+        log = RaftLog(point.id, entries, commit=hard_state.commit, applied=applied)
         self.raft = Raft(config, log, hard_state.term, hard_state.vote, point.voters)
         self._hard_state = hard_state       # as of the last Ready
         last = log.last_id
@@ -129,13 +126,10 @@ class RawNode:
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
             self.propose(*entries, sender=message.sender)
         elif (
-            (not message.term and kind != MsgType.READ_INDEX)
-            or kind in LOCAL_MESSAGES
-            or (kind in _RESPONSES and message.sender not in raft.progress)
-            or (kind == MsgType.APP and not _is_contiguous(message))
+            (message.term or kind == MsgType.READ_INDEX) and kind not in LOCAL_MESSAGES
+            and (kind not in _RESPONSES or message.sender in raft.progress)
+            and (kind != MsgType.APP or _is_contiguous(message))
         ):
-            return
-        else:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
@@ -219,17 +213,12 @@ class RawNode:
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
-            or raft.replication.is_due and self._is_append_due
-            or raft.term != known.term or raft.vote != known.vote
+            or raft.replication.is_due or raft.term != known.term or raft.vote != known.vote
         )
-
-    @property
-    def _is_append_due(self) -> bool:
-        return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
         raft = self.raft
-        if self._is_append_due:
+        if raft.replication.is_due:
             raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
@@ -254,14 +243,6 @@ class RawNode:
     def compact(self, index: int) -> None:
         """Drop the entries up to `index`, which must be applied, from memory."""
         self.raft.log.compact(index)
-
-    def status(self) -> Status:
-        raft = self.raft
-        progress = raft.progress if raft.role is RaftRole.LEADER else {}
-        return Status(
-            raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
-        )
 
 
 def _is_contiguous(message: Message) -> bool:

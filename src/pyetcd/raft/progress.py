@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 from enum import IntEnum
-from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 
 from ..base.messages import Entry, Message, MsgType
 
@@ -117,12 +117,6 @@ class Progress:
 
 def quorum_size(voters: int) -> int:
     return voters // 2 + 1
-
-
-def quorum_index(match_indexes: Iterable[int]) -> int:
-    """Return the highest index that a majority has reached; 0 without members."""
-    ascending = sorted(match_indexes)
-    return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
 
 _ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most

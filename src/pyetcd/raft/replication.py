@@ -13,9 +13,9 @@ from ..base.limits import (
     READ_ROUNDS_MAX,
     UNCOMMITTED_BYTES_MAX,
 )
-from ..base.messages import Entry, EntryID, Message, MsgType, Snapshot
+from ..base.messages import Entry, Message, MsgType, Snapshot
 from .log import RaftLog
-from .progress import Mailbox, Progress, ProgressState, quorum_index, quorum_size
+from .progress import Mailbox, Progress, ProgressState, quorum_size
 
 
 class RaftConfig(NamedTuple):
@@ -52,7 +52,7 @@ class Replication:
         self._config = config
         self._log = log
         self._mail = mail
-        self.is_due = False                         # some progress is due
+        self.is_due = False                         # leader: some progress is due
         self._broadcast_due = False                 # every progress is due
 
     def set_voters(self, voters: Iterable[int]) -> None:
@@ -72,8 +72,9 @@ class Replication:
 
     @property
     def quorum_index(self) -> int:
-        """The highest index that is durable on a majority."""
-        return quorum_index([progress.match_index for progress in self.progress.values()])
+        """The highest index that is durable on a majority; 0 without members."""
+        ascending = sorted([progress.match_index for progress in self.progress.values()])
+        return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
     def mark_due(self, progress: Progress) -> None:
         """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
@@ -143,7 +144,7 @@ class Replication:
         snapshot, log = self.snapshot_source(peer), self._log
         if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
-        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+        if not log.match_term(snapshot.id):
             return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
@@ -238,7 +239,7 @@ class PendingReads:
     @property
     def newest(self) -> Optional[bytes]:
         """The context that a heartbeat has to carry; None without a round."""
-        return next(reversed(self._rounds), None) if self._rounds else None
+        return next(reversed(self._rounds), None)
 
     def clear(self) -> None:
         self._rounds.clear()

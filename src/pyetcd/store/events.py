@@ -213,9 +213,6 @@ class Event:
                 self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
-    def client_json(self) -> bytes:
-        return b"".join(self.client_pieces())
-
     def history_texts(self) -> Texts:
         """Yield the form kept in snapshots: full keys, and the refresh mark."""
         end = ',"refresh":true}' if self.refresh else "}"

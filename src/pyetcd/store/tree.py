@@ -9,19 +9,7 @@ import copy
 import json
 import operator
 import re
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Generator,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
 from ..base.codec import Buffer
@@ -65,7 +53,7 @@ _READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT_BYTES = _PERMANENT.encode()
 
 
-def _number(members: Mapping[str, Any], name: str) -> int:
+def _number(members: Dict[str, Any], name: str) -> int:
     """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
     value = members.get(name, 0)
     if type(value) is not int or value < 0:
@@ -165,7 +153,7 @@ def _read_files(
     return 1 + (tried if whole else len(text[:end - 2].encode())), tried
 
 
-def _read_event(members: Mapping[str, Any]) -> Event:
+def _read_event(members: Dict[str, Any]) -> Event:
     """Make an Event of its snapshot form; the seconds left are those it was written with."""
     shown, before = members["node"], members.get("prevNode")
     action, key = members["action"], shown["key"]
@@ -178,7 +166,7 @@ def _read_event(members: Mapping[str, Any]) -> Event:
     return event
 
 
-def _read_event_node(members: Mapping[str, Any]) -> Node:
+def _read_event_node(members: Dict[str, Any]) -> Node:
     created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
     expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
     if members.get("dir"):
@@ -211,7 +199,7 @@ class StoreState(NamedTuple):
         try:
             nodes, end = _read_tree(data, progress)
             text = bytes(data[end:]).decode("utf-8", "replace")
-            slots, rest = _read_slots(text, 0)
+            slots, rest = _read_slots(text)
             state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
@@ -245,15 +233,15 @@ _SLOTS = '"Events":['
 _SLOT_END = re.compile(r"\s*([,\]])")
 
 
-def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the text from `end` on without them.
+def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the rest of the text.
 
     One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
-    first = text.find(_SLOTS, end) + len(_SLOTS)
+    first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
-        return slots, text[end:]
+        return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
@@ -262,7 +250,7 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
         if match is None:
             raise ValueError("the history of events has no end")
         comma, at = match.group(1), match.end()
-    return slots, text[end:first] + text[at - 1:]
+    return slots, text[:first] + text[at - 1:]
 
 
 class Store(NodeTree):
@@ -501,22 +489,18 @@ class Store(NodeTree):
         Go expires any number of keys with one entry.
         """
         self._expiring_ns = cutoff_ns
-        for _ in self._expirations(cutoff_ns):
-            self._budget -= EXPIRED_KEY_NODES
-            if self._budget <= 0:
-                return
-        self._expiring_ns = 0
-
-    def _expirations(self, cutoff_ns: int) -> Iterator[Event]:
-        while True:
-            expires_ns, path = self._ttl.first()
-            if not path or expires_ns > cutoff_ns:
-                return
+        expires_ns, path = self._ttl.first()
+        while path and expires_ns <= cutoff_ns:
             if path.startswith(self._detached):
                 self._ttl.set(path, 0)
-                continue
-            self.stats.expire_count += 1
-            yield self._remove("expire", path, self._nodes[path], cutoff_ns)
+            else:
+                self.stats.expire_count += 1
+                self._remove("expire", path, self._nodes[path], cutoff_ns)
+                self._budget -= EXPIRED_KEY_NODES
+                if self._budget <= 0:
+                    return
+            expires_ns, path = self._ttl.first()
+        self._expiring_ns = 0
 
     @property
     def has_ttl(self) -> bool:
@@ -547,7 +531,7 @@ class Store(NodeTree):
     def save(self) -> bytes:
         return b"".join(self.snapshot_chunks())
 
-    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Dict[str, str]) -> None:
         """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:

@@ -61,8 +61,6 @@ class TreeWalk:
     walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_images", "_kept")
-
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
         self._walks = walks
@@ -89,17 +87,13 @@ class TreeWalk:
     def _children(self, path: str) -> List[str]:
         """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
-        paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._kept:
-            known = node.children if node is not None and node.children is not None else {}
-            paths += [kept for kept in dict.fromkeys(self._kept[path]) if kept not in known]
-        return paths
+        known = (node.children if node is not None else None) or {}
+        kept = dict.fromkeys(self._kept.get(path, ()))
+        return [*known, *[child for child in kept if child not in known]]
 
 
 class SnapshotWalk(TreeWalk):
     """The walk that writes a snapshot."""
-
-    __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
@@ -183,11 +177,6 @@ class Listing(TreeWalk):
 
     Shows the visible children, with `recursive` all visible nodes below.
     """
-
-    __slots__ = (
-        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
-        "_texts",
-    )
 
     def __init__(
         self, nodes: Dict[str, Node], walks: List[TreeWalk], path: str, *, recursive: bool,
@@ -298,7 +287,4 @@ class Listing(TreeWalk):
             if self._sorted:
                 _sort_bytewise(children)
             paths = iter(children)
-        block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
-        while block:
-            yield block
-            block = list(itertools.islice(paths, LISTING_BLOCK_NODES))
+        yield from iter(lambda: list(itertools.islice(paths, LISTING_BLOCK_NODES)), [])

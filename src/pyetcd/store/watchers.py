@@ -43,8 +43,8 @@ class EventHistory:
         if self._back == self.capacity:
             self._back = 0
 
-    def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on for a watch of `path`.
+    def matches(self, watcher: Watcher) -> Iterator[Event]:
+        """Yield the events from index `since` on for a watcher.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -54,9 +54,10 @@ class EventHistory:
         Differs from etcd: a stream has no third oddity, for it would lose events.
         Source: etcd 2.3 store/event_history.go, scan.
         """
+        path, recursive = watcher.path, watcher.recursive
         below = path if path == "/" else path + "/"
-        exact = path
-        for event in itertools.islice(self.events, max(since - self.first_index, 0), None):
+        exact, start = path, max(watcher.since - self.first_index, 0)
+        for event in itertools.islice(self.events, start, None):
             if event.refresh:
                 continue
             key = event.key
@@ -65,7 +66,7 @@ class EventHistory:
                 and event.prev is not None and event.prev.children is not None
             ):
                 yield event
-            if recursive and not stream:
+            if recursive and not watcher.stream:
                 exact = below
 
     def pieces(self) -> Texts:
@@ -73,18 +74,17 @@ class EventHistory:
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
-        events, first, last, back = list(self.events), self.first_index, self.last_index, self._back
-        front = (back - len(events)) % self.capacity
-        slots: List[Optional[Event]] = [None] * self.capacity
-        for offset, event in enumerate(events):
-            slots[(front + offset) % self.capacity] = event
+        first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
+        front = (back - size) % self.capacity
+        slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
+        slots.rotate(front)
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
             yield comma
             yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
-        yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
+        yield f'],"Size":{size},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
@@ -159,10 +159,7 @@ class WatcherHub:
         """
         history = self.history
         if watcher.since <= history.last_index:
-            found = history.matches(
-                watcher.path, recursive=watcher.recursive, stream=watcher.stream,
-                since=watcher.since,
-            )
+            found = history.matches(watcher)
             for event in list(found) if watcher.stream else found:
                 watcher.deliver(event)
                 if not watcher.stream:
