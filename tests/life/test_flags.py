@@ -439,7 +439,7 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
     told = {name for name in pyetcd.ServerConfig._fields
             if getattr(config, name) != getattr(pyetcd.ServerConfig(), name)}
     assert told == set(pyetcd.ServerConfig._fields) - {
-        "segment_bytes", "history_events", "discovery", "discovery_srv"}
+        "history_events", "discovery", "discovery_srv"}
 
 
 def test_flags_of_the_article_are_understood() -> None:

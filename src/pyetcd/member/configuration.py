@@ -16,7 +16,6 @@ from ..base.limits import (
     DEFAULT_SNAPSHOTS_KEPT,
     DEFAULT_WALS_KEPT,
     HISTORY_EVENTS_MAX,
-    SEGMENT_BYTES_MAX,
 )
 from ..base.messages import Entry, Snapshot
 from ..disk.records import WalContents
@@ -41,7 +40,6 @@ class ServerConfig(NamedTuple):
     election_ms: int = DEFAULT_ELECTION_MS
     max_snapshots: int = DEFAULT_SNAPSHOTS_KEPT
     max_wals: int = DEFAULT_WALS_KEPT
-    segment_bytes: int = SEGMENT_BYTES_MAX
     initial_cluster: str = ""           # "": this member alone
     initial_cluster_token: str = DEFAULT_CLUSTER_TOKEN
     initial_cluster_state: str = "new"
@@ -86,7 +84,6 @@ if TYPE_CHECKING:
         election_ms: int
         max_snapshots: int
         max_wals: int
-        segment_bytes: int
         initial_cluster: str
         initial_cluster_token: str
         initial_cluster_state: str
