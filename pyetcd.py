@@ -23908,6 +23908,15 @@ def records_of_store(store: Store) -> Iterator[Record]:
         yield Record(path[2:], node.value if node.children is None else None, node.expires_ns)
 
 
+def record_of(node: Any) -> Record:
+    """Return the record of a node in JSON.  Raises ValueError, KeyError, AttributeError."""
+    expiration = node.get("expiration")
+    value = None if node.get("dir") else node["value"]
+    if not isinstance(node["key"], str) or not isinstance(value, (str, type(None))):
+        raise ValueError("key and value are text")
+    return Record(node["key"], value, parse_time(expiration) if expiration else 0)
+
+
 def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     """Yield the records of a JSON file, a line each.  Raises BackupError."""
     if not file.readline().startswith('{"pyetcd_export"'):
@@ -23920,12 +23929,7 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
         if text == "]}":
             return
         try:
-            raw = load_json(text)
-            expiration = raw.get("expiration")
-            value = None if raw.get("dir") else raw["value"]
-            if not isinstance(raw["key"], str) or not isinstance(value, (str, type(None))):
-                raise ValueError("key and value are text")
-            yield Record(raw["key"], value, parse_time(expiration) if expiration else 0)
+            yield record_of(load_json(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackupError(f"{path}, line {number}: no record of an export: {error}") from None
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
@@ -24000,6 +24004,14 @@ def _v2_key(key: bytes) -> str:
 # -- targets
 
 
+def _live_keys(records: Records, now_ns: int) -> Iterator[Tuple[str, str, int]]:
+    """Yield (key, value, seconds left or 0) of the keys that have not expired."""
+    for record in records:
+        ttl_s = record.ttl_s(now_ns)
+        if record.value is not None and ttl_s >= 0:
+            yield record.key, record.value, ttl_s
+
+
 def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
     """Write the form of `pyetcdctl export`; return the number of keys."""
     file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
@@ -24025,19 +24037,16 @@ def write_script(records: Records, file: TextIO, *, leases: bool, now_ns: int) -
     file.write("#!/bin/sh\n# Keys of etcd v2, written by pyetcd export.  Endpoints and access come"
                " from ETCDCTL_... variables.\nset -e\nexport ETCDCTL_API=3\n")
     keys = 0
-    for record in records:
-        ttl_s = record.ttl_s(now_ns)
-        if record.value is None or ttl_s < 0:
-            continue
+    for key, value, ttl_s in _live_keys(records, now_ns):
         option = ""
         if leases and ttl_s:
             file.write(f"lease=$(etcdctl lease grant {ttl_s} | cut -d' ' -f2)\n")
             option = '--lease="$lease" '
-        key, value = shlex.quote(record.key), shlex.quote(record.value)
-        if len(record.value) <= ARGUMENT_BYTES_MAX // 4:
-            file.write(f"etcdctl put {option}-- {key} {value} >/dev/null\n")
+        name, text = shlex.quote(key), shlex.quote(value)
+        if len(value) <= ARGUMENT_BYTES_MAX // 4:
+            file.write(f"etcdctl put {option}-- {name} {text} >/dev/null\n")
         else:                           # printf is a part of the shell: no limit of arguments
-            file.write(f"printf %s {value} | etcdctl put {option}-- {key} >/dev/null\n")
+            file.write(f"printf %s {text} | etcdctl put {option}-- {name} >/dev/null\n")
         keys += 1
     return keys
 
@@ -24047,15 +24056,33 @@ def write_database(records: Records, path: str, *, leases: bool, now_ns: int) ->
 
     `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
     """
-    counted = _V3Keys(records, leases, now_ns)
-    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
+    count = 0
+    leases_s: List[int] = []            # the time to live of each lease
+
+    def key_items() -> "Iterator[Tuple[bytes, bytes]]":
+        nonlocal count
+        for key, value, ttl_s in _live_keys(records, now_ns):
+            lease = 0
+            if leases and ttl_s:
+                lease = _LEASE_FIRST + len(leases_s)
+                leases_s.append(ttl_s)
+            revision = _REVISION_FIRST + count
+            count += 1
+            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
+                   _encode_key_value(key.encode(), value.encode(), revision, lease))
+
+    def lease_items() -> "Iterator[Tuple[bytes, bytes]]":     # asked for after all keys
+        for lease, ttl_s in enumerate(leases_s, _LEASE_FIRST):
+            yield (lease.to_bytes(8, "big"),
+                   b"\x08" + encode_varint(lease) + b"\x10" + encode_varint(ttl_s))
+
     with open(path, "w+b") as file:
-        write_bolt(file, buckets)
+        write_bolt(file, {**v3_buckets(0), b"key": key_items(), b"lease": lease_items()})
         file.seek(0)
         _append_digest(file)
         file.flush()
         os.fsync(file.fileno())
-    return counted.count
+    return count
 
 
 def _append_digest(file: BinaryIO) -> None:
@@ -24063,36 +24090,6 @@ def _append_digest(file: BinaryIO) -> None:
     for block in iter(lambda: file.read(COPY_BYTES), b""):
         digest.update(block)
     file.write(digest.digest())
-
-
-class _V3Keys:
-    """Items of the buckets of keys and leases; the second is to be asked for after the first."""
-
-    def __init__(self, records: Records, leases: bool, now_ns: int) -> None:
-        self.count = 0
-        self._records = records
-        self._with_leases = leases
-        self._now_ns = now_ns
-        self._leases: List[int] = []    # seconds of each
-
-    def keys(self) -> Iterator[Tuple[bytes, bytes]]:
-        for record in self._records:
-            ttl_s = record.ttl_s(self._now_ns)
-            if record.value is None or ttl_s < 0:
-                continue
-            lease = 0
-            if self._with_leases and ttl_s:
-                lease = _LEASE_FIRST + len(self._leases)
-                self._leases.append(ttl_s)
-            revision = _REVISION_FIRST + self.count
-            self.count += 1
-            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
-                   _encode_key_value(record.key.encode(), record.value.encode(), revision, lease))
-
-    def lease_items(self) -> Iterator[Tuple[bytes, bytes]]:
-        for number, ttl_s in enumerate(self._leases, _LEASE_FIRST):
-            yield (number.to_bytes(8, "big"),
-                   b"\x08" + encode_varint(number) + b"\x10" + encode_varint(ttl_s))
 
 
 def _encode_key_value(key: bytes, value: bytes, revision: int, lease: int) -> bytes:
@@ -24131,7 +24128,7 @@ class KeysClient:
 
     def __init__(self, access: Access) -> None:
         self._urls = list(access.urls)
-        self._context: Optional[ssl.SSLContext] = None
+        self._tls: Optional[TlsContext] = None
         self._headers = {}
         self._connection: Optional[http.client.HTTPConnection] = None
         self.etcd_index = 0             # of the last answer
@@ -24139,30 +24136,23 @@ class KeysClient:
             token = base64.b64encode(access.username.encode()).decode()
             self._headers["Authorization"] = f"Basic {token}"
         if any(url.startswith("https:") for url in access.urls):
+            files = TlsFiles(access.cert_file, access.key_file or access.cert_file, access.ca_file)
             try:
-                self._context = ssl.create_default_context(cafile=access.ca_file or None)
-                if access.cert_file:
-                    self._context.load_cert_chain(access.cert_file, access.key_file or None)
-            except OSError as error:
-                raise BackupError(f"cannot read the certificates: {error}") from None
+                self._tls = TlsContext(files, server=False)
+            except StartError as error:
+                raise BackupError(str(error)) from None
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
-    def walk(self, key: str = "/") -> Iterator[Record]:
-        """Yield all nodes below `key`, parents first: one directory is listed at a time."""
-        waiting = [key]
+    def walk(self) -> Iterator[Record]:
+        """Yield all nodes, parents first: one directory is listed at a time."""
+        waiting = ["/"]
         while waiting:
-            node = self._call("GET", waiting.pop(), {"quorum": "true", "sorted": "true"})["node"]
-            directories = []
-            for child in node.get("nodes", ()):
-                expiration = child.get("expiration")
-                yield Record(child["key"], None if child.get("dir") else child["value"],
-                             parse_time(expiration) if expiration else 0)
-                if child.get("dir"):
-                    directories.append(child["key"])
-            waiting += reversed(directories)
+            found = list(map(record_of, self._call(waiting.pop())["node"].get("nodes", ())))
+            yield from found
+            waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
         """Write a node; False if it exists: a directory, or with `keep` any.
@@ -24176,20 +24166,21 @@ class KeysClient:
             form["value"] = record.value
         if keep or record.value is None:
             form["prevExist"] = "false"
-        answer = self._call("PUT", record.key, {}, form)
+        answer = self._call(record.key, form)
         if answer.get("errorCode") == 105:
             return False
         if "errorCode" in answer:
             raise ValueError(f"{answer.get('message')} ({answer.get('cause')})")
         return True
 
-    def _call(self, method: str, key: str, query: Dict[str, str],
-              form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
-        path = "/v2/keys" + urllib.parse.quote(key)
-        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
-        body = urllib.parse.urlencode(form) if form is not None else None
+    def _call(self, key: str, form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
+        """PUT `form` to a key, or GET the key without one; return the answer."""
+        method, target, body = "GET", "/v2/keys" + urllib.parse.quote(key), None
         headers = dict(self._headers)
-        if body is not None:
+        if form is None:
+            target += "?quorum=true&sorted=true"
+        else:
+            method, body = "PUT", urllib.parse.urlencode(form)
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         status, data = self._exchange(method, target, body, headers)
         try:
@@ -24209,7 +24200,8 @@ class KeysClient:
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
-                connection = self._connection = self._connection or self._dial()
+                connection = self._connection = self._connection or _open_connection(
+                    self._urls[0], CALL_SECONDS, self._tls)
                 connection.request(method, target, body, headers)
                 answer = connection.getresponse()
                 data = answer.read()
@@ -24221,13 +24213,6 @@ class KeysClient:
                 self._connection = None
                 self._urls.append(self._urls.pop(0))
         raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
-
-    def _dial(self) -> http.client.HTTPConnection:
-        scheme, authority = split_url(self._urls[0])[:2]
-        if scheme == "https":
-            return http.client.HTTPSConnection(
-                authority, timeout=CALL_SECONDS, context=self._context)
-        return http.client.HTTPConnection(authority, timeout=CALL_SECONDS)
 
 
 # -- export
@@ -24268,10 +24253,9 @@ def export_keys(
             records = client.walk()
             first = next(records, None)
             index = client.etcd_index
-            records = _with_first(first, records)
-        shown = _with_progress(_moved(records, key_map), progress)
+            records = itertools.chain(() if first is None else (first,), records)
         try:
-            keys = _write(shown, form, target, leases, index)
+            keys = _write(_moved(records, key_map, progress), form, target, leases, index)
         except BrokenPipeError:         # a reader of stdout that has enough
             raise
         except OSError as error:
@@ -24279,47 +24263,37 @@ def export_keys(
     return ExportReport(keys, index, faults)
 
 
-def _with_first(first: Optional[Record], rest: Iterator[Record]) -> Iterator[Record]:
-    if first is not None:
-        yield first
-        yield from rest
-
-
-def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
-    for record in records:
-        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
-
-
-def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
+def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
+    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
-        yield record
+        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
 
 
 def _write(records: Records, form: str, target: str, leases: bool, index: int) -> int:
     now_ns = SYSTEM_CLOCK.wall_ns()
+
+    def write_text(file: "TextIO") -> "int":
+        if form == "json":
+            return write_json(records, file, index)
+        return write_script(records, file, leases=leases, now_ns=now_ns)
+
     if not target:
-        return _write_text(records, form, sys.stdout, leases, index)
+        return write_text(sys.stdout)
     temporary = target + ".tmp"
     try:
         if form == "db":
             keys = write_database(records, temporary, leases=leases, now_ns=now_ns)
         else:
             with open(temporary, "w", encoding="utf-8") as file:
-                keys = _write_text(records, form, file, leases, index)
+                keys = write_text(file)
         os.chmod(temporary, 0o700 if form == "script" else 0o600)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     return keys
-
-
-def _write_text(records: Records, form: str, file: TextIO, leases: bool, index: int) -> int:
-    if form == "json":
-        return write_json(records, file, index)
-    return write_script(records, file, leases=leases, now_ns=SYSTEM_CLOCK.wall_ns())
 
 
 # -- import
@@ -24354,7 +24328,7 @@ def import_keys(
     client = KeysClient(access)
     written = kept = expired = 0
     try:
-        for record in _with_progress(_moved(records, key_map), progress):
+        for record in _moved(records, key_map, progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
                 expired += record.value is not None
