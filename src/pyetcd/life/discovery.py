@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import http.server
+import itertools
 import queue
 import re
 import shlex
@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, TypeVar
 from urllib.parse import urlsplit
 
 from ..api.discovery import DISCOVERY_DEFAULT_SIZE
@@ -40,6 +40,7 @@ DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
 _PUBLIC_REGISTRY = "discovery.etcd.io"
+_Reached = TypeVar("_Reached")
 
 
 class DiscoveryUnreachable(DiscoveryError):
@@ -163,7 +164,7 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of all steps; only the first one is logged with advice
+        self._advised = False           # only the first failure is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         self._report = WaitReport("discovery")
@@ -204,11 +205,7 @@ class Discovery:
 
     def _read_registry(self) -> RegistryState:
         """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
-        while True:
-            try:
-                return self._get_state()
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("cluster status check", error)
+        return self._until_reached("cluster status check", self._get_state)
 
     def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
@@ -233,13 +230,9 @@ class Discovery:
 
     def _register(self) -> None:
         """Create the key of this member, and wait until the registry shows it."""
-        created, tries = 0, 0
-        while not created:
-            tries += 1
-            try:
-                created = self._create(is_again=tries > 1)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("registration", error)
+        tries = itertools.count()
+        created = self._until_reached(
+            "registration", lambda: self._create(is_again=next(tries) > 0))
         with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
             self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
@@ -271,24 +264,19 @@ class Discovery:
 
     def _wait_until_complete(self) -> List[Registration]:
         """Return the first `size` members, once all have registered."""
-        while True:
-            state = self._read_registry()
-            for member in state.members:
-                self._log_found(member)
-            try:
-                members = self._watch_registrations(state)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("waiting for other nodes", error)
-                continue
-            self._log.info("found %d needed peer(s)", len(members))
-            return members
+        members = self._until_reached("waiting for other nodes", self._watch_registrations)
+        self._log.info("found %d needed peer(s)", len(members))
+        return members
 
-    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
-        """Watch the registry until `size` members have registered.
+    def _watch_registrations(self) -> List[Registration]:
+        """Read the registry, and watch it until `size` members have registered.
 
         The pauses grow while the registry ends watches at once or repeats old events.  The first
         such watch has no pause: a proxy on the way may have ended it.
         """
+        state = self._read_registry()
+        for member in state.members:
+            self._log_found(member)
         members, index = list(state.members), state.etcd_index
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
@@ -348,17 +336,22 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _sleep_before_retry(self, step: str, error: Exception) -> None:
-        advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
-        self._retries += 1
-        self._report.what = f"the discovery service: {error}"
-        self._log.error("error #0: %s%s", error, advice)
-        wait_s = self._backoff.next()
-        self._log.info(
-            "%s: error connecting to %s, retrying in %s", step, self._endpoint,
-            format_duration(wait_s),
-        )
-        self._sleep(wait_s)
+    def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
+        """Return work(), repeated until the registry answers."""
+        while True:
+            try:
+                return work()
+            except DiscoveryUnreachable as error:
+                advice = "" if self._advised else "; " + _registry_advice(self._endpoint)
+                self._advised = True
+                self._report.what = f"the discovery service: {error}"
+                self._log.error("error #0: %s%s", error, advice)
+            wait_s = self._backoff.next()
+            self._log.info(
+                "%s: error connecting to %s, retrying in %s", step, self._endpoint,
+                format_duration(wait_s),
+            )
+            self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
         return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
