@@ -149,6 +149,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import string
 import struct
 import tempfile
 import threading
@@ -20041,18 +20042,17 @@ def parse_members(body: bytes) -> List[Member]:
 
 
 def fetch_cluster(
-    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
+    url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members() of the first of `urls` that answers; None if none does."""
-    for url in urls:
-        try:
-            return fetch_members(url, timeout_s, tls)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if not quiet:
-                package_logger("etcdserver").warning(
-                    "could not get cluster response from %s: %s", url, _reason(error)
-                )
-    return None
+    """Return fetch_members(); None if the peer does not answer, which is logged unless quiet."""
+    try:
+        return fetch_members(url, timeout_s, tls)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if not quiet:
+            package_logger("etcdserver").warning(
+                "could not get cluster response from %s: %s", url, _reason(error)
+            )
+        return None
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
@@ -20952,20 +20952,18 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
-    wanted = ",".join(f"{config.name}={url}" for url in advertised)
-    hints = ""
-    listed = set(initial[config.name])
-    if listed > set(advertised):
+    listed = sorted(set(initial[config.name]))
+    if set(listed) > set(advertised):
         raise StartError(
             f"--initial-cluster has the name {config.name} more than once, for"
-            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
-            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+            f" {' and '.join(listed)}: give each member a name of its own; if all these are URLs"
+            f" of {config.name}, set --initial-advertise-peer-urls={','.join(listed)}"
         )
-    if ",".join(advertised) == DEFAULT_PEER_URLS:
-        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    wanted, given = ",".join(f"{config.name}={url}" for url in advertised), ",".join(advertised)
+    forgot = "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
         f"--initial-cluster must include {wanted} given"
-        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+        f" --initial-advertise-peer-urls={given}{forgot if given == DEFAULT_PEER_URLS else ''}"
     )
 
 
@@ -21095,7 +21093,7 @@ def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]
     for.  All peers are asked: one may have missed its publication.
     """
     for url in _peer_urls_of_others(members, id):
-        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        found = fetch_cluster(url, PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
@@ -21110,7 +21108,8 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     initial = _initial_members(config)
     local, own = _new_cluster(config, config.initial_cluster_token, initial)
     urls = _peer_urls_of_others(local.members.values(), own.id)
-    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
+    answers = (fetch_cluster(url, JOIN_ANSWER_SECONDS, tls) for url in urls)
+    found = next(filter(None, answers), None)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -21352,9 +21351,10 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
-        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
+        self, url: str, body_max: int, files: TlsFiles, *,
+        kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
     ) -> Listener:
+        """Return a listener without a handler of its own yet.  Raises StartError."""
         tls = None
         if is_https(url):
             if not files.cert_file or not files.key_file:
@@ -21365,13 +21365,14 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
+                url, self._reactor, _bad_request, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
-            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
+            hint = BIND_HINTS.get(error.errno or 0)
+            raise StartError(f"{what}: {hint}" if hint else what) from None
         except OverflowError:
             raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
 
@@ -21433,7 +21434,6 @@ class Server(ServerThread):
     def _init(self, config: ServerConfig) -> None:
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
-        self._peer_api: Optional[PeerApi] = None
         self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
@@ -21448,13 +21448,13 @@ class Server(ServerThread):
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
+                    url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
                 log.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                    self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
                 log.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
@@ -21492,8 +21492,9 @@ class Server(ServerThread):
         api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
-        self._peer_api = PeerApi(self.etcd)
+        peer_api = PeerApi(self.etcd)
         for listener in self._peer_listeners:
+            listener.handler = peer_api.handle
             self.etcd.transport.guard(listener, boot.data_dir.snap)
         self._reactor.on_turn = self.etcd.on_turn
 
@@ -21550,10 +21551,6 @@ class Server(ServerThread):
         metrics.total("etcd_network_client_grpc_sent_bytes_total",
                       "Bytes to clients, HTTP here, heads included.",
                       lambda: {(): sum(listener.sent_bytes for listener in listeners)})
-
-    def _serve_peer(self, request: HttpRequest) -> None:
-        assert self._peer_api is not None
-        self._peer_api.handle(request)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21616,11 +21613,11 @@ class Server(ServerThread):
         self._close_listeners()
 
 
-_BIND_HINTS = {
-    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
-                      " another port with -listen-client-urls and -listen-peer-urls",
-    errno.EACCES: ": ports below 1024 need root; choose a higher one",
-    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+BIND_HINTS = {
+    errno.EADDRINUSE: "another program, perhaps another etcd, uses it; stop it or choose another"
+                      " port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
 }
 
 
@@ -21943,7 +21940,7 @@ class Endpoints:
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
         for url in peer_urls:
-            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            found = fetch_cluster(url, limit_s, self._dialer.tls)
             if found is not None:
                 break
         if found is None or not found[1]:
@@ -22092,7 +22089,7 @@ class Forward:
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
-            _header_name(name): value for name, value in request.headers.items()
+            string.capwords(name, "-"): value for name, value in request.headers.items()
             if name not in dropped
         }
         came_by = request.headers.get("x-forwarded-for", "")
@@ -22110,7 +22107,7 @@ class Forward:
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
-            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            f"{string.capwords(name, '-')}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
         )
         length = None
@@ -22172,11 +22169,6 @@ class Forward:
         if self._endpoint is not None:
             self._endpoint.remove_waiting(self)
         self._ended(self)
-
-
-def _header_name(name: str) -> str:
-    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
-    return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
@@ -22268,7 +22260,7 @@ class ProxyServer(ServerThread):
             on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
-                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
@@ -22290,12 +22282,10 @@ class ProxyServer(ServerThread):
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            for listener in self._client_listeners:
+                listener.handler = self._api.handle
             self._start_thread()
             cleanup.pop_all()
-
-    def _serve(self, request: HttpRequest) -> None:
-        assert self._api is not None
-        self._api.handle(request)
 
     def _start_work(self) -> None:
         assert self._endpoints is not None
@@ -23038,9 +23028,6 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-_TLS_PREFIX = {"client": "", "peer": "peer-"}
-
-
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
@@ -23050,14 +23037,14 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
     skips the checks of names and revocations if client certificates are not required.
     """
-    prefix = _TLS_PREFIX[side]
+    prefix = "peer-" if side == "peer" else ""
     pair = f"-{prefix}cert-file and -{prefix}key-file"
     cert, key = files.cert_file, files.key_file
     if bool(cert) != bool(key):
         raise StartError(
             f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
         )
-    _check_readable(side, files)
+    _check_files(side, files)
     asks = files.client_cert_auth or files.ca_file
     if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
         raise StartError(
@@ -23089,21 +23076,16 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     return lines
 
 
-def _check_readable(side: str, files: TlsFiles) -> None:
-    prefix = _TLS_PREFIX[side]
-    for flag, path in (
-        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
-        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
-        (side + "-crl-file", files.crl_file),
-    ):
-        try:
-            if path:
-                open(path, "rb").close()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise StartError(
-                f"open {path}: {reason}; -{flag} must name a file that this user may read"
-            ) from None
+def _check_files(side: str, files: TlsFiles) -> None:
+    for flag in FLAGS["security"]:
+        part, _, field = flag.field.rpartition(".")
+        if part == f"{side}_tls" and field.endswith("_file") and getattr(files, field):
+            try:
+                check_readable(getattr(files, field))
+            except StartError as error:
+                raise StartError(
+                    f"{error}; -{flag.name} must name a file that this user may read"
+                ) from None
 
 
 def make_config(settings: Settings) -> ServerConfig:
@@ -25062,10 +25044,9 @@ def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
 
 
 _PORT_HINTS = {
+    **BIND_HINTS,
     errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
                       " ports",
-    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
-    errno.EACCES: "ports below 1024 need root; choose a higher one",
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import http.server
 import socket
 from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from urllib.parse import urlsplit
@@ -102,18 +101,17 @@ def parse_members(body: bytes) -> List[Member]:
 
 
 def fetch_cluster(
-    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
+    url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members() of the first of `urls` that answers; None if none does."""
-    for url in urls:
-        try:
-            return fetch_members(url, timeout_s, tls)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if not quiet:
-                package_logger("etcdserver").warning(
-                    "could not get cluster response from %s: %s", url, _reason(error)
-                )
-    return None
+    """Return fetch_members(); None if the peer does not answer, which is logged unless quiet."""
+    try:
+        return fetch_members(url, timeout_s, tls)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if not quiet:
+            package_logger("etcdserver").warning(
+                "could not get cluster response from %s: %s", url, _reason(error)
+            )
+        return None
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import http.server
 import os
 from typing import Iterable, List, Mapping, Optional, Sequence
 
@@ -220,20 +219,18 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
-    wanted = ",".join(f"{config.name}={url}" for url in advertised)
-    hints = ""
-    listed = set(initial[config.name])
-    if listed > set(advertised):
+    listed = sorted(set(initial[config.name]))
+    if set(listed) > set(advertised):
         raise StartError(
             f"--initial-cluster has the name {config.name} more than once, for"
-            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
-            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+            f" {' and '.join(listed)}: give each member a name of its own; if all these are URLs"
+            f" of {config.name}, set --initial-advertise-peer-urls={','.join(listed)}"
         )
-    if ",".join(advertised) == DEFAULT_PEER_URLS:
-        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    wanted, given = ",".join(f"{config.name}={url}" for url in advertised), ",".join(advertised)
+    forgot = "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
         f"--initial-cluster must include {wanted} given"
-        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+        f" --initial-advertise-peer-urls={given}{forgot if given == DEFAULT_PEER_URLS else ''}"
     )
 
 
@@ -363,7 +360,7 @@ def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]
     for.  All peers are asked: one may have missed its publication.
     """
     for url in _peer_urls_of_others(members, id):
-        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        found = fetch_cluster(url, PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
@@ -378,7 +375,8 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     initial = _initial_members(config)
     local, own = _new_cluster(config, config.initial_cluster_token, initial)
     urls = _peer_urls_of_others(local.members.values(), own.id)
-    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
+    answers = (fetch_cluster(url, JOIN_ANSWER_SECONDS, tls) for url in urls)
+    found = next(filter(None, answers), None)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"

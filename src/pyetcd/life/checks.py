@@ -16,6 +16,7 @@ from ..base.text import go_quote, most_like
 from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
+from ..net.tls import check_readable
 from .addresses import default_initial_cluster, default_route_address
 from .flags import FLAGS, IGNORED_BOOLS, FlagError
 from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
@@ -196,9 +197,6 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-_TLS_PREFIX = {"client": "", "peer": "peer-"}
-
-
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
@@ -208,14 +206,14 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
     skips the checks of names and revocations if client certificates are not required.
     """
-    prefix = _TLS_PREFIX[side]
+    prefix = "peer-" if side == "peer" else ""
     pair = f"-{prefix}cert-file and -{prefix}key-file"
     cert, key = files.cert_file, files.key_file
     if bool(cert) != bool(key):
         raise StartError(
             f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
         )
-    _check_readable(side, files)
+    _check_files(side, files)
     asks = files.client_cert_auth or files.ca_file
     if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
         raise StartError(
@@ -247,21 +245,16 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     return lines
 
 
-def _check_readable(side: str, files: TlsFiles) -> None:
-    prefix = _TLS_PREFIX[side]
-    for flag, path in (
-        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
-        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
-        (side + "-crl-file", files.crl_file),
-    ):
-        try:
-            if path:
-                open(path, "rb").close()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise StartError(
-                f"open {path}: {reason}; -{flag} must name a file that this user may read"
-            ) from None
+def _check_files(side: str, files: TlsFiles) -> None:
+    for flag in FLAGS["security"]:
+        part, _, field = flag.field.rpartition(".")
+        if part == f"{side}_tls" and field.endswith("_file") and getattr(files, field):
+            try:
+                check_readable(getattr(files, field))
+            except StartError as error:
+                raise StartError(
+                    f"{error}; -{flag.name} must name a file that this user may read"
+                ) from None
 
 
 def make_config(settings: Settings) -> ServerConfig:

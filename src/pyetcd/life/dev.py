@@ -24,6 +24,7 @@ from ..base.text import is_ip
 from ..base.urls import WILDCARD_HOSTS, is_local, url_address
 from .addresses import default_route_address
 from .discovery import blocking_get
+from .embedding import BIND_HINTS
 from .flags import FLAGS, Flag, FlagError, parse_bool
 from .settings import Settings
 from .testkit import LocalCluster
@@ -178,10 +179,9 @@ def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
 
 
 _PORT_HINTS = {
+    **BIND_HINTS,
     errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
                       " ports",
-    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
-    errno.EACCES: "ports below 1024 need root; choose a higher one",
 }
 
 

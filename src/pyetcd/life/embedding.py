@@ -24,7 +24,6 @@ from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
 from ..member.statistics import Metrics
 from ..net.budgets import BufferBudget
-from ..net.http_requests import HttpRequest
 from ..net.http_server import Listener
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
@@ -123,9 +122,10 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
-        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
+        self, url: str, body_max: int, files: TlsFiles, *,
+        kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
     ) -> Listener:
+        """Return a listener without a handler of its own yet.  Raises StartError."""
         tls = None
         if is_https(url):
             if not files.cert_file or not files.key_file:
@@ -136,13 +136,14 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
+                url, self._reactor, _bad_request, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
-            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
+            hint = BIND_HINTS.get(error.errno or 0)
+            raise StartError(f"{what}: {hint}" if hint else what) from None
         except OverflowError:
             raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
 
@@ -204,7 +205,6 @@ class Server(ServerThread):
     def _init(self, config: ServerConfig) -> None:
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
-        self._peer_api: Optional[PeerApi] = None
         self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
@@ -219,13 +219,13 @@ class Server(ServerThread):
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
+                    url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
                 log.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                    self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
                 log.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
@@ -263,8 +263,9 @@ class Server(ServerThread):
         api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
-        self._peer_api = PeerApi(self.etcd)
+        peer_api = PeerApi(self.etcd)
         for listener in self._peer_listeners:
+            listener.handler = peer_api.handle
             self.etcd.transport.guard(listener, boot.data_dir.snap)
         self._reactor.on_turn = self.etcd.on_turn
 
@@ -321,10 +322,6 @@ class Server(ServerThread):
         metrics.total("etcd_network_client_grpc_sent_bytes_total",
                       "Bytes to clients, HTTP here, heads included.",
                       lambda: {(): sum(listener.sent_bytes for listener in listeners)})
-
-    def _serve_peer(self, request: HttpRequest) -> None:
-        assert self._peer_api is not None
-        self._peer_api.handle(request)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -387,9 +384,9 @@ class Server(ServerThread):
         self._close_listeners()
 
 
-_BIND_HINTS = {
-    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
-                      " another port with -listen-client-urls and -listen-peer-urls",
-    errno.EACCES: ": ports below 1024 need root; choose a higher one",
-    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+BIND_HINTS = {
+    errno.EADDRINUSE: "another program, perhaps another etcd, uses it; stop it or choose another"
+                      " port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
 }

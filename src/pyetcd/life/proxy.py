@@ -9,6 +9,7 @@ import collections
 import contextlib
 import os
 import random
+import string
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
@@ -245,7 +246,7 @@ class Endpoints:
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
         for url in peer_urls:
-            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            found = fetch_cluster(url, limit_s, self._dialer.tls)
             if found is not None:
                 break
         if found is None or not found[1]:
@@ -394,7 +395,7 @@ class Forward:
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
-            _header_name(name): value for name, value in request.headers.items()
+            string.capwords(name, "-"): value for name, value in request.headers.items()
             if name not in dropped
         }
         came_by = request.headers.get("x-forwarded-for", "")
@@ -412,7 +413,7 @@ class Forward:
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
-            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            f"{string.capwords(name, '-')}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
         )
         length = None
@@ -474,11 +475,6 @@ class Forward:
         if self._endpoint is not None:
             self._endpoint.remove_waiting(self)
         self._ended(self)
-
-
-def _header_name(name: str) -> str:
-    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
-    return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
@@ -570,7 +566,7 @@ class ProxyServer(ServerThread):
             on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
-                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
@@ -592,12 +588,10 @@ class ProxyServer(ServerThread):
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            for listener in self._client_listeners:
+                listener.handler = self._api.handle
             self._start_thread()
             cleanup.pop_all()
-
-    def _serve(self, request: HttpRequest) -> None:
-        assert self._api is not None
-        self._api.handle(request)
 
     def _start_work(self) -> None:
         assert self._endpoints is not None
