@@ -49,8 +49,8 @@ def usage() -> str:
     lines += ["", "of etcd 0.4, without effect flags:", ""]
     lines += [f"\t--{name}" for name in IGNORED_BOOLS]
     lines += ["", "of etcd 3 or experimental, without effect flags:"]
-    for reason, names in NO_EFFECT.items():
-        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
+    for reason, words in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{word.rstrip('?')}" for word in words.split())]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ import re
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
+from ..base.errors import DiscoveryError
 from ..base.text import is_ip, load_json, most_like, split_address
 from ..base.urls import check_advertised_url, parse_urls, usable_urls
 from .addresses import default_route_address
@@ -244,7 +245,7 @@ class Settings:
         except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
-        except ValueError as error:
+        except (ValueError, DiscoveryError) as error:
             advice = _advice(flag, text)
             raise FlagError(_invalid(flag, text, source, str(error)) + advice) from None
         self.sources[name] = source
