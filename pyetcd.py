@@ -27,9 +27,9 @@ Rooms and their modules, bottom up; each uses only names defined above it:
             waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, overview, page_text,
             request_log, ring, snapshot, status, ui, routes, discovery
-  life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
-            data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
-            inspection, records, exchange, testkit, dev, verdicts, tools, command_line
+  life:   discovery, addresses, flags, cloud_config, restart, bootstrap, data_loss, embedding,
+            proxy_files, proxy, settings, checks, logs, sources, backup, inspection, records,
+            exchange, testkit, dev, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -19301,157 +19301,6 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
-# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
-# ============================================================================
-
-
-LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
-LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
-
-_Key = Tuple[int, str, str]         # level, logger, text
-
-
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        repeated = getattr(record, "repeated", 0)
-        often = "once" if repeated == 1 else f"{repeated} times"
-        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
-        return f"{record.asctime} {prefix}{record.message}{count}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, package, message, and the fields of the record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The time is local, with microseconds and zone (RFC 3339)."""
-        time = datetime.fromtimestamp(record.created).astimezone()
-        shown = {
-            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
-            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if getattr(record, "repeated", 0):
-            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
-        if record.exc_info:
-            shown["exception"] = self.formatException(record.exc_info)
-        return json.dumps(shown)
-
-
-class _Repeats:
-    """A line that was logged, and how often it has come since."""
-
-    __slots__ = ("since", "count", "last")
-
-    def __init__(self, since: float, last: logging.LogRecord) -> None:
-        self.since = since
-        self.count = 0
-        self.last = last
-
-
-class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
-
-    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
-    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
-    all others.  Lines of raft that differ only in the term are the same line.
-    """
-
-    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
-        super().__init__()
-        self._target = target
-        self._now = now
-        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
-        now = self._now()
-        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
-            key, repeats = self._logged.popitem(last=False)
-            if self._tell(repeats):
-                self._logged[key] = _Repeats(now, repeats.last)
-        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
-            self._tell_all()
-        if record.exc_info or record.levelno <= logging.DEBUG:
-            self._target.handle(record)
-            return
-        text = record.getMessage()
-        if record.name == "pyetcd.raft":
-            text = re.sub(r"term \d+", "term", text)
-        key = record.levelno, record.name, text
-        if key in self._logged:
-            self._logged[key].count += 1
-            self._logged[key].last = record
-            return
-        if len(self._logged) >= LOG_REPEATS_MAX:
-            self._tell(self._logged.popitem(last=False)[1])
-        self._logged[key] = _Repeats(now, record)
-        self._target.handle(record)
-
-    def _tell(self, repeats: _Repeats) -> bool:
-        """Log the last line with its count; False if it has not come again."""
-        if repeats.count:
-            record = copy.copy(repeats.last)
-            record.repeated = repeats.count
-            self._target.handle(record)
-        return repeats.count > 0
-
-    def _tell_all(self) -> None:
-        while self._logged:
-            self._tell(self._logged.popitem(last=False)[1])
-
-    def close(self) -> None:
-        """Log what was counted so far."""
-        self._tell_all()
-        super().close()
-
-
-# ============================================================================
-# life/wait_report -- What a member waits for before it serves, said in the log.
-# ============================================================================
-
-
-WAIT_REPORT_SECONDS = 10.0
-
-
-class WaitReport:
-    """Logs every ten seconds what the block of a `with` waits for, and for how long.
-
-    what  of it now; "": nothing worth a line.  Thread: one, beside that of the block.
-    """
-
-    def __init__(self, package: str) -> None:
-        self.what = ""
-        self._log = package_logger(package)
-        self._ended = threading.Event()
-
-    def __enter__(self) -> "WaitReport":
-        threading.Thread(target=self._run, name="wait-report", daemon=True).start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-
-    def _run(self) -> None:
-        since = SYSTEM_CLOCK.now()
-        while not self._ended.wait(WAIT_REPORT_SECONDS):
-            if self.what:
-                self._log.info("waiting for %s, %.0f s", self.what, SYSTEM_CLOCK.now() - since)
-
-
-# ============================================================================
 # life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
@@ -19465,6 +19314,7 @@ DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
 DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
+WAIT_REPORT_SECONDS = 10.0          # between two lines of the log on what is waited for
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
 _PUBLIC_REGISTRY = "discovery.etcd.io"
 _Reached = TypeVar("_Reached")
@@ -19594,7 +19444,7 @@ class Discovery:
         self._advised = False           # only the first failure is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
-        self._report = WaitReport("discovery")
+        self._awaited = ""              # what a line of the log says that this waits for
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -19603,7 +19453,7 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        with self._report:
+        with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
@@ -19614,10 +19464,27 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            with self._report:
+            with self._reports():
                 return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
+
+    @contextlib.contextmanager
+    def _reports(self) -> Iterator[None]:
+        """Log every ten seconds, from a thread, what the block waits for, and for how long."""
+        ended, since = threading.Event(), time.monotonic()
+
+        def run() -> None:
+            while not ended.wait(WAIT_REPORT_SECONDS):
+                if self._awaited:
+                    waited_s = time.monotonic() - since
+                    self._log.info("waiting for %s, %.0f s", self._awaited, waited_s)
+
+        threading.Thread(target=run, name="wait-report", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     @staticmethod
     def _initial_cluster(members: Sequence[Registration]) -> str:
@@ -19709,7 +19576,7 @@ class Discovery:
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
-            self._report.what = (
+            self._awaited = (
                 f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
                 f" {len(members)} of {state.size} registered ({names})"
             )
@@ -19771,7 +19638,7 @@ class Discovery:
             except DiscoveryUnreachable as error:
                 advice = "" if self._advised else "; " + _registry_advice(self._endpoint)
                 self._advised = True
-                self._report.what = f"the discovery service: {error}"
+                self._awaited = f"the discovery service: {error}"
                 self._log.error("error #0: %s%s", error, advice)
             wait_s = self._backoff.next()
             self._log.info(
@@ -22297,8 +22164,7 @@ class Settings:
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
         self._flags_end = False         # -- has come: the rest are words
-        while not self.help and self._next_flag():
-            pass
+        self._take_flags()
 
     def __getitem__(self, name: str) -> Any:
         return self.values.get(name, self._flags[name].default)
@@ -22322,8 +22188,12 @@ class Settings:
     def warn(self, text: str) -> None:
         self.lines.append((logging.WARNING, "etcd", text))
 
+    def _take_flags(self) -> None:
+        """Take the flags before the next word off the command line."""
+        while not self.help and self._next_flag():
+            pass
+
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; return False at the end of the flags."""
         rest = self._rest
         if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
@@ -22358,15 +22228,15 @@ class Settings:
     def take_words(self) -> List[str]:
         """Take all words that are no flags; flags may stand before, between and behind them."""
         words: List[str] = []
-        while not self.help and (self._next_flag() or self._rest):
-            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
-                               or self._rest[0] == "-"):
-                word = self._rest[0]
-                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
-                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
-                    self.check_leftover()
-                words.append(self._rest.pop(0))
-                self._switch = ""
+        self._take_flags()
+        while self._rest and not self.help:
+            word = self._rest[0]
+            is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+            if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                self.check_leftover()
+            words.append(self._rest.pop(0))
+            self._switch = ""
+            self._take_flags()
         return words
 
     def check_leftover(self) -> None:
@@ -23075,6 +22945,135 @@ def make_config(settings: Settings) -> ServerConfig:
         initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
+
+
+# ============================================================================
+# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
+# ============================================================================
+
+
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+
+_Key = Tuple[int, str, str]         # level, logger, text
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        repeated = getattr(record, "repeated", 0)
+        often = "once" if repeated == 1 else f"{repeated} times"
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
+        return f"{record.asctime} {prefix}{record.message}{count}"
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, indented: no text in it looks like a line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, package, message, and the fields of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time is local, with microseconds and zone (RFC 3339)."""
+        time = datetime.fromtimestamp(record.created).astimezone()
+        shown = {
+            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
+            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if getattr(record, "repeated", 0):
+            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown)
+
+
+class _Repeats:
+    """A line that was logged, and how often it has come since."""
+
+    __slots__ = ("since", "count", "last")
+
+    def __init__(self, since: float, last: logging.LogRecord) -> None:
+        self.since = since
+        self.count = 0
+        self.last = last
+
+
+class RepeatHandler(logging.Handler):
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
+    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
+    all others.  Lines of raft that differ only in the term are the same line.
+    """
+
+    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
+        super().__init__()
+        self._target = target
+        self._now = now
+        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        now = self._now()
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
+            key, repeats = self._logged.popitem(last=False)
+            if self._tell(repeats):
+                self._logged[key] = _Repeats(now, repeats.last)
+        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
+            self._tell_all()
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            self._target.handle(record)
+            return
+        text = record.getMessage()
+        if record.name == "pyetcd.raft":
+            text = re.sub(r"term \d+", "term", text)
+        key = record.levelno, record.name, text
+        if key in self._logged:
+            self._logged[key].count += 1
+            self._logged[key].last = record
+            return
+        if len(self._logged) >= LOG_REPEATS_MAX:
+            self._tell(self._logged.popitem(last=False)[1])
+        self._logged[key] = _Repeats(now, record)
+        self._target.handle(record)
+
+    def _tell(self, repeats: _Repeats) -> bool:
+        """Log the last line with its count; False if it has not come again."""
+        if repeats.count:
+            record = copy.copy(repeats.last)
+            record.repeated = repeats.count
+            self._target.handle(record)
+        return repeats.count > 0
+
+    def _tell_all(self) -> None:
+        while self._logged:
+            self._tell(self._logged.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        self._tell_all()
+        super().close()
+
+
+def set_up_logging(settings: Settings) -> None:
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)
 
 
 # ============================================================================
@@ -24900,11 +24899,6 @@ DEV_FLAGS = (
          " this machine's address on the default route."),
     *FLAGS["logging"],
 )
-DEV_USAGE = (
-    "usage: pyetcd dev [N] [flags]", "",
-    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
-    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
-)
 
 
 def dev_size(word: str) -> int:
@@ -25365,7 +25359,7 @@ def _cut(value: str) -> str:
 
 
 # ============================================================================
-# life/tools -- The commands beside the server: backup, restore, check, dump, export, import.
+# life/tools -- The commands beside the server: dev, backup, restore, check, dump, export, import.
 # ============================================================================
 
 
@@ -25426,7 +25420,8 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
     line, tool = ProgressLine(name), TOOLS[name]
     try:
-        settings = Settings(words, os.environ, tool.flags)
+        # The variables of a member are not for `dev`: ETCD_DATA_DIR may hold real data.
+        settings = Settings(words, {} if name == "dev" else os.environ, tool.flags)
         named = settings.take_words()
         if settings.help:
             _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
@@ -25439,7 +25434,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
             write_warnings(settings, name)
     except FlagError as error:
         sys.stderr.write(error.line(f"pyetcd {name}"))
-    except BackupError as error:
+    except (BackupError, StartError) as error:
         line.clear()
         sys.stderr.write(f"{name}: {error}\n")
     except BrokenPipeError:             # of `| head`: nobody reads the rest
@@ -25452,6 +25447,7 @@ def write_warnings(settings: Settings, name: str) -> None:
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
+    settings.lines.clear()
 
 
 def _print(*lines: str) -> None:
@@ -25469,6 +25465,20 @@ def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
 
 def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
     return {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
+
+
+# -- dev
+
+
+def _run_dev(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    size = dev_size(words[0]) if words else 0
+    if words[1:]:
+        raise FlagError(f"'{words[1]}' is one word too many")
+    write_warnings(settings, "dev")
+    set_up_logging(settings)
+    if not settings["debug"] and not settings["log-package-levels"]:
+        logging.getLogger("pyetcd").setLevel(logging.WARNING)
+    return run_dev(settings, size)
 
 
 # -- backup and restore
@@ -25522,10 +25532,15 @@ json  bool  print JSON: one object, or one for each line.
 """)
 
 
-def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+def _inspected(words: Sequence[str], settings: Settings, line: ProgressLine) -> Inspection:
     path = _one_word(words, "DIR", "a data directory")
     found = inspect_dir(path, settings["wal-dir"], line.show)
     line.clear()
+    return found
+
+
+def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    found = _inspected(words, settings, line)
     if settings["json"]:
         _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
     else:
@@ -25537,15 +25552,10 @@ def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> 
 
 
 def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
-    path = _one_word(words, "DIR", "a data directory")
-    found = inspect_dir(path, settings["wal-dir"], line.show)
-    line.clear()
-    if settings["json"]:
-        for row in dump_json(found):
-            _print(json.dumps(row, ensure_ascii=False))
-    else:
-        for text in dump_lines(found):
-            _print(text)
+    found = _inspected(words, settings, line)
+    rows = (json.dumps(row, ensure_ascii=False) for row in dump_json(found))
+    for text in rows if settings["json"] else dump_lines(found):
+        _print(text)
     for fault in found.faults:
         sys.stderr.write(f"dump: {fault}\n")
     return EXIT_FAILED if found.faults else 0
@@ -25641,6 +25651,11 @@ def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) ->
 
 
 TOOLS: Dict[str, Tool] = {
+    "dev": Tool(
+        "[N]", "start a cluster of N members to try things on", (
+            "Start a cluster of N members, 1 unless N is given, in this process, to try things on."
+            "  It", "prints where it serves.  Ctrl-C ends it and removes its data, unless"
+            " -data-dir is given."), DEV_FLAGS, _run_dev),
     "backup": Tool(
         "-data-dir DIR -backup-dir COPY", "copy the data of a member", (
             "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member"
@@ -25687,8 +25702,6 @@ DESCRIPTORS_MIN = 150               # open files a member needs for itself; at o
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd dev [N] [flags]",
-        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -25716,17 +25729,6 @@ def version_text() -> str:
         f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
         f"Go OS/Arch: {sys.platform}/{machine}\n"
     )
-
-
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
 
 
 def check_data_dir(config: ServerConfig) -> str:
@@ -25850,29 +25852,6 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
-def run_dev_words(words: Sequence[str]) -> int:
-    """Run `pyetcd dev` with the words behind it; return the exit code."""
-    try:
-        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
-        named = settings.take_words()
-        if settings.help:
-            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
-            return 0
-        size = dev_size(named[0]) if named else 0
-        if named[1:]:
-            raise FlagError(f"'{named[1]}' is one word too many")
-        write_warnings(settings, "dev")
-        set_up_logging(settings)
-        if not settings["debug"] and not settings["log-package-levels"]:
-            logging.getLogger("pyetcd").setLevel(logging.WARNING)
-        return run_dev(settings, size)
-    except FlagError as error:
-        sys.stderr.write(error.line("pyetcd dev"))
-    except StartError as error:
-        sys.stderr.write(f"dev: {error}\n")
-    return 1
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -25887,8 +25866,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except StartError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    if words and words[0] == "dev":
-        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

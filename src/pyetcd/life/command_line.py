@@ -14,19 +14,17 @@ import threading
 from typing import Callable, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import RECENT_LINES, package_logger
+from ..base.ids import package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..base.system import check_system, open_files_limit, raise_files_limit
 from ..member.configuration import ServerConfig
-from ..net.workers import SYSTEM_CLOCK
 from .checks import check_tls, make_config
-from .dev import DEV_FLAGS, DEV_USAGE, dev_size, run_dev
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
-from .logs import JsonFormatter, LogFormatter, RepeatHandler
+from .logs import set_up_logging
 from .proxy import ProxyServer
 from .settings import Settings
-from .tools import TOOLS, flag_lines, run_tool, write_warnings
+from .tools import TOOLS, flag_lines, run_tool
 
 DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
 
@@ -34,8 +32,6 @@ DESCRIPTORS_MIN = 150               # open files a member needs for itself; at o
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd dev [N] [flags]",
-        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -63,17 +59,6 @@ def version_text() -> str:
         f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
         f"Go OS/Arch: {sys.platform}/{machine}\n"
     )
-
-
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
 
 
 def check_data_dir(config: ServerConfig) -> str:
@@ -197,29 +182,6 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
-def run_dev_words(words: Sequence[str]) -> int:
-    """Run `pyetcd dev` with the words behind it; return the exit code."""
-    try:
-        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
-        named = settings.take_words()
-        if settings.help:
-            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
-            return 0
-        size = dev_size(named[0]) if named else 0
-        if named[1:]:
-            raise FlagError(f"'{named[1]}' is one word too many")
-        write_warnings(settings, "dev")
-        set_up_logging(settings)
-        if not settings["debug"] and not settings["log-package-levels"]:
-            logging.getLogger("pyetcd").setLevel(logging.WARNING)
-        return run_dev(settings, size)
-    except FlagError as error:
-        sys.stderr.write(error.line("pyetcd dev"))
-    except StartError as error:
-        sys.stderr.write(f"dev: {error}\n")
-    return 1
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -234,8 +196,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except StartError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    if words and words[0] == "dev":
-        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

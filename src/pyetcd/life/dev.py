@@ -68,11 +68,6 @@ DEV_FLAGS = (
          " this machine's address on the default route."),
     *FLAGS["logging"],
 )
-DEV_USAGE = (
-    "usage: pyetcd dev [N] [flags]", "",
-    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
-    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
-)
 
 
 def dev_size(word: str) -> int:

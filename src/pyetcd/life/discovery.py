@@ -15,7 +15,19 @@ import socket
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+)
 from urllib.parse import urlsplit
 
 from ..api.discovery import DISCOVERY_DEFAULT_SIZE
@@ -29,7 +41,6 @@ from ..member.cluster import format_id, parse_initial_cluster
 from ..net.dns import _reason, lookup_srv
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of
-from .wait_report import WaitReport
 
 DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreachable, tried again
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
@@ -38,6 +49,7 @@ DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
 DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
+WAIT_REPORT_SECONDS = 10.0          # between two lines of the log on what is waited for
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
 _PUBLIC_REGISTRY = "discovery.etcd.io"
 _Reached = TypeVar("_Reached")
@@ -167,7 +179,7 @@ class Discovery:
         self._advised = False           # only the first failure is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
-        self._report = WaitReport("discovery")
+        self._awaited = ""              # what a line of the log says that this waits for
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -176,7 +188,7 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        with self._report:
+        with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
@@ -187,10 +199,27 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            with self._report:
+            with self._reports():
                 return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
+
+    @contextlib.contextmanager
+    def _reports(self) -> Iterator[None]:
+        """Log every ten seconds, from a thread, what the block waits for, and for how long."""
+        ended, since = threading.Event(), time.monotonic()
+
+        def run() -> None:
+            while not ended.wait(WAIT_REPORT_SECONDS):
+                if self._awaited:
+                    waited_s = time.monotonic() - since
+                    self._log.info("waiting for %s, %.0f s", self._awaited, waited_s)
+
+        threading.Thread(target=run, name="wait-report", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     @staticmethod
     def _initial_cluster(members: Sequence[Registration]) -> str:
@@ -282,7 +311,7 @@ class Discovery:
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
-            self._report.what = (
+            self._awaited = (
                 f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
                 f" {len(members)} of {state.size} registered ({names})"
             )
@@ -344,7 +373,7 @@ class Discovery:
             except DiscoveryUnreachable as error:
                 advice = "" if self._advised else "; " + _registry_advice(self._endpoint)
                 self._advised = True
-                self._report.what = f"the discovery service: {error}"
+                self._awaited = f"the discovery service: {error}"
                 self._log.error("error #0: %s%s", error, advice)
             wait_s = self._backoff.next()
             self._log.info(

@@ -52,8 +52,7 @@ class Settings:
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
         self._flags_end = False         # -- has come: the rest are words
-        while not self.help and self._next_flag():
-            pass
+        self._take_flags()
 
     def __getitem__(self, name: str) -> Any:
         return self.values.get(name, self._flags[name].default)
@@ -77,8 +76,12 @@ class Settings:
     def warn(self, text: str) -> None:
         self.lines.append((logging.WARNING, "etcd", text))
 
+    def _take_flags(self) -> None:
+        """Take the flags before the next word off the command line."""
+        while not self.help and self._next_flag():
+            pass
+
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; return False at the end of the flags."""
         rest = self._rest
         if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
@@ -113,15 +116,15 @@ class Settings:
     def take_words(self) -> List[str]:
         """Take all words that are no flags; flags may stand before, between and behind them."""
         words: List[str] = []
-        while not self.help and (self._next_flag() or self._rest):
-            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
-                               or self._rest[0] == "-"):
-                word = self._rest[0]
-                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
-                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
-                    self.check_leftover()
-                words.append(self._rest.pop(0))
-                self._switch = ""
+        self._take_flags()
+        while self._rest and not self.help:
+            word = self._rest[0]
+            is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+            if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                self.check_leftover()
+            words.append(self._rest.pop(0))
+            self._switch = ""
+            self._take_flags()
         return words
 
     def check_leftover(self) -> None:
