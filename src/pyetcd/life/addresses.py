@@ -16,8 +16,15 @@ from ..base.limits import DEFAULT_PEER_URLS
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType
 from ..base.text import is_ip, load_json, utf8
 from ..base.urls import url_address
+from ..base.versions import version_key
 from ..disk.snapshots import DataDir
-from ..member.cluster import Cluster, Member, format_initial_cluster, parse_initial_cluster
+from ..member.cluster import (
+    Cluster,
+    Member,
+    format_id,
+    format_initial_cluster,
+    parse_initial_cluster,
+)
 from ..member.configuration import ServerConfig
 from ..net.dns import _reason, name_servers
 from ..net.tls import TlsContext
@@ -112,6 +119,22 @@ def fetch_cluster(
                 "could not get cluster response from %s: %s", url, _reason(error)
             )
         return None
+
+
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
+    for url in member.peer_urls:
+        try:
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            package_logger("etcdserver").warning(
+                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
+                _reason(error),
+            )
+    return ""
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:

@@ -6,7 +6,6 @@ Blocks; runs before the reactor starts.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 from typing import Iterable, List, Mapping, Optional, Sequence
 
@@ -23,7 +22,6 @@ from ..base.errors import (
 from ..base.ids import package_logger
 from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS
 from ..base.messages import HardState
-from ..base.text import load_json
 from ..base.urls import is_local, url_address
 from ..base.versions import (
     AUTO_IDENTITY,
@@ -52,13 +50,13 @@ from ..member.cluster import (
     parse_initial_cluster,
 )
 from ..member.configuration import Bootstrap, ServerConfig
-from ..net.dns import _reason
 from ..net.tls import TlsContext
 from ..store.tree import Store
 from .addresses import (
     JOIN_ANSWER_SECONDS,
     PROBE_ANSWER_SECONDS,
     _bootstrap_entries,
+    _cluster_version,
     _initial_members,
     _log_config,
     _new_cluster,
@@ -68,14 +66,7 @@ from .addresses import (
     same_urls,
     url_given_twice,
 )
-from .discovery import (
-    Discovery,
-    DiscoveryFull,
-    DuplicateId,
-    DuplicateName,
-    blocking_get,
-    check_discovery_url,
-)
+from .discovery import Discovery, DiscoveryFull, DuplicateId, DuplicateName, check_discovery_url
 from .restart import _restart
 
 
@@ -419,19 +410,3 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
         name = member.name.partition("=")[0]        # "" before its first start
         matched.append(member._replace(id=same[0].id, name=name))
     return sorted(matched, key=lambda member: member.id)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
-    """Return the cluster version that `member` reports; "" without an answer or a version."""
-    for url in member.peer_urls:
-        try:
-            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            version = str(load_json(body)["etcdcluster"])
-            version_key(version)
-            return version
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            package_logger("etcdserver").warning(
-                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
-                _reason(error),
-            )
-    return ""

@@ -12,9 +12,8 @@ import http.client
 import json
 import logging
 import os
-import select
+import queue
 import signal
-import socket
 import tempfile
 from typing import Any, Dict, List, Tuple
 
@@ -92,12 +91,11 @@ class EndSignals:
     """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
 
     def __enter__(self) -> EndSignals:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
+        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # takes one in a handler
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
-                self._before[number] = signal.signal(number, self._received)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -105,16 +103,15 @@ class EndSignals:
         is_over = self.wait(0.0)
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_over else before)
-        self._reader.close()
-        self._writer.close()
 
-    def _received(self, number: int, frame: object) -> None:
-        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
-            self._writer.send(b"x")
+    def _receive(self, number: int, frame: object) -> None:
+        self._received.put(number)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a signal has come, for at most timeout_s; tell whether one has."""
-        return bool(select.select([self._reader], [], [], timeout_s)[0])
+        with contextlib.suppress(queue.Empty):
+            self._received.put(self._received.get(timeout=timeout_s))
+        return not self._received.empty()
 
 
 # -- where the members live ------------------------------------------------------

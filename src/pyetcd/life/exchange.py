@@ -173,7 +173,7 @@ def export_keys(
         faults: Tuple[str, ...] = ()
         if source:
             found = inspect_dir(source, wal_dir, progress)
-            records, faults = records_of_store(found.store), found.faults
+            records, faults = records_of_store(found.store), tuple(found.faults)
             index = found.store.current_index
         else:
             client = KeysClient(access)

@@ -529,8 +529,7 @@ class LocalCluster:
         """
         candidate = self.members[-1]
         if not candidate.call(_is_new) or all(
-            _accepts(one, other) and _accepts(other, one)
-            for one in [candidate] for other in self.members if other is not candidate
+            _accepts(candidate, other) and _accepts(other, candidate) for other in self.members[:-1]
         ):
             candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
             return True
