@@ -19359,10 +19359,7 @@ class RegistryState(NamedTuple):
 def blocking_get(
     url: str, timeout_s: float, target: str = "/", tls: Optional[TlsContext] = None
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-    """GET `target` from scheme://host:port; return (status, headers, body).
-
-    Raises OSError or http.client.HTTPException.
-    """
+    """Return (status, headers, body) of GET `target`.  Raises OSError, HTTPException."""
     return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
 
 
@@ -19423,7 +19420,7 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a bad URL.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.
     Thread: one, and it blocks.  Source: etcd 2.3 discovery.
     Differs from etcd: only the registration of a new member ends the wait; etcd counts every
     event, so a changed or deleted key leads to a cluster with a member missing.
@@ -19449,20 +19446,14 @@ class Discovery:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the other members, and return the initial cluster `name=url,...`.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Register, wait for the other members, and return the initial cluster `name=url,...`."""
         with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without registering; return the initial cluster.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Wait for the members without registering; return the initial cluster."""
         try:
             with self._reports():
                 return self._initial_cluster(self._wait_until_complete())
@@ -19881,19 +19872,6 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     )
 
 
-def fetch_members(
-    url: str, timeout_s: float, tls: Optional[TlsContext]
-) -> Tuple[int, List[Member]]:
-    """Return (cluster id, members) as the peer at `url` sees them.
-
-    Raises OSError, http.client.HTTPException or ValueError.
-    """
-    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
-    if status != 200:
-        raise ValueError(f"unexpected status {status}")
-    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
-
-
 def parse_members(body: bytes) -> List[Member]:
     """Return the members in an answer to GET /members.  Raises ValueError."""
     try:
@@ -19911,9 +19889,12 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members(); None if the peer does not answer, which is logged unless quiet."""
+    """Return (cluster id, members) as the peer at `url` sees them; None, logged, if it is down."""
     try:
-        return fetch_members(url, timeout_s, tls)
+        status, headers, body = blocking_get(url, timeout_s, "/members", tls)
+        if status != 200:
+            raise ValueError(f"unexpected status {status}")
+        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if not quiet:
             package_logger("etcdserver").warning(
@@ -20685,10 +20666,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
-
-    fresh  the directories that this start has made
-    """
+    """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
     package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
@@ -20740,8 +20718,7 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    Without a context, calls to https members that join later trust the system's authorities.
-    Raises StartError.
+    Calls to https members that join later trust the system's authorities then.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -21545,10 +21522,8 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
         check_layout(root, names)
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        make_dirs((path, root))
         check_writable(path)
-        fsync_dir(root)
     except OSError as error:
         raise StartError(
             f"cannot write to proxy directory: {error}; give the directory to this user, or choose"
@@ -22865,8 +22840,8 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
-    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
+    """Check and log the settings of TLS on one side, `client` or `peer`.
 
     urls  the -listen URLs of that side
 
@@ -22888,12 +22863,12 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    lines = []
+    log = package_logger("etcd")
     if cert:
-        lines.append((logging.INFO, (
-            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
-            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
-        )))
+        log.info(
+            "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
+            cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
+        )
     for url in urls:
         if url.startswith("https:") and not cert:
             what = "given listener" if side == "client" else url
@@ -22902,15 +22877,13 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            lines.append((logging.WARNING, (
-                f"The scheme of {side} url {url} is http while {side} key/cert files are"
-                f" presented. Ignored {side} key/cert files."
-            )))
+            log.warning(
+                "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
+                " key/cert files.", side, url, side, side,
+            )
         elif url.startswith("http:") and asks:
-            lines.append((logging.WARNING, (
-                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
-            )))
-    return lines
+            log.warning("%s certificates are not asked for on %s: that needs https, with %s",
+                        side, url, pair)
 
 
 def _check_files(side: str, files: TlsFiles) -> None:
@@ -23196,10 +23169,7 @@ class _AnyVersionCluster(Cluster):
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
-
-    Raises BackupError.
-    """
+    """Read a snapshot file, or a data directory: newest snapshot and log.  Raises BackupError."""
     if os.path.isfile(path):
         try:
             return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
@@ -24021,10 +23991,7 @@ class Access(NamedTuple):
 
 
 class KeysClient:
-    """The keys API of a cluster: one connection to the first member that answers.
-
-    Raises BackupError.  Thread: one.
-    """
+    """The keys API of a cluster, on one connection at a time.  Raises BackupError."""
 
     def __init__(self, access: Access) -> None:
         self._urls = list(access.urls)
@@ -24370,10 +24337,6 @@ class _LocalServer(Server):
         """True if the member is published, and the cluster has agreed on its version."""
         return self._ready.is_set() and bool(etcd.cluster.version)
 
-    def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member again, which is harmless."""
-        etcd.publication.propose()
-
     def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
@@ -24486,7 +24449,7 @@ class LocalMember:
                 return not self.is_paused
             if SYSTEM_CLOCK.now() > republish_at:
                 republish_at += REPUBLISH_SECONDS
-                server.call(server.publish)
+                server.call(lambda etcd: etcd.publication.propose())     # which is harmless
             return False
 
         _poll(is_ready, timeout_s,
@@ -25763,24 +25726,14 @@ class SignalStop:
 
 def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
+    check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
+    check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
+        package_logger("etcd").info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
+    """Start what check_data_dir() has found, or else what the flags say.  Raises StartError."""
     if kind == "member" or (config.proxy == "off" and kind != "proxy"):
         try:
             return Server.from_config(config).__enter__()

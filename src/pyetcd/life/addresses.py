@@ -80,19 +80,6 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     )
 
 
-def fetch_members(
-    url: str, timeout_s: float, tls: Optional[TlsContext]
-) -> Tuple[int, List[Member]]:
-    """Return (cluster id, members) as the peer at `url` sees them.
-
-    Raises OSError, http.client.HTTPException or ValueError.
-    """
-    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
-    if status != 200:
-        raise ValueError(f"unexpected status {status}")
-    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
-
-
 def parse_members(body: bytes) -> List[Member]:
     """Return the members in an answer to GET /members.  Raises ValueError."""
     try:
@@ -110,9 +97,12 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members(); None if the peer does not answer, which is logged unless quiet."""
+    """Return (cluster id, members) as the peer at `url` sees them; None, logged, if it is down."""
     try:
-        return fetch_members(url, timeout_s, tls)
+        status, headers, body = blocking_get(url, timeout_s, "/members", tls)
+        if status != 200:
+            raise ValueError(f"unexpected status {status}")
+        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if not quiet:
             package_logger("etcdserver").warning(

@@ -93,10 +93,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
-
-    fresh  the directories that this start has made
-    """
+    """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
     package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
@@ -148,8 +145,7 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    Without a context, calls to https members that join later trust the system's authorities.
-    Raises StartError.
+    Calls to https members that join later trust the system's authorities then.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:

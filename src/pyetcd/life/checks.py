@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Sequence
 from urllib.parse import urlsplit
 
 from ..base.basics import TlsFiles
 from ..base.errors import StartError
-from ..base.ids import LOG_PACKAGES
+from ..base.ids import LOG_PACKAGES, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, ELECTION_MS_MAX
 from ..base.text import go_quote, most_like
 from ..base.urls import WILDCARD_HOSTS, url_address
@@ -197,8 +196,8 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
-    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
+    """Check and log the settings of TLS on one side, `client` or `peer`.
 
     urls  the -listen URLs of that side
 
@@ -220,12 +219,12 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    lines = []
+    log = package_logger("etcd")
     if cert:
-        lines.append((logging.INFO, (
-            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
-            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
-        )))
+        log.info(
+            "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
+            cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
+        )
     for url in urls:
         if url.startswith("https:") and not cert:
             what = "given listener" if side == "client" else url
@@ -234,15 +233,13 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            lines.append((logging.WARNING, (
-                f"The scheme of {side} url {url} is http while {side} key/cert files are"
-                f" presented. Ignored {side} key/cert files."
-            )))
+            log.warning(
+                "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
+                " key/cert files.", side, url, side, side,
+            )
         elif url.startswith("http:") and asks:
-            lines.append((logging.WARNING, (
-                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
-            )))
-    return lines
+            log.warning("%s certificates are not asked for on %s: that needs https, with %s",
+                        side, url, pair)
 
 
 def _check_files(side: str, files: TlsFiles) -> None:

@@ -141,24 +141,14 @@ class SignalStop:
 
 def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
+    check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
+    check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
+        package_logger("etcd").info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
+    """Start what check_data_dir() has found, or else what the flags say.  Raises StartError."""
     if kind == "member" or (config.proxy == "off" and kind != "proxy"):
         try:
             return Server.from_config(config).__enter__()

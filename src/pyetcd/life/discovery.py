@@ -94,10 +94,7 @@ class RegistryState(NamedTuple):
 def blocking_get(
     url: str, timeout_s: float, target: str = "/", tls: Optional[TlsContext] = None
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-    """GET `target` from scheme://host:port; return (status, headers, body).
-
-    Raises OSError or http.client.HTTPException.
-    """
+    """Return (status, headers, body) of GET `target`.  Raises OSError, HTTPException."""
     return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
 
 
@@ -158,7 +155,7 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a bad URL.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.
     Thread: one, and it blocks.  Source: etcd 2.3 discovery.
     Differs from etcd: only the registration of a new member ends the wait; etcd counts every
     event, so a changed or deleted key leads to a cluster with a member missing.
@@ -184,20 +181,14 @@ class Discovery:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the other members, and return the initial cluster `name=url,...`.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Register, wait for the other members, and return the initial cluster `name=url,...`."""
         with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without registering; return the initial cluster.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Wait for the members without registering; return the initial cluster."""
         try:
             with self._reports():
                 return self._initial_cluster(self._wait_until_complete())

@@ -49,10 +49,7 @@ class Access(NamedTuple):
 
 
 class KeysClient:
-    """The keys API of a cluster: one connection to the first member that answers.
-
-    Raises BackupError.  Thread: one.
-    """
+    """The keys API of a cluster, on one connection at a time.  Raises BackupError."""
 
     def __init__(self, access: Access) -> None:
         self._urls = list(access.urls)

@@ -11,7 +11,7 @@ from ..base.errors import DiscoveryError, StartError
 from ..base.ids import package_logger
 from ..base.text import go_quote, json_text, utf8
 from ..base.urls import check_url, usable_urls
-from ..disk.snapshots import check_layout, check_writable
+from ..disk.snapshots import check_layout, check_writable, make_dirs
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from ..net.dns import _reason, name_servers
@@ -105,10 +105,8 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
         check_layout(root, names)
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        make_dirs((path, root))
         check_writable(path)
-        fsync_dir(root)
     except OSError as error:
         raise StartError(
             f"cannot write to proxy directory: {error}; give the directory to this user, or choose"

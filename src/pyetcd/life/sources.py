@@ -135,10 +135,7 @@ class _AnyVersionCluster(Cluster):
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
-
-    Raises BackupError.
-    """
+    """Read a snapshot file, or a data directory: newest snapshot and log.  Raises BackupError."""
     if os.path.isfile(path):
         try:
             return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
