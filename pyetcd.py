@@ -19853,19 +19853,16 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
-        found = []
-        for url in urls:
-            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
-            with contextlib.suppress(OSError):
-                if url_address(url)[0] != "localhost":
-                    addresses = _resolve(url)
-            found.append({(scheme, *address) for address in addresses})
-        return found
+    def resolved(url: "str") -> "Set[Tuple[str, str, int]]":
+        addresses = {url_address(url)}
+        with contextlib.suppress(OSError):
+            if url_address(url)[0] != "localhost":
+                addresses = _resolve(url)
+        return {(urlsplit(url).scheme, *address) for address in addresses}
 
     if sorted(ours) == sorted(theirs):
         return True
-    some, others = resolved(ours), resolved(theirs)
+    some, others = list(map(resolved, ours)), list(map(resolved, theirs))
     return len(some) == len(others) and all(
         any(one & other for other in each)
         for each, ones in ((others, some), (some, others)) for one in ones
@@ -19996,10 +19993,7 @@ def _new_cluster(
     config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
 ) -> Tuple[Cluster, Member]:
     """Return the cluster of these members and this member in it.  Raises StartError."""
-    try:
-        cluster = Cluster.from_initial(token, dict(initial))
-    except ValueError as error:
-        raise StartError(f"error setting up initial cluster: {error}") from None
+    cluster = Cluster.from_initial(token, initial)     # no URL is given twice: the ids differ
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
@@ -21184,8 +21178,6 @@ class ServerThread:
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
             hint = BIND_HINTS.get(error.errno or 0)
             raise StartError(f"{what}: {hint}" if hint else what) from None
-        except OverflowError:
-            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
 
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:
@@ -21561,8 +21553,8 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
-        self.now, self.wall_ns = reactor.now, reactor.wall_ns
-        self._reactor = reactor
+        self.reactor = reactor
+        self.failure_wait_s = config.proxy_failure_wait_ms / 1000
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
         self._write_s = config.proxy_write_timeout_ms / 1000 or None
@@ -21572,7 +21564,7 @@ class ProxyDialer:
         self, url: str, request: HttpRequest, headers: Dict[str, str], forward: "Forward"
     ) -> HttpCall:
         return HttpCall(
-            self._reactor, url, request.method, request.target, headers, request.body,
+            self.reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
             on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
@@ -21580,7 +21572,7 @@ class ProxyDialer:
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
         """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            self.reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_done=on_done,
         )
@@ -21595,16 +21587,12 @@ class Endpoint:
     wait.  Differs from etcd, which waits for ever.
     """
 
-    def __init__(
-        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
-        *, has_worked: bool = False,
-    ) -> None:
+    def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
         self.url = url
         self.available = True
         self.suspect = False            # failed, and has not answered since: tried last
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
-        self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
         self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
@@ -21638,7 +21626,7 @@ class Endpoint:
         if self.available:
             self.available = False
             package_logger("proxy").info("marked endpoint %s unavailable", self.url)
-            self._reactor.call_later(self._failure_wait_s, self._retest)
+            self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
@@ -21676,17 +21664,16 @@ class Endpoints:
     """
 
     def __init__(
-        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        cluster: ClusterFile, cluster_file: str,
+        self, config: ServerConfig, dialer: ProxyDialer, cluster: ClusterFile, cluster_file: str
     ) -> None:
         self._config = config
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
         self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: Optional[ClusterFile] = None     # the contents of the file, once written
-        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
+        self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
@@ -21784,7 +21771,7 @@ class Endpoints:
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
         listed = [url for url in found.client_urls if not self._is_own(url)]
         random.shuffle(listed)
-        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
+        endpoints = [known.get(url) or Endpoint(url, self._dialer) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -21800,17 +21787,13 @@ class Endpoints:
             for own in self._config.listen_client_urls
         )
 
-    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
-        wait_s = self._config.proxy_failure_wait_ms / 1000
-        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
-
 
 class ProxyMetrics(Metrics):
     """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         super().__init__()
-        add_process_readings(self, started_ns, now)
+        add_process_readings(self, reactor.wall_ns(), reactor.now)
         self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self.handled = self.counter(
@@ -21853,7 +21836,7 @@ class Forward:
         self._metrics = metrics
         self._method = _method_label(request)
         self._ended = ended
-        self._started = dialer.now()
+        self._started = dialer.reactor.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -21911,7 +21894,8 @@ class Forward:
         request = self._request
         self._endpoint.answered()
         self._metrics.handled.inc(self._method, str(status))
-        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
+        seconds = self._dialer.reactor.now() - self._started
+        self._metrics.seconds.child(self._method).observe(seconds)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
@@ -21991,7 +21975,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._metrics = ProxyMetrics(dialer.reactor)
         self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
         self._body_bytes = 0                        # of all
 
@@ -22087,7 +22071,7 @@ class ProxyServer(ServerThread):
             cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
+            self._endpoints = Endpoints(config, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()

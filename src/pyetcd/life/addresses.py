@@ -61,19 +61,16 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
-        found = []
-        for url in urls:
-            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
-            with contextlib.suppress(OSError):
-                if url_address(url)[0] != "localhost":
-                    addresses = _resolve(url)
-            found.append({(scheme, *address) for address in addresses})
-        return found
+    def resolved(url: str) -> Set[Tuple[str, str, int]]:
+        addresses = {url_address(url)}
+        with contextlib.suppress(OSError):
+            if url_address(url)[0] != "localhost":
+                addresses = _resolve(url)
+        return {(urlsplit(url).scheme, *address) for address in addresses}
 
     if sorted(ours) == sorted(theirs):
         return True
-    some, others = resolved(ours), resolved(theirs)
+    some, others = list(map(resolved, ours)), list(map(resolved, theirs))
     return len(some) == len(others) and all(
         any(one & other for other in each)
         for each, ones in ((others, some), (some, others)) for one in ones
@@ -204,10 +201,7 @@ def _new_cluster(
     config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
 ) -> Tuple[Cluster, Member]:
     """Return the cluster of these members and this member in it.  Raises StartError."""
-    try:
-        cluster = Cluster.from_initial(token, dict(initial))
-    except ValueError as error:
-        raise StartError(f"error setting up initial cluster: {error}") from None
+    cluster = Cluster.from_initial(token, initial)     # no URL is given twice: the ids differ
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')

@@ -144,8 +144,6 @@ class ServerThread:
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
             hint = BIND_HINTS.get(error.errno or 0)
             raise StartError(f"{what}: {hint}" if hint else what) from None
-        except OverflowError:
-            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
 
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:

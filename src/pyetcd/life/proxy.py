@@ -58,8 +58,8 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
-        self.now, self.wall_ns = reactor.now, reactor.wall_ns
-        self._reactor = reactor
+        self.reactor = reactor
+        self.failure_wait_s = config.proxy_failure_wait_ms / 1000
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
         self._write_s = config.proxy_write_timeout_ms / 1000 or None
@@ -69,7 +69,7 @@ class ProxyDialer:
         self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
     ) -> HttpCall:
         return HttpCall(
-            self._reactor, url, request.method, request.target, headers, request.body,
+            self.reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
             on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
@@ -77,7 +77,7 @@ class ProxyDialer:
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
         """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            self.reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_done=on_done,
         )
@@ -92,16 +92,12 @@ class Endpoint:
     wait.  Differs from etcd, which waits for ever.
     """
 
-    def __init__(
-        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
-        *, has_worked: bool = False,
-    ) -> None:
+    def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
         self.url = url
         self.available = True
         self.suspect = False            # failed, and has not answered since: tried last
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
-        self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
         self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
@@ -135,7 +131,7 @@ class Endpoint:
         if self.available:
             self.available = False
             package_logger("proxy").info("marked endpoint %s unavailable", self.url)
-            self._reactor.call_later(self._failure_wait_s, self._retest)
+            self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
@@ -173,17 +169,16 @@ class Endpoints:
     """
 
     def __init__(
-        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        cluster: ClusterFile, cluster_file: str,
+        self, config: ServerConfig, dialer: ProxyDialer, cluster: ClusterFile, cluster_file: str
     ) -> None:
         self._config = config
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
         self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: Optional[ClusterFile] = None     # the contents of the file, once written
-        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
+        self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
@@ -281,7 +276,7 @@ class Endpoints:
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
         listed = [url for url in found.client_urls if not self._is_own(url)]
         random.shuffle(listed)
-        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
+        endpoints = [known.get(url) or Endpoint(url, self._dialer) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -297,17 +292,13 @@ class Endpoints:
             for own in self._config.listen_client_urls
         )
 
-    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
-        wait_s = self._config.proxy_failure_wait_ms / 1000
-        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
-
 
 class ProxyMetrics(Metrics):
     """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         super().__init__()
-        add_process_readings(self, started_ns, now)
+        add_process_readings(self, reactor.wall_ns(), reactor.now)
         self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self.handled = self.counter(
@@ -350,7 +341,7 @@ class Forward:
         self._metrics = metrics
         self._method = _method_label(request)
         self._ended = ended
-        self._started = dialer.now()
+        self._started = dialer.reactor.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -408,7 +399,8 @@ class Forward:
         request = self._request
         self._endpoint.answered()
         self._metrics.handled.inc(self._method, str(status))
-        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
+        seconds = self._dialer.reactor.now() - self._started
+        self._metrics.seconds.child(self._method).observe(seconds)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
@@ -488,7 +480,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._metrics = ProxyMetrics(dialer.reactor)
         self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
         self._body_bytes = 0                        # of all
 
@@ -584,7 +576,7 @@ class ProxyServer(ServerThread):
             cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
+            self._endpoints = Endpoints(config, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
