@@ -19368,7 +19368,7 @@ def _exchange(
     form: str = "",
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
     """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
-    try:
+    with contextlib.closing(connection):
         connection.connect()
         connection.sock.settimeout(answer_s)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -19376,8 +19376,6 @@ def _exchange(
         connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
-    finally:
-        connection.close()
 
 
 def _open_connection(
@@ -19822,6 +19820,7 @@ def _resolve(url: str) -> Set[Tuple[str, int]]:
 # ============================================================================
 
 
+ETCD_LOG = package_logger("etcd")
 JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
@@ -19894,9 +19893,7 @@ def fetch_cluster(
         return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if not quiet:
-            package_logger("etcdserver").warning(
-                "could not get cluster response from %s: %s", url, _reason(error)
-            )
+            SERVER_LOG.warning("could not get cluster response from %s: %s", url, _reason(error))
         return None
 
 
@@ -19909,7 +19906,7 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
             version_key(version)
             return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
@@ -19917,26 +19914,25 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    log = package_logger("etcdserver")
-    log.info("name = %s", config.name)
+    SERVER_LOG.info("name = %s", config.name)
     if config.force_new_cluster:
-        log.info("force new cluster")
-    log.info("data dir = %s", data_dir.root)
-    log.info("member dir = %s", data_dir.member)
+        SERVER_LOG.info("force new cluster")
+    SERVER_LOG.info("data dir = %s", data_dir.root)
+    SERVER_LOG.info("member dir = %s", data_dir.member)
     if config.wal_dir:
-        log.info("dedicated WAL dir = %s", data_dir.wal)
-    log.info("heartbeat = %dms", config.heartbeat_ms)
-    log.info("election = %dms", config.election_ms)
-    log.info("snapshot count = %d", config.snapshot_count)
+        SERVER_LOG.info("dedicated WAL dir = %s", data_dir.wal)
+    SERVER_LOG.info("heartbeat = %dms", config.heartbeat_ms)
+    SERVER_LOG.info("election = %dms", config.election_ms)
+    SERVER_LOG.info("snapshot count = %d", config.snapshot_count)
     if config.discovery:
-        log.info("discovery URL= %s", config.discovery)
+        SERVER_LOG.info("discovery URL= %s", config.discovery)
         if config.discovery_proxy:
-            log.info("discovery proxy = %s", config.discovery_proxy)
-    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+            SERVER_LOG.info("discovery proxy = %s", config.discovery_proxy)
+    SERVER_LOG.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
     if initial:
         urls = ",".join(config.initial_advertise_peer_urls)
-        log.info("initial advertise peer URLs = %s", urls)
-        log.info("initial cluster = %s", initial)
+        SERVER_LOG.info("initial advertise peer URLs = %s", urls)
+        SERVER_LOG.info("initial cluster = %s", initial)
 
 
 def default_initial_cluster(config: ServerConfig) -> str:
@@ -20372,11 +20368,7 @@ def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
     All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.
-
-    path  of the file, for messages
-
-    Raises FlagError with file and line.
+    they may be any YAML.  Raises FlagError with the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
@@ -20401,8 +20393,9 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
             continue                    # of the key before
         match = _KEY.fullmatch(row.text)
         if match is None or row.indent < level:
-            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
-                            f" {_form_advice(row)}")
+            form = "write `key:` or `key: value`, as far to the right as the keys beside it"
+            advice = "it is indented by a tab: use spaces" if row.text.startswith("\t") else form
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood; {advice}")
         if match.group(1).strip("\"'") != name:
             continue
         if found:
@@ -20417,12 +20410,6 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
         raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
                         f" coreos.etcd2, as coreos-cloudinit does")
     return found[0]
-
-
-def _form_advice(row: _Row) -> str:
-    if row.text.startswith("\t"):
-        return "it is indented by a tab: use spaces"
-    return "write `key:` or `key: value`, as far to the right as the keys beside it"
 
 
 # ============================================================================
@@ -20452,7 +20439,7 @@ def _mark_forced(marker: str) -> None:
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
-    package_logger("etcdserver").warning(
+    SERVER_LOG.warning(
         "this member is the only one of its cluster now; take -force-new-cluster out before the"
         " next start, which is refused with it"
     )
@@ -20460,9 +20447,8 @@ def _mark_forced(marker: str) -> None:
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
     """Log the flags that an existing log makes void; etcd does so for discovery only."""
-    log = package_logger("etcdserver")
     if config.discovery:
-        log.warning(
+        SERVER_LOG.warning(
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
@@ -20473,14 +20459,13 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
     ) if is_given]
     if void:
-        log.info(
+        SERVER_LOG.info(
             "the member in %s exists already, so its log counts and not -%s", data_dir.root,
             ", -".join(void),
         )
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
         _check_not_forced(marker)
@@ -20511,7 +20496,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
             contents = _stand_alone(config, member_id, cluster.id, wal, contents, snapshot)
             _mark_forced(marker)
         else:
-            log.info(
+            SERVER_LOG.info(
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
@@ -20532,7 +20517,7 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f"the snapshot at index {snapshot.index} does not hold a v2 store ({error});"
             f" move its file away to use the one before"
         ) from None
-    package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+    SERVER_LOG.info("recovered store from snapshot at index %d", snapshot.index)
 
 
 def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
@@ -20579,14 +20564,13 @@ def _stand_alone(
     follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
     drops all entries after the commit index, and with them the last acknowledged writes.
     """
-    log = package_logger("etcdserver")
     state = contents.hard_state
     kept = list(itertools.takewhile(
         lambda entry: entry.index <= state.commit or not _removes(entry, member_id),
         contents.entries,
     ))
     if len(kept) < len(contents.entries):
-        log.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
+        SERVER_LOG.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
     if kept:
         state = state._replace(commit=max(state.commit, kept[-1].index))
     voters = _voters(snapshot.voters if snapshot else (), kept)
@@ -20603,7 +20587,7 @@ def _stand_alone(
     ]
     state = state._replace(commit=state.commit + len(added))
     wal.write(wal.encode(state, added), sync=True)
-    log.info(
+    SERVER_LOG.info(
         "forcing restart of member %s in cluster %s at commit index %d", format_id(member_id),
         format_id(cluster_id), state.commit,
     )
@@ -20661,14 +20645,14 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
     """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
-    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
+    SERVER_LOG.info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
@@ -20705,7 +20689,7 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
     if identity is not DEFAULT_IDENTITY:
         why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
             f"-compat-version is {compat_version}")
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
@@ -20793,7 +20777,6 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
-    log = package_logger("etcd")
     others = [url for name, urls in initial.items() if name != config.name for url in urls]
     far = [url for url in others if not is_local(url)]
     near = [url for url in others if is_local(url)]
@@ -20808,15 +20791,15 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         if any(map(is_elsewhere, far)):
             new = "; then take a new discovery URL" if config.discovery else ""
             raise StartError(what + new)
-        log.warning("%s", what)
+        ETCD_LOG.warning("%s", what)
     elif near and not all(map(is_local, own)):
-        log.warning(
+        ETCD_LOG.warning(
             "%s is listed for another member, but means this machine here; write an address that"
             " all members can reach", near[0],
         )
     is_spread = others and not all(map(is_local, [*others, *own]))
     if is_spread and all(map(is_local, config.advertise_client_urls)):
-        log.warning(
+        ETCD_LOG.warning(
             "clients on other machines are told %s, which is their own machine; set"
             " -advertise-client-urls to an address of this one, %s:%d",
             ",".join(config.advertise_client_urls), advice,
@@ -20828,7 +20811,7 @@ def _check_registration(config: ServerConfig) -> None:
     """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
-        package_logger("etcd").warning(
+        ETCD_LOG.warning(
             "registers %s, which other machines take for themselves; if members run elsewhere,"
             " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
             " http://%s:%d, and take a new discovery URL", ",".join(urls),
@@ -20879,7 +20862,7 @@ def _create_log(
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
+    SERVER_LOG.info(
         "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
@@ -21192,7 +21175,7 @@ class ServerThread:
             self._reactor.run()
         except Exception as error:
             self._error = error
-            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+            ETCD_LOG.critical("the member ends: %s", error, exc_info=True)
         finally:
             self._close()
 
@@ -21246,7 +21229,7 @@ class Server(ServerThread):
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
-        config, log = self.config, package_logger("etcd")
+        config = self.config
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
@@ -21254,11 +21237,11 @@ class Server(ServerThread):
                     url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                log.info("listening for peers on %s", url)
+                ETCD_LOG.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
                     self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
-                log.info("listening for client requests on %s", url)
+                ETCD_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -21342,7 +21325,7 @@ class Server(ServerThread):
     def set_ready(self) -> None:
         """Note that this member is published; programs that start an `etcd` wait for the line."""
         if not self._ready.is_set():
-            package_logger("etcd").info("ready to serve client requests")
+            ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
@@ -21384,7 +21367,7 @@ class Server(ServerThread):
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
-        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        ETCD_LOG.critical("the member ends: %s%s", error, hint)
         self._halt(error)
 
     def _halt(self, error: BaseException) -> None:
@@ -21396,23 +21379,21 @@ class Server(ServerThread):
 
     def _refuse(self, error: StartError) -> None:
         """End the member for a reason that bootstrap would have refused, had it known."""
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
-            log = package_logger("etcdserver")
-            log.error("the member has been permanently removed from the cluster")
-            log.error("the data-dir used by this member must be removed.")
+            SERVER_LOG.error("the member has been permanently removed from the cluster")
+            SERVER_LOG.error("the data-dir used by this member must be removed.")
             self._stop_member()
 
     def _abandon_listeners(self) -> None:
         """Close the listeners after a failed start, and log the ports that are free again."""
-        log = package_logger("etcd")
         for listener in self._client_listeners:
-            log.info("stopping listening for client requests on %s", listener.url)
+            ETCD_LOG.info("stopping listening for client requests on %s", listener.url)
         for listener in self._peer_listeners:
-            log.info("stopping listening for peers on %s", listener.url)
+            ETCD_LOG.info("stopping listening for peers on %s", listener.url)
         self._close_listeners()
 
 
@@ -21429,6 +21410,9 @@ BIND_HINTS = {
 # ============================================================================
 
 
+PROXY_LOG = package_logger("proxy")
+
+
 class ClusterFile(NamedTuple):
     """The contents of a cluster file."""
 
@@ -21441,18 +21425,17 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
 
     Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
-    log = package_logger("proxy")
     known = read_cluster_file(cluster_file)
     if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
             if given:
-                log.warning(
+                PROXY_LOG.warning(
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
+        PROXY_LOG.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
         return known
     try:
@@ -21468,7 +21451,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
-    log.info("using peer urls [%s] ", " ".join(urls))
+    PROXY_LOG.info("using peer urls [%s] ", " ".join(urls))
     return ClusterFile(urls)
 
 
@@ -21625,14 +21608,12 @@ class Endpoint:
         self.suspect = True
         if self.available:
             self.available = False
-            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
+            PROXY_LOG.info("marked endpoint %s unavailable", self.url)
             self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
-        package_logger("proxy").info(
-            "marked endpoint %s available, to retest connectivity", self.url
-        )
+        PROXY_LOG.info("marked endpoint %s available, to retest connectivity", self.url)
 
     def _start_timer(self) -> None:
         if self._waiting and self._timer is None and self._probe is None:
@@ -21676,7 +21657,6 @@ class Endpoints:
         self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
-        self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
         """Return the endpoints to try, in this order."""
@@ -21703,7 +21683,7 @@ class Endpoints:
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
-            self._log.info("endpoints found [%s]", urls)
+            PROXY_LOG.info("endpoints found [%s]", urls)
         self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
     def _start_refresh(self) -> None:
@@ -21715,7 +21695,7 @@ class Endpoints:
         if error is None:
             self._update(found)
         else:
-            self._log.warning("could not ask for the members: %s", error)
+            PROXY_LOG.warning("could not ask for the members: %s", error)
         self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
@@ -21750,7 +21730,7 @@ class Endpoints:
                 write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
-                self._log.warning("error on writing urls %s", error)
+                PROXY_LOG.warning("error on writing urls %s", error)
         return ClusterFile(urls, listed)
 
     def _update(self, found: Optional[ClusterFile]) -> None:
@@ -21759,11 +21739,11 @@ class Endpoints:
         Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
-            self._log.warning("could not retrieve cluster information from the given urls")
+            PROXY_LOG.warning("could not retrieve cluster information from the given urls")
             return
         urls = found.peer_urls
         if urls != self._peer_urls:
-            self._log.info(
+            PROXY_LOG.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
                 " ".join(urls),
             )
@@ -21942,20 +21922,20 @@ class Forward:
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
-        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        PROXY_LOG.info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
         if self._call.connected and self._method not in ("GET", "HEAD"):
             self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
-        package_logger("proxy").info(text)
+        PROXY_LOG.info(text)
         self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
-        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        PROXY_LOG.info("client %s closed request prematurely", self._request.remote)
         self.cancel()
 
     def _end(self) -> None:
@@ -22014,7 +21994,7 @@ class ProxyApi:
         endpoints = self._endpoints.available()
         if not endpoints:
             text = "zero endpoints currently available"
-            package_logger("proxy").info(text)
+            PROXY_LOG.info(text)
             self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
@@ -22056,7 +22036,7 @@ class ProxyServer(ServerThread):
                     url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
-                package_logger("proxy").info("listening for client requests on %s", url)
+                PROXY_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
@@ -22847,9 +22827,8 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    log = package_logger("etcd")
     if cert:
-        log.info(
+        ETCD_LOG.info(
             "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
             cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
         )
@@ -22861,12 +22840,12 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            log.warning(
+            ETCD_LOG.warning(
                 "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
                 " key/cert files.", side, url, side, side,
             )
         elif url.startswith("http:") and asks:
-            log.warning("%s certificates are not asked for on %s: that needs https, with %s",
+            ETCD_LOG.warning("%s certificates are not asked for on %s: that needs https, with %s",
                         side, url, pair)
 
 
@@ -23378,8 +23357,7 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         Snapshotter(snap).write(snapshot)
         _write_bolt(os.path.join(snap, "db"), snapshot.id.index)
     metadata = encode_metadata(files.member_id, files.cluster_id)
-    wal = Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)
-    try:
+    with contextlib.closing(Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)) as wal:
         for first in range(0, len(files.entries), _ENTRIES_PER_WRITE):
             part = files.entries[first:first + _ENTRIES_PER_WRITE]
             wal.write(wal.encode(None, part), sync=False)
@@ -23388,8 +23366,6 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         if snapshot is not None:
             wal.write(wal.encode_snapshot(snapshot.id), sync=False)
         wal.write(b"", sync=True)
-    finally:
-        wal.close()
     for path in (snap, wal_stage, stage):
         fsync_dir(path)
 
@@ -23968,10 +23944,8 @@ class Access(NamedTuple):
     """How a cluster is reached."""
 
     urls: Tuple[str, ...]
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    username: str = ""              # name:password
+    tls: TlsFiles
+    username: str                   # name:password; ""
 
 
 class KeysClient:
@@ -23987,9 +23961,8 @@ class KeysClient:
             token = base64.b64encode(access.username.encode()).decode()
             self._headers["Authorization"] = f"Basic {token}"
         if any(url.startswith("https:") for url in access.urls):
-            files = TlsFiles(access.cert_file, access.key_file or access.cert_file, access.ca_file)
             try:
-                self._tls = TlsContext(files, server=False)
+                self._tls = TlsContext(access.tls, server=False)
             except StartError as error:
                 raise BackupError(str(error)) from None
 
@@ -24178,7 +24151,7 @@ def import_keys(
     records = _read_source(source, refused)
     client = KeysClient(access)
     written = kept = expired = 0
-    try:
+    with contextlib.closing(client):
         for record in _moved(records, key_map, progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
@@ -24191,8 +24164,6 @@ def import_keys(
                 continue
             written += done and record.value is not None
             kept += not done and record.value is not None
-    finally:
-        client.close()
     return ImportReport(written, kept, expired, tuple(refused))
 
 
@@ -25493,8 +25464,9 @@ def _access(settings: Settings) -> Access:
         raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
     if settings["key-file"] and not settings["cert-file"]:
         raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
-    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
-                  settings["key-file"], settings["username"])
+    cert, key = settings["cert-file"], settings["key-file"]
+    files = TlsFiles(cert, key or cert, trusted_ca_file=settings["ca-file"])
+    return Access(settings["endpoints"], files, settings["username"])
 
 
 def _refuse(settings: Settings, why: str, *names: str) -> None:
@@ -25635,13 +25607,12 @@ def check_data_dir(config: ServerConfig) -> str:
 
     bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
-    log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
+        ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
     for kind in ("member", "proxy"):
         if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            ETCD_LOG.info("already initialized as %s before, starting as etcd %s...", kind, kind)
             return kind
     return ""
 
@@ -25663,14 +25634,14 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
     if not path:
         # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+            ETCD_LOG.error("forgot to set Type=notify in systemd service file?")
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", address)
     except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+        ETCD_LOG.error("failed to notify systemd for readiness: %s", error)
 
 
 class SignalStop:
@@ -25713,7 +25684,7 @@ def log_tls_and_cors(config: ServerConfig) -> None:
     check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
     check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        package_logger("etcd").info("cors = %s", ",".join(config.cors))
+        ETCD_LOG.info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
@@ -25722,7 +25693,7 @@ def start_server(config: ServerConfig, kind: str) -> ServerThread:
         try:
             return Server.from_config(config).__enter__()
         except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+            ETCD_LOG.info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -25775,14 +25746,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for level, package, text in settings.lines:
         package_logger(package).log(level, "%s", text)
     if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
-        )
+        SERVER_LOG.info("set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT)
     try:
         log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         return 1
 
 

@@ -19,6 +19,7 @@ from ..base.urls import url_address
 from ..base.versions import version_key
 from ..disk.snapshots import DataDir
 from ..member.cluster import (
+    SERVER_LOG,
     Cluster,
     Member,
     format_id,
@@ -30,6 +31,7 @@ from ..net.dns import _reason, name_servers
 from ..net.tls import TlsContext
 from .discovery import _resolve, blocking_get, srv_cluster
 
+ETCD_LOG = package_logger("etcd")
 JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
@@ -102,9 +104,7 @@ def fetch_cluster(
         return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if not quiet:
-            package_logger("etcdserver").warning(
-                "could not get cluster response from %s: %s", url, _reason(error)
-            )
+            SERVER_LOG.warning("could not get cluster response from %s: %s", url, _reason(error))
         return None
 
 
@@ -117,7 +117,7 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
             version_key(version)
             return version
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
                 _reason(error),
             )
@@ -125,26 +125,25 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    log = package_logger("etcdserver")
-    log.info("name = %s", config.name)
+    SERVER_LOG.info("name = %s", config.name)
     if config.force_new_cluster:
-        log.info("force new cluster")
-    log.info("data dir = %s", data_dir.root)
-    log.info("member dir = %s", data_dir.member)
+        SERVER_LOG.info("force new cluster")
+    SERVER_LOG.info("data dir = %s", data_dir.root)
+    SERVER_LOG.info("member dir = %s", data_dir.member)
     if config.wal_dir:
-        log.info("dedicated WAL dir = %s", data_dir.wal)
-    log.info("heartbeat = %dms", config.heartbeat_ms)
-    log.info("election = %dms", config.election_ms)
-    log.info("snapshot count = %d", config.snapshot_count)
+        SERVER_LOG.info("dedicated WAL dir = %s", data_dir.wal)
+    SERVER_LOG.info("heartbeat = %dms", config.heartbeat_ms)
+    SERVER_LOG.info("election = %dms", config.election_ms)
+    SERVER_LOG.info("snapshot count = %d", config.snapshot_count)
     if config.discovery:
-        log.info("discovery URL= %s", config.discovery)
+        SERVER_LOG.info("discovery URL= %s", config.discovery)
         if config.discovery_proxy:
-            log.info("discovery proxy = %s", config.discovery_proxy)
-    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+            SERVER_LOG.info("discovery proxy = %s", config.discovery_proxy)
+    SERVER_LOG.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
     if initial:
         urls = ",".join(config.initial_advertise_peer_urls)
-        log.info("initial advertise peer URLs = %s", urls)
-        log.info("initial cluster = %s", initial)
+        SERVER_LOG.info("initial advertise peer URLs = %s", urls)
+        SERVER_LOG.info("initial cluster = %s", initial)
 
 
 def default_initial_cluster(config: ServerConfig) -> str:

@@ -19,7 +19,6 @@ from ..base.errors import (
     StartError,
     WalError,
 )
-from ..base.ids import package_logger
 from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS
 from ..base.messages import HardState
 from ..base.urls import is_local, url_address
@@ -43,6 +42,7 @@ from ..disk.snapshots import (
 from ..disk.v3_data import V3Mark
 from ..disk.wal import Wal
 from ..member.cluster import (
+    SERVER_LOG,
     Cluster,
     Member,
     format_id,
@@ -53,6 +53,7 @@ from ..member.configuration import Bootstrap, ServerConfig
 from ..net.tls import TlsContext
 from ..store.tree import Store
 from .addresses import (
+    ETCD_LOG,
     JOIN_ANSWER_SECONDS,
     PROBE_ANSWER_SECONDS,
     _bootstrap_entries,
@@ -94,14 +95,14 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
     """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
-    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
+    SERVER_LOG.info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
@@ -138,7 +139,7 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
     if identity is not DEFAULT_IDENTITY:
         why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
             f"-compat-version is {compat_version}")
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
@@ -226,7 +227,6 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
-    log = package_logger("etcd")
     others = [url for name, urls in initial.items() if name != config.name for url in urls]
     far = [url for url in others if not is_local(url)]
     near = [url for url in others if is_local(url)]
@@ -241,15 +241,15 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         if any(map(is_elsewhere, far)):
             new = "; then take a new discovery URL" if config.discovery else ""
             raise StartError(what + new)
-        log.warning("%s", what)
+        ETCD_LOG.warning("%s", what)
     elif near and not all(map(is_local, own)):
-        log.warning(
+        ETCD_LOG.warning(
             "%s is listed for another member, but means this machine here; write an address that"
             " all members can reach", near[0],
         )
     is_spread = others and not all(map(is_local, [*others, *own]))
     if is_spread and all(map(is_local, config.advertise_client_urls)):
-        log.warning(
+        ETCD_LOG.warning(
             "clients on other machines are told %s, which is their own machine; set"
             " -advertise-client-urls to an address of this one, %s:%d",
             ",".join(config.advertise_client_urls), advice,
@@ -261,7 +261,7 @@ def _check_registration(config: ServerConfig) -> None:
     """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
-        package_logger("etcd").warning(
+        ETCD_LOG.warning(
             "registers %s, which other machines take for themselves; if members run elsewhere,"
             " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
             " http://%s:%d, and take a new discovery URL", ",".join(urls),
@@ -312,7 +312,7 @@ def _create_log(
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
+    SERVER_LOG.info(
         "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(

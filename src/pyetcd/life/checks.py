@@ -9,14 +9,14 @@ from urllib.parse import urlsplit
 
 from ..base.basics import TlsFiles
 from ..base.errors import StartError
-from ..base.ids import LOG_PACKAGES, package_logger
+from ..base.ids import LOG_PACKAGES
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, ELECTION_MS_MAX
 from ..base.text import go_quote, most_like
 from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from ..net.tls import check_readable
-from .addresses import default_initial_cluster, default_route_address
+from .addresses import ETCD_LOG, default_initial_cluster, default_route_address
 from .flags import FLAGS, IGNORED_BOOLS, FlagError
 from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
 
@@ -219,9 +219,8 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    log = package_logger("etcd")
     if cert:
-        log.info(
+        ETCD_LOG.info(
             "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
             cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
         )
@@ -233,12 +232,12 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            log.warning(
+            ETCD_LOG.warning(
                 "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
                 " key/cert files.", side, url, side, side,
             )
         elif url.startswith("http:") and asks:
-            log.warning("%s certificates are not asked for on %s: that needs https, with %s",
+            ETCD_LOG.warning("%s certificates are not asked for on %s: that needs https, with %s",
                         side, url, pair)
 
 

@@ -17,7 +17,9 @@ from ..base.errors import ClusterFull, StartError
 from ..base.ids import package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..base.system import check_system, open_files_limit, raise_files_limit
+from ..member.cluster import SERVER_LOG
 from ..member.configuration import ServerConfig
+from .addresses import ETCD_LOG
 from .checks import check_tls, make_config
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
@@ -66,13 +68,12 @@ def check_data_dir(config: ServerConfig) -> str:
 
     bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
-    log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
+        ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
     for kind in ("member", "proxy"):
         if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            ETCD_LOG.info("already initialized as %s before, starting as etcd %s...", kind, kind)
             return kind
     return ""
 
@@ -94,14 +95,14 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
     if not path:
         # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+            ETCD_LOG.error("forgot to set Type=notify in systemd service file?")
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", address)
     except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+        ETCD_LOG.error("failed to notify systemd for readiness: %s", error)
 
 
 class SignalStop:
@@ -144,7 +145,7 @@ def log_tls_and_cors(config: ServerConfig) -> None:
     check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
     check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        package_logger("etcd").info("cors = %s", ",".join(config.cors))
+        ETCD_LOG.info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
@@ -153,7 +154,7 @@ def start_server(config: ServerConfig, kind: str) -> ServerThread:
         try:
             return Server.from_config(config).__enter__()
         except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+            ETCD_LOG.info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -206,12 +207,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for level, package, text in settings.lines:
         package_logger(package).log(level, "%s", text)
     if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
-        )
+        SERVER_LOG.info("set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT)
     try:
         log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         return 1

@@ -103,7 +103,7 @@ def _exchange(
     form: str = "",
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
     """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
-    try:
+    with contextlib.closing(connection):
         connection.connect()
         connection.sock.settimeout(answer_s)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -111,8 +111,6 @@ def _exchange(
         connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
-    finally:
-        connection.close()
 
 
 def _open_connection(

@@ -15,11 +15,11 @@ from ..api.discovery import DiscoveryService
 from ..api.routes import ClientApi, PeerApi, _bad_request
 from ..base.basics import TlsFiles
 from ..base.errors import ServerStopped, StartError
-from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.system import check_system
 from ..base.text import most_like
 from ..base.urls import check_url, is_https, url_address
+from ..member.cluster import SERVER_LOG
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
 from ..member.statistics import Metrics
@@ -29,6 +29,7 @@ from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of
 from ..peer.transport import Transport
+from .addresses import ETCD_LOG
 from .bootstrap import bootstrap
 from .data_loss import DataLossCheck
 
@@ -158,7 +159,7 @@ class ServerThread:
             self._reactor.run()
         except Exception as error:
             self._error = error
-            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+            ETCD_LOG.critical("the member ends: %s", error, exc_info=True)
         finally:
             self._close()
 
@@ -212,7 +213,7 @@ class Server(ServerThread):
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
-        config, log = self.config, package_logger("etcd")
+        config = self.config
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
@@ -220,11 +221,11 @@ class Server(ServerThread):
                     url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                log.info("listening for peers on %s", url)
+                ETCD_LOG.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
                     self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
-                log.info("listening for client requests on %s", url)
+                ETCD_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -308,7 +309,7 @@ class Server(ServerThread):
     def set_ready(self) -> None:
         """Note that this member is published; programs that start an `etcd` wait for the line."""
         if not self._ready.is_set():
-            package_logger("etcd").info("ready to serve client requests")
+            ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
@@ -350,7 +351,7 @@ class Server(ServerThread):
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
-        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        ETCD_LOG.critical("the member ends: %s%s", error, hint)
         self._halt(error)
 
     def _halt(self, error: BaseException) -> None:
@@ -362,23 +363,21 @@ class Server(ServerThread):
 
     def _refuse(self, error: StartError) -> None:
         """End the member for a reason that bootstrap would have refused, had it known."""
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
-            log = package_logger("etcdserver")
-            log.error("the member has been permanently removed from the cluster")
-            log.error("the data-dir used by this member must be removed.")
+            SERVER_LOG.error("the member has been permanently removed from the cluster")
+            SERVER_LOG.error("the data-dir used by this member must be removed.")
             self._stop_member()
 
     def _abandon_listeners(self) -> None:
         """Close the listeners after a failed start, and log the ports that are free again."""
-        log = package_logger("etcd")
         for listener in self._client_listeners:
-            log.info("stopping listening for client requests on %s", listener.url)
+            ETCD_LOG.info("stopping listening for client requests on %s", listener.url)
         for listener in self._peer_listeners:
-            log.info("stopping listening for peers on %s", listener.url)
+            ETCD_LOG.info("stopping listening for peers on %s", listener.url)
         self._close_listeners()
 
 

@@ -42,10 +42,8 @@ class Access(NamedTuple):
     """How a cluster is reached."""
 
     urls: Tuple[str, ...]
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    username: str = ""              # name:password
+    tls: TlsFiles
+    username: str                   # name:password; ""
 
 
 class KeysClient:
@@ -61,9 +59,8 @@ class KeysClient:
             token = base64.b64encode(access.username.encode()).decode()
             self._headers["Authorization"] = f"Basic {token}"
         if any(url.startswith("https:") for url in access.urls):
-            files = TlsFiles(access.cert_file, access.key_file or access.cert_file, access.ca_file)
             try:
-                self._tls = TlsContext(files, server=False)
+                self._tls = TlsContext(access.tls, server=False)
             except StartError as error:
                 raise BackupError(str(error)) from None
 
@@ -252,7 +249,7 @@ def import_keys(
     records = _read_source(source, refused)
     client = KeysClient(access)
     written = kept = expired = 0
-    try:
+    with contextlib.closing(client):
         for record in _moved(records, key_map, progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
@@ -265,8 +262,6 @@ def import_keys(
                 continue
             written += done and record.value is not None
             kept += not done and record.value is not None
-    finally:
-        client.close()
     return ImportReport(written, kept, expired, tuple(refused))
 
 

@@ -18,7 +18,6 @@ from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
 from ..base.basics import NO_DESCRIPTOR, Backoff, is_clean_path
-from ..base.ids import package_logger
 from ..base.limits import CONNECTIONS_MAX, QUEUED_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.text import go_quote, json_text, utf8
 from ..base.urls import is_local, url_address, usable_urls
@@ -34,7 +33,7 @@ from ..net.workers import PEER_WORK, Timer
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread
-from .proxy_files import ClusterFile, find_cluster, prepare_proxy_dir, write_cluster_file
+from .proxy_files import PROXY_LOG, ClusterFile, find_cluster, prepare_proxy_dir, write_cluster_file
 
 PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
@@ -130,14 +129,12 @@ class Endpoint:
         self.suspect = True
         if self.available:
             self.available = False
-            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
+            PROXY_LOG.info("marked endpoint %s unavailable", self.url)
             self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
-        package_logger("proxy").info(
-            "marked endpoint %s available, to retest connectivity", self.url
-        )
+        PROXY_LOG.info("marked endpoint %s available, to retest connectivity", self.url)
 
     def _start_timer(self) -> None:
         if self._waiting and self._timer is None and self._probe is None:
@@ -181,7 +178,6 @@ class Endpoints:
         self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
-        self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
         """Return the endpoints to try, in this order."""
@@ -208,7 +204,7 @@ class Endpoints:
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
-            self._log.info("endpoints found [%s]", urls)
+            PROXY_LOG.info("endpoints found [%s]", urls)
         self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
     def _start_refresh(self) -> None:
@@ -220,7 +216,7 @@ class Endpoints:
         if error is None:
             self._update(found)
         else:
-            self._log.warning("could not ask for the members: %s", error)
+            PROXY_LOG.warning("could not ask for the members: %s", error)
         self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
@@ -255,7 +251,7 @@ class Endpoints:
                 write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
-                self._log.warning("error on writing urls %s", error)
+                PROXY_LOG.warning("error on writing urls %s", error)
         return ClusterFile(urls, listed)
 
     def _update(self, found: Optional[ClusterFile]) -> None:
@@ -264,11 +260,11 @@ class Endpoints:
         Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
-            self._log.warning("could not retrieve cluster information from the given urls")
+            PROXY_LOG.warning("could not retrieve cluster information from the given urls")
             return
         urls = found.peer_urls
         if urls != self._peer_urls:
-            self._log.info(
+            PROXY_LOG.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
                 " ".join(urls),
             )
@@ -447,20 +443,20 @@ class Forward:
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
-        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        PROXY_LOG.info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
         if self._call.connected and self._method not in ("GET", "HEAD"):
             self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
-        package_logger("proxy").info(text)
+        PROXY_LOG.info(text)
         self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
-        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        PROXY_LOG.info("client %s closed request prematurely", self._request.remote)
         self.cancel()
 
     def _end(self) -> None:
@@ -519,7 +515,7 @@ class ProxyApi:
         endpoints = self._endpoints.available()
         if not endpoints:
             text = "zero endpoints currently available"
-            package_logger("proxy").info(text)
+            PROXY_LOG.info(text)
             self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
@@ -561,7 +557,7 @@ class ProxyServer(ServerThread):
                     url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
-                package_logger("proxy").info("listening for client requests on %s", url)
+                PROXY_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:

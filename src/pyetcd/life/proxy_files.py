@@ -19,6 +19,8 @@ from .addresses import default_initial_cluster
 from .bootstrap import _discovery_failure
 from .discovery import Discovery, srv_cluster
 
+PROXY_LOG = package_logger("proxy")
+
 
 class ClusterFile(NamedTuple):
     """The contents of a cluster file."""
@@ -32,18 +34,17 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
 
     Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
-    log = package_logger("proxy")
     known = read_cluster_file(cluster_file)
     if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
             if given:
-                log.warning(
+                PROXY_LOG.warning(
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
+        PROXY_LOG.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
         return known
     try:
@@ -59,7 +60,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
-    log.info("using peer urls [%s] ", " ".join(urls))
+    PROXY_LOG.info("using peer urls [%s] ", " ".join(urls))
     return ClusterFile(urls)
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
+from ..base.basics import TlsFiles
 from ..base.errors import StartError
 from ..base.urls import parse_urls
 from ..net.workers import SYSTEM_CLOCK
@@ -254,8 +255,9 @@ def _access(settings: Settings) -> Access:
         raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
     if settings["key-file"] and not settings["cert-file"]:
         raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
-    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
-                  settings["key-file"], settings["username"])
+    cert, key = settings["cert-file"], settings["key-file"]
+    files = TlsFiles(cert, key or cert, trusted_ca_file=settings["ca-file"])
+    return Access(settings["endpoints"], files, settings["username"])
 
 
 def _refuse(settings: Settings, why: str, *names: str) -> None:
