@@ -23846,16 +23846,15 @@ def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
     """Write the form of `pyetcdctl export`; return the number of keys."""
     file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
                ' "nodes": [\n')
-    keys, previous = 0, ""
+    keys, separator = 0, ""
     for record in records:
-        if previous:
-            file.write(previous + ",\n")
         content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
         expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
                       if record.expires_ns else "")
-        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        file.write(f'{separator}{{"key": {json_string(record.key)}, {content}{expiration}}}')
+        separator = ",\n"
         keys += record.value is not None
-    file.write(previous + "\n" * bool(previous) + "]}\n")
+    file.write("\n" * bool(separator) + "]}\n")
     return keys
 
 
@@ -23969,6 +23968,7 @@ class KeysClient:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
     def walk(self) -> Iterator[Record]:
         """Yield all nodes, parents first: one directory is listed at a time."""
@@ -24034,7 +24034,6 @@ class KeysClient:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
                 self.close()
-                self._connection = None
                 self._urls.append(self._urls.pop(0))
         raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
 

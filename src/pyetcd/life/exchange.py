@@ -67,6 +67,7 @@ class KeysClient:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
     def walk(self) -> Iterator[Record]:
         """Yield all nodes, parents first: one directory is listed at a time."""
@@ -132,7 +133,6 @@ class KeysClient:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
                 self.close()
-                self._connection = None
                 self._urls.append(self._urls.pop(0))
         raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
 

@@ -194,16 +194,15 @@ def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
     """Write the form of `pyetcdctl export`; return the number of keys."""
     file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
                ' "nodes": [\n')
-    keys, previous = 0, ""
+    keys, separator = 0, ""
     for record in records:
-        if previous:
-            file.write(previous + ",\n")
         content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
         expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
                       if record.expires_ns else "")
-        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        file.write(f'{separator}{{"key": {json_string(record.key)}, {content}{expiration}}}')
+        separator = ",\n"
         keys += record.value is not None
-    file.write(previous + "\n" * bool(previous) + "]}\n")
+    file.write("\n" * bool(separator) + "]}\n")
     return keys
 
 
