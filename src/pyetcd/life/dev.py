@@ -91,7 +91,7 @@ class EndSignals:
     """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
 
     def __enter__(self) -> EndSignals:
-        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # takes one in a handler
+        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # put() may interrupt get()
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
