@@ -27,9 +27,9 @@ Rooms and their modules, bottom up; each uses only names defined above it:
             waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, overview, page_text,
             request_log, ring, snapshot, status, ui, routes, discovery
-  life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
-            data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
-            inspection, records, exchange, testkit, dev, verdicts, tools, command_line
+  life:   discovery, addresses, flags, cloud_config, restart, bootstrap, data_loss, embedding,
+            proxy_files, proxy, settings, checks, logs, sources, backup, inspection, records,
+            exchange, testkit, dev, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -151,6 +151,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import string
 import struct
 import tempfile
 import threading
@@ -18748,157 +18749,6 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
-# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
-# ============================================================================
-
-
-LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
-LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
-
-_Key = Tuple[int, str, str]         # level, logger, text
-
-
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        repeated = getattr(record, "repeated", 0)
-        often = "once" if repeated == 1 else f"{repeated} times"
-        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
-        return f"{record.asctime} {prefix}{record.message}{count}"
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, indented: no text in it looks like a line of the log."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, package, message, and the fields of the record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The time is local, with microseconds and zone (RFC 3339)."""
-        time = datetime.fromtimestamp(record.created).astimezone()
-        shown = {
-            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
-            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if getattr(record, "repeated", 0):
-            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
-        if record.exc_info:
-            shown["exception"] = self.formatException(record.exc_info)
-        return json.dumps(shown)
-
-
-class _Repeats:
-    """A line that was logged, and how often it has come since."""
-
-    __slots__ = ("since", "count", "last")
-
-    def __init__(self, since: float, last: logging.LogRecord) -> None:
-        self.since = since
-        self.count = 0
-        self.last = last
-
-
-class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
-
-    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
-    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
-    all others.  Lines of raft that differ only in the term are the same line.
-    """
-
-    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
-        super().__init__()
-        self._target = target
-        self._now = now
-        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
-        now = self._now()
-        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
-            key, repeats = self._logged.popitem(last=False)
-            if self._tell(repeats):
-                self._logged[key] = _Repeats(now, repeats.last)
-        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
-            self._tell_all()
-        if record.exc_info or record.levelno <= logging.DEBUG:
-            self._target.handle(record)
-            return
-        text = record.getMessage()
-        if record.name == "pyetcd.raft":
-            text = re.sub(r"term \d+", "term", text)
-        key = record.levelno, record.name, text
-        if key in self._logged:
-            self._logged[key].count += 1
-            self._logged[key].last = record
-            return
-        if len(self._logged) >= LOG_REPEATS_MAX:
-            self._tell(self._logged.popitem(last=False)[1])
-        self._logged[key] = _Repeats(now, record)
-        self._target.handle(record)
-
-    def _tell(self, repeats: _Repeats) -> bool:
-        """Log the last line with its count; False if it has not come again."""
-        if repeats.count:
-            record = copy.copy(repeats.last)
-            record.repeated = repeats.count
-            self._target.handle(record)
-        return repeats.count > 0
-
-    def _tell_all(self) -> None:
-        while self._logged:
-            self._tell(self._logged.popitem(last=False)[1])
-
-    def close(self) -> None:
-        """Log what was counted so far."""
-        self._tell_all()
-        super().close()
-
-
-# ============================================================================
-# life/wait_report -- What a member waits for before it serves, said in the log.
-# ============================================================================
-
-
-WAIT_REPORT_SECONDS = 10.0
-
-
-class WaitReport:
-    """Logs every ten seconds what the block of a `with` waits for, and for how long.
-
-    what  of it now; "": nothing worth a line.  Thread: one, beside that of the block.
-    """
-
-    def __init__(self, package: str) -> None:
-        self.what = ""
-        self._log = package_logger(package)
-        self._ended = threading.Event()
-
-    def __enter__(self) -> "WaitReport":
-        threading.Thread(target=self._run, name="wait-report", daemon=True).start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-
-    def _run(self) -> None:
-        since = SYSTEM_CLOCK.now()
-        while not self._ended.wait(WAIT_REPORT_SECONDS):
-            if self.what:
-                self._log.info("waiting for %s, %.0f s", self.what, SYSTEM_CLOCK.now() - since)
-
-
-# ============================================================================
 # life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
@@ -18912,8 +18762,10 @@ DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
 DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
+WAIT_REPORT_SECONDS = 10.0          # between two lines of the log on what is waited for
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
 _PUBLIC_REGISTRY = "discovery.etcd.io"
+_Reached = TypeVar("_Reached")
 
 
 class DiscoveryUnreachable(DiscoveryError):
@@ -18955,10 +18807,7 @@ class RegistryState(NamedTuple):
 def blocking_get(
     url: str, timeout_s: float, target: str = "/", tls: Optional[TlsContext] = None
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-    """GET `target` from scheme://host:port; return (status, headers, body).
-
-    Raises OSError or http.client.HTTPException.
-    """
+    """Return (status, headers, body) of GET `target`.  Raises OSError, HTTPException."""
     return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
 
 
@@ -18967,7 +18816,7 @@ def _exchange(
     form: str = "",
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
     """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
-    try:
+    with contextlib.closing(connection):
         connection.connect()
         connection.sock.settimeout(answer_s)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -18975,8 +18824,6 @@ def _exchange(
         connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
-    finally:
-        connection.close()
 
 
 def _open_connection(
@@ -19019,7 +18866,7 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a bad URL.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.
     Thread: one, and it blocks.  Source: etcd 2.3 discovery.
     Differs from etcd: only the registration of a new member ends the wait; etcd counts every
     event, so a changed or deleted key leads to a cluster with a member missing.
@@ -19037,33 +18884,44 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of all steps; only the first one is logged with advice
+        self._advised = False           # only the first failure is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
-        self._report = WaitReport("discovery")
+        self._awaited = ""              # what a line of the log says that this waits for
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the other members, and return the initial cluster `name=url,...`.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
-        with self._report:
+        """Register, wait for the other members, and return the initial cluster `name=url,...`."""
+        with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without registering; return the initial cluster.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Wait for the members without registering; return the initial cluster."""
         try:
-            with self._report:
+            with self._reports():
                 return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
+
+    @contextlib.contextmanager
+    def _reports(self) -> Iterator[None]:
+        """Log every ten seconds, from a thread, what the block waits for, and for how long."""
+        ended, since = threading.Event(), time.monotonic()
+
+        def run() -> None:
+            while not ended.wait(WAIT_REPORT_SECONDS):
+                if self._awaited:
+                    waited_s = time.monotonic() - since
+                    self._log.info("waiting for %s, %.0f s", self._awaited, waited_s)
+
+        threading.Thread(target=run, name="wait-report", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     @staticmethod
     def _initial_cluster(members: Sequence[Registration]) -> str:
@@ -19078,11 +18936,7 @@ class Discovery:
 
     def _read_registry(self) -> RegistryState:
         """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
-        while True:
-            try:
-                return self._get_state()
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("cluster status check", error)
+        return self._until_reached("cluster status check", self._get_state)
 
     def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
@@ -19107,13 +18961,9 @@ class Discovery:
 
     def _register(self) -> None:
         """Create the key of this member, and wait until the registry shows it."""
-        created, tries = 0, 0
-        while not created:
-            tries += 1
-            try:
-                created = self._create(is_again=tries > 1)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("registration", error)
+        tries = itertools.count()
+        created = self._until_reached(
+            "registration", lambda: self._create(is_again=next(tries) > 0))
         with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
             self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
@@ -19145,30 +18995,25 @@ class Discovery:
 
     def _wait_until_complete(self) -> List[Registration]:
         """Return the first `size` members, once all have registered."""
-        while True:
-            state = self._read_registry()
-            for member in state.members:
-                self._log_found(member)
-            try:
-                members = self._watch_registrations(state)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("waiting for other nodes", error)
-                continue
-            self._log.info("found %d needed peer(s)", len(members))
-            return members
+        members = self._until_reached("waiting for other nodes", self._watch_registrations)
+        self._log.info("found %d needed peer(s)", len(members))
+        return members
 
-    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
-        """Watch the registry until `size` members have registered.
+    def _watch_registrations(self) -> List[Registration]:
+        """Read the registry, and watch it until `size` members have registered.
 
         The pauses grow while the registry ends watches at once or repeats old events.  The first
         such watch has no pause: a proxy on the way may have ended it.
         """
+        state = self._read_registry()
+        for member in state.members:
+            self._log_found(member)
         members, index = list(state.members), state.etcd_index
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
-            self._report.what = (
+            self._awaited = (
                 f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
                 f" {len(members)} of {state.size} registered ({names})"
             )
@@ -19222,17 +19067,22 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _sleep_before_retry(self, step: str, error: Exception) -> None:
-        advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
-        self._retries += 1
-        self._report.what = f"the discovery service: {error}"
-        self._log.error("error #0: %s%s", error, advice)
-        wait_s = self._backoff.next()
-        self._log.info(
-            "%s: error connecting to %s, retrying in %s", step, self._endpoint,
-            format_duration(wait_s),
-        )
-        self._sleep(wait_s)
+    def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
+        """Return work(), repeated until the registry answers."""
+        while True:
+            try:
+                return work()
+            except DiscoveryUnreachable as error:
+                advice = "" if self._advised else "; " + _registry_advice(self._endpoint)
+                self._advised = True
+                self._awaited = f"the discovery service: {error}"
+                self._log.error("error #0: %s%s", error, advice)
+            wait_s = self._backoff.next()
+            self._log.info(
+                "%s: error connecting to %s, retrying in %s", step, self._endpoint,
+                format_duration(wait_s),
+            )
+            self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
         return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
@@ -19418,6 +19268,7 @@ def _resolve(url: str) -> Set[Tuple[str, int]]:
 # ============================================================================
 
 
+ETCD_LOG = package_logger("etcd")
 JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
@@ -19449,36 +19300,20 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
-        found = []
-        for url in urls:
-            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
-            with contextlib.suppress(OSError):
-                if url_address(url)[0] != "localhost":
-                    addresses = _resolve(url)
-            found.append({(scheme, *address) for address in addresses})
-        return found
+    def resolved(url: "str") -> "Set[Tuple[str, str, int]]":
+        addresses = {url_address(url)}
+        with contextlib.suppress(OSError):
+            if url_address(url)[0] != "localhost":
+                addresses = _resolve(url)
+        return {(urlsplit(url).scheme, *address) for address in addresses}
 
     if sorted(ours) == sorted(theirs):
         return True
-    some, others = resolved(ours), resolved(theirs)
+    some, others = list(map(resolved, ours)), list(map(resolved, theirs))
     return len(some) == len(others) and all(
         any(one & other for other in each)
         for each, ones in ((others, some), (some, others)) for one in ones
     )
-
-
-def fetch_members(
-    url: str, timeout_s: float, tls: Optional[TlsContext]
-) -> Tuple[int, List[Member]]:
-    """Return (cluster id, members) as the peer at `url` sees them.
-
-    Raises OSError, http.client.HTTPException or ValueError.
-    """
-    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
-    if status != 200:
-        raise ValueError(f"unexpected status {status}")
-    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
 
 
 def parse_members(body: bytes) -> List[Member]:
@@ -19496,41 +19331,56 @@ def parse_members(body: bytes) -> List[Member]:
 
 
 def fetch_cluster(
-    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
+    url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members() of the first of `urls` that answers; None if none does."""
-    for url in urls:
+    """Return (cluster id, members) as the peer at `url` sees them; None, logged, if it is down."""
+    try:
+        status, headers, body = blocking_get(url, timeout_s, "/members", tls)
+        if status != 200:
+            raise ValueError(f"unexpected status {status}")
+        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if not quiet:
+            SERVER_LOG.warning("could not get cluster response from %s: %s", url, _reason(error))
+        return None
+
+
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
+    for url in member.peer_urls:
         try:
-            return fetch_members(url, timeout_s, tls)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if not quiet:
-                package_logger("etcdserver").warning(
-                    "could not get cluster response from %s: %s", url, _reason(error)
-                )
-    return None
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            SERVER_LOG.warning(
+                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
+                _reason(error),
+            )
+    return ""
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    log = package_logger("etcdserver")
-    log.info("name = %s", config.name)
+    SERVER_LOG.info("name = %s", config.name)
     if config.force_new_cluster:
-        log.info("force new cluster")
-    log.info("data dir = %s", data_dir.root)
-    log.info("member dir = %s", data_dir.member)
+        SERVER_LOG.info("force new cluster")
+    SERVER_LOG.info("data dir = %s", data_dir.root)
+    SERVER_LOG.info("member dir = %s", data_dir.member)
     if config.wal_dir:
-        log.info("dedicated WAL dir = %s", data_dir.wal)
-    log.info("heartbeat = %dms", config.heartbeat_ms)
-    log.info("election = %dms", config.election_ms)
-    log.info("snapshot count = %d", config.snapshot_count)
+        SERVER_LOG.info("dedicated WAL dir = %s", data_dir.wal)
+    SERVER_LOG.info("heartbeat = %dms", config.heartbeat_ms)
+    SERVER_LOG.info("election = %dms", config.election_ms)
+    SERVER_LOG.info("snapshot count = %d", config.snapshot_count)
     if config.discovery:
-        log.info("discovery URL= %s", config.discovery)
+        SERVER_LOG.info("discovery URL= %s", config.discovery)
         if config.discovery_proxy:
-            log.info("discovery proxy = %s", config.discovery_proxy)
-    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+            SERVER_LOG.info("discovery proxy = %s", config.discovery_proxy)
+    SERVER_LOG.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
     if initial:
         urls = ",".join(config.initial_advertise_peer_urls)
-        log.info("initial advertise peer URLs = %s", urls)
-        log.info("initial cluster = %s", initial)
+        SERVER_LOG.info("initial advertise peer URLs = %s", urls)
+        SERVER_LOG.info("initial cluster = %s", initial)
 
 
 def default_initial_cluster(config: ServerConfig) -> str:
@@ -19587,10 +19437,7 @@ def _new_cluster(
     config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
 ) -> Tuple[Cluster, Member]:
     """Return the cluster of these members and this member in it.  Raises StartError."""
-    try:
-        cluster = Cluster.from_initial(token, dict(initial))
-    except ValueError as error:
-        raise StartError(f"error setting up initial cluster: {error}") from None
+    cluster = Cluster.from_initial(token, initial)     # no URL is given twice: the ids differ
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
@@ -19625,7 +19472,7 @@ class FlagError(ValueError):
 class Flag(NamedTuple):
     """One flag.
 
-    parse      turns the text into the value; raises ValueError with the reason
+    parse      turns the text into the value; raises ValueError or DiscoveryError with the reason
     no_effect  why the flag does nothing here; logged when it is given
     field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
                `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
@@ -19731,21 +19578,6 @@ def _parse_address(text: str) -> str:
     return text
 
 
-def _parse_discovery(text: str) -> str:
-    try:
-        return check_discovery_url(text) if text else ""
-    except DiscoveryError as error:
-        raise ValueError(str(error)) from None
-
-
-def _parse_proxy(text: str) -> str:
-    try:
-        check_proxy_url(text)
-        return text
-    except DiscoveryError as error:
-        raise ValueError(str(error)) from None
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: "str") -> "bool":
@@ -19786,7 +19618,8 @@ _DEFAULTS = ServerConfig()
 _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
     "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
-    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "token": (lambda text: text and check_discovery_url(text), ""),
+    "http-proxy": (lambda text: check_proxy_url(text) and text, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
     "format": (one_of("text", "json", "console"), "text"),
 }
@@ -19898,73 +19731,53 @@ IGNORED_BOOLS = {
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
 # Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
-# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# reason why a flag does nothing -> flags, switches with a `?`.  A flag that protects data or access
 # must not be listed: its user would rely on a protection that does not exist.
-NO_EFFECT: Dict[str, Dict[str, Any]] = {
-    "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
-    "there is no v3 API": {
-        "experimental-v3demo": False, "experimental-gRPC-addr": "127.0.0.1:2378",
-        "experimental-auto-compaction-retention": "0", "auto-compaction-mode": "periodic",
-        "auto-compaction-retention": "0", "max-txn-ops": "128", "max-concurrent-streams": "",
-        "grpc-keepalive-min-time": "5s", "grpc-keepalive-interval": "2h",
-        "grpc-keepalive-timeout": "20s", "enable-grpc-gateway": True, "auth-token": "simple",
-        "auth-token-ttl": "300", "bcrypt-cost": "10", "client-cert-file": "",
-        "client-key-file": "", "experimental-enable-v2v3": "",
-        "experimental-enable-lease-checkpoint": False,
-        "experimental-enable-lease-checkpoint-persist": False,
-        "experimental-compaction-batch-limit": "1000",
-        "experimental-compaction-sleep-interval": "10ms",
-        "experimental-watch-progress-notify-interval": "10m",
-        "experimental-txn-mode-write-with-shared-buffer": True,
-        "experimental-stop-grpc-service-on-defrag": False,
-    },
-    "there is no v3 database file": {
-        "quota-backend-bytes": "0", "backend-batch-limit": "0", "backend-batch-interval": "",
-        "backend-bbolt-freelist-type": "map", "experimental-backend-bbolt-freelist-type": "array",
-        "experimental-bootstrap-defrag-threshold-megabytes": "0",
-        "experimental-initial-corrupt-check": False, "experimental-corrupt-check-time": "0s",
-        "experimental-compact-hash-check-enabled": False,
-        "experimental-compact-hash-check-time": "1m", "experimental-memory-mlock": False,
-    },
-    "a request may have 10 MiB": {"max-request-bytes": "1572864"},
-    "every write is synced": {"unsafe-no-fsync": False},
-    "members ask before they raise the term once all of them know how": {"pre-vote": False},
-    "a member waits a whole election timeout for a leader": {
-        "initial-election-tick-advance": True,
-    },
-    "there are no learners": {"experimental-max-learners": "1"},
-    "there is no downgrade by etcd 3's rules": {"experimental-downgrade-check-time": "5s"},
-    "Python is not profiled by pprof": {"enable-pprof": False},
-    "/metrics and /health are on the client URLs": {
-        "listen-metrics-urls": "", "metrics": "basic",
-    },
-    "there is no tracing": {
-        "experimental-enable-distributed-tracing": False,
-        "experimental-distributed-tracing-address": "",
-        "experimental-distributed-tracing-service-name": "",
-        "experimental-distributed-tracing-instance-id": "",
-    },
-    "the log goes to stderr; its level is set by -debug and -log-package-levels": {
-        "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "enable-log-rotation": False,
-        "log-rotation-config-json": "",
-    },
-    "the log has no such warnings": {
-        "experimental-warning-apply-duration": "100ms",
-        "experimental-warning-unary-request-duration": "300ms",
-    },
-    "addresses are never compared with certificates of clients": {
-        "experimental-peer-skip-client-san-verification": False,
-    },
-    "Python's defaults with TLS 1.2 and later are used": {
-        "cipher-suites": "", "tls-max-version": "",
-    },
-    "pyetcd makes no certificates": {"self-signed-cert-validity": "1"},
-    "sockets have the usual options": {"socket-reuse-port": False, "socket-reuse-address": False},
-    "how many entries stay in memory behind a snapshot is fixed": {
-        "experimental-snapshot-catchup-entries": "5000",
-    },
-    "a member serves as soon as it can": {"experimental-wait-cluster-ready-timeout": "5s"},
+NO_EFFECT = {
+    "the v2 API is always on": "enable-v2? v2-deprecation",
+    "there is no v3 API": """
+        experimental-v3demo? experimental-gRPC-addr experimental-auto-compaction-retention
+        auto-compaction-mode auto-compaction-retention max-txn-ops max-concurrent-streams
+        grpc-keepalive-min-time grpc-keepalive-interval grpc-keepalive-timeout enable-grpc-gateway?
+        auth-token auth-token-ttl bcrypt-cost client-cert-file client-key-file
+        experimental-enable-v2v3 experimental-enable-lease-checkpoint?
+        experimental-enable-lease-checkpoint-persist? experimental-compaction-batch-limit
+        experimental-compaction-sleep-interval experimental-watch-progress-notify-interval
+        experimental-txn-mode-write-with-shared-buffer? experimental-stop-grpc-service-on-defrag?
+    """,
+    "there is no v3 database file": """
+        quota-backend-bytes backend-batch-limit backend-batch-interval backend-bbolt-freelist-type
+        experimental-backend-bbolt-freelist-type experimental-bootstrap-defrag-threshold-megabytes
+        experimental-initial-corrupt-check? experimental-corrupt-check-time
+        experimental-compact-hash-check-enabled? experimental-compact-hash-check-time
+        experimental-memory-mlock?
+    """,
+    "a request may have 10 MiB": "max-request-bytes",
+    "every write is synced": "unsafe-no-fsync?",
+    "members ask before they raise the term once all of them know how": "pre-vote?",
+    "a member waits a whole election timeout for a leader": "initial-election-tick-advance?",
+    "there are no learners": "experimental-max-learners",
+    "there is no downgrade by etcd 3's rules": "experimental-downgrade-check-time",
+    "Python is not profiled by pprof": "enable-pprof?",
+    "/metrics and /health are on the client URLs": "listen-metrics-urls metrics",
+    "there is no tracing": """
+        experimental-enable-distributed-tracing? experimental-distributed-tracing-address
+        experimental-distributed-tracing-service-name experimental-distributed-tracing-instance-id
+    """,
+    "the log goes to stderr; its level is set by -debug and -log-package-levels": """
+        logger log-output log-outputs log-level enable-log-rotation? log-rotation-config-json
+    """,
+    "the log has no such warnings": """
+        experimental-warning-apply-duration experimental-warning-unary-request-duration
+    """,
+    "addresses are never compared with certificates of clients":
+        "experimental-peer-skip-client-san-verification?",
+    "Python's defaults with TLS 1.2 and later are used": "cipher-suites tls-max-version",
+    "pyetcd makes no certificates": "self-signed-cert-validity",
+    "sockets have the usual options": "socket-reuse-port? socket-reuse-address?",
+    "how many entries stay in memory behind a snapshot is fixed":
+        "experimental-snapshot-catchup-entries",
+    "a member serves as soon as it can": "experimental-wait-cluster-ready-timeout",
 }
 
 
@@ -19972,10 +19785,11 @@ def _all_flags() -> Dict[str, Flag]:
     flags = {flag.name: flag for group in FLAGS.values() for flag in group}
     for name in IGNORED_BOOLS:
         flags[name] = Flag(name, parse_bool, False, "")
-    for reason, defaults in NO_EFFECT.items():
-        for name, default in defaults.items():
-            parse = parse_bool if isinstance(default, bool) else str
-            flags[name] = Flag(name, parse, default, "", reason)
+    for reason, words in NO_EFFECT.items():
+        for word in words.split():
+            name = word.rstrip("?")
+            switch = Flag(name, parse_bool, False, "", reason)
+            flags[name] = switch if word != name else switch._replace(parse=str, default="")
     return flags
 
 
@@ -20002,11 +19816,7 @@ def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
     All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.
-
-    path  of the file, for messages
-
-    Raises FlagError with file and line.
+    they may be any YAML.  Raises FlagError with the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
@@ -20031,8 +19841,9 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
             continue                    # of the key before
         match = _KEY.fullmatch(row.text)
         if match is None or row.indent < level:
-            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
-                            f" {_form_advice(row)}")
+            form = "write `key:` or `key: value`, as far to the right as the keys beside it"
+            advice = "it is indented by a tab: use spaces" if row.text.startswith("\t") else form
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood; {advice}")
         if match.group(1).strip("\"'") != name:
             continue
         if found:
@@ -20047,12 +19858,6 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
         raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
                         f" coreos.etcd2, as coreos-cloudinit does")
     return found[0]
-
-
-def _form_advice(row: _Row) -> str:
-    if row.text.startswith("\t"):
-        return "it is indented by a tab: use spaces"
-    return "write `key:` or `key: value`, as far to the right as the keys beside it"
 
 
 # ============================================================================
@@ -20082,7 +19887,7 @@ def _mark_forced(marker: str) -> None:
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
-    package_logger("etcdserver").warning(
+    SERVER_LOG.warning(
         "this member is the only one of its cluster now; take -force-new-cluster out before the"
         " next start, which is refused with it"
     )
@@ -20090,9 +19895,8 @@ def _mark_forced(marker: str) -> None:
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
     """Log the flags that an existing log makes void; etcd does so for discovery only."""
-    log = package_logger("etcdserver")
     if config.discovery:
-        log.warning(
+        SERVER_LOG.warning(
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
@@ -20103,14 +19907,13 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
     ) if is_given]
     if void:
-        log.info(
+        SERVER_LOG.info(
             "the member in %s exists already, so its log counts and not -%s", data_dir.root,
             ", -".join(void),
         )
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
         _check_not_forced(marker)
@@ -20124,7 +19927,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     snapshot = snapshotter.load(known)
     start = EntryID(0, 0)
     if snapshot is not None:
-        start = EntryID(snapshot.term, snapshot.index)
+        start = snapshot.id
         _recover(store, snapshot)
     wal, contents = Wal.open(data_dir.wal, start)
     with contextlib.ExitStack() as on_failure:
@@ -20141,7 +19944,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
             contents = _stand_alone(config, member_id, cluster.id, wal, contents, snapshot)
             _mark_forced(marker)
         else:
-            log.info(
+            SERVER_LOG.info(
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
@@ -20162,7 +19965,7 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f"the snapshot at index {snapshot.index} does not hold a v2 store ({error});"
             f" move its file away to use the one before"
         ) from None
-    package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+    SERVER_LOG.info("recovered store from snapshot at index %d", snapshot.index)
 
 
 def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
@@ -20209,14 +20012,13 @@ def _stand_alone(
     follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
     drops all entries after the commit index, and with them the last acknowledged writes.
     """
-    log = package_logger("etcdserver")
     state = contents.hard_state
     kept = list(itertools.takewhile(
         lambda entry: entry.index <= state.commit or not _removes(entry, member_id),
         contents.entries,
     ))
     if len(kept) < len(contents.entries):
-        log.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
+        SERVER_LOG.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
     if kept:
         state = state._replace(commit=max(state.commit, kept[-1].index))
     voters = _voters(snapshot.voters if snapshot else (), kept)
@@ -20233,7 +20035,7 @@ def _stand_alone(
     ]
     state = state._replace(commit=state.commit + len(added))
     wal.write(wal.encode(state, added), sync=True)
-    log.info(
+    SERVER_LOG.info(
         "forcing restart of member %s in cluster %s at commit index %d", format_id(member_id),
         format_id(cluster_id), state.commit,
     )
@@ -20290,18 +20092,15 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
-
-    fresh  the directories that this start has made
-    """
-    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
+    """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
+    SERVER_LOG.info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
@@ -20338,15 +20137,14 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
     if identity is not DEFAULT_IDENTITY:
         why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
             f"-compat-version is {compat_version}")
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    Without a context, calls to https members that join later trust the system's authorities.
-    Raises StartError.
+    Calls to https members that join later trust the system's authorities then.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -20407,20 +20205,18 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
-    wanted = ",".join(f"{config.name}={url}" for url in advertised)
-    hints = ""
-    listed = set(initial[config.name])
-    if listed > set(advertised):
+    listed = sorted(set(initial[config.name]))
+    if set(listed) > set(advertised):
         raise StartError(
             f"--initial-cluster has the name {config.name} more than once, for"
-            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
-            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+            f" {' and '.join(listed)}: give each member a name of its own; if all these are URLs"
+            f" of {config.name}, set --initial-advertise-peer-urls={','.join(listed)}"
         )
-    if ",".join(advertised) == DEFAULT_PEER_URLS:
-        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    wanted, given = ",".join(f"{config.name}={url}" for url in advertised), ",".join(advertised)
+    forgot = "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
         f"--initial-cluster must include {wanted} given"
-        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+        f" --initial-advertise-peer-urls={given}{forgot if given == DEFAULT_PEER_URLS else ''}"
     )
 
 
@@ -20429,7 +20225,6 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
-    log = package_logger("etcd")
     others = [url for name, urls in initial.items() if name != config.name for url in urls]
     far = [url for url in others if not is_local(url)]
     near = [url for url in others if is_local(url)]
@@ -20444,15 +20239,15 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         if any(map(is_elsewhere, far)):
             new = "; then take a new discovery URL" if config.discovery else ""
             raise StartError(what + new)
-        log.warning("%s", what)
+        ETCD_LOG.warning("%s", what)
     elif near and not all(map(is_local, own)):
-        log.warning(
+        ETCD_LOG.warning(
             "%s is listed for another member, but means this machine here; write an address that"
             " all members can reach", near[0],
         )
     is_spread = others and not all(map(is_local, [*others, *own]))
     if is_spread and all(map(is_local, config.advertise_client_urls)):
-        log.warning(
+        ETCD_LOG.warning(
             "clients on other machines are told %s, which is their own machine; set"
             " -advertise-client-urls to an address of this one, %s:%d",
             ",".join(config.advertise_client_urls), advice,
@@ -20464,7 +20259,7 @@ def _check_registration(config: ServerConfig) -> None:
     """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
-        package_logger("etcd").warning(
+        ETCD_LOG.warning(
             "registers %s, which other machines take for themselves; if members run elsewhere,"
             " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
             " http://%s:%d, and take a new discovery URL", ",".join(urls),
@@ -20515,7 +20310,7 @@ def _create_log(
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
+    SERVER_LOG.info(
         "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
@@ -20550,7 +20345,7 @@ def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]
     for.  All peers are asked: one may have missed its publication.
     """
     for url in _peer_urls_of_others(members, id):
-        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        found = fetch_cluster(url, PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
@@ -20565,7 +20360,8 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     initial = _initial_members(config)
     local, own = _new_cluster(config, config.initial_cluster_token, initial)
     urls = _peer_urls_of_others(local.members.values(), own.id)
-    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
+    answers = (fetch_cluster(url, JOIN_ANSWER_SECONDS, tls) for url in urls)
+    found = next(filter(None, answers), None)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -20608,22 +20404,6 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
         name = member.name.partition("=")[0]        # "" before its first start
         matched.append(member._replace(id=same[0].id, name=name))
     return sorted(matched, key=lambda member: member.id)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
-    """Return the cluster version that `member` reports; "" without an answer or a version."""
-    for url in member.peer_urls:
-        try:
-            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            version = str(load_json(body)["etcdcluster"])
-            version_key(version)
-            return version
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            package_logger("etcdserver").warning(
-                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
-                _reason(error),
-            )
-    return ""
 
 
 # ============================================================================
@@ -20807,9 +20587,10 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
-        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
+        self, url: str, body_max: int, files: TlsFiles, *,
+        kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
     ) -> Listener:
+        """Return a listener without a handler of its own yet.  Raises StartError."""
         tls = None
         if is_https(url):
             if not files.cert_file or not files.key_file:
@@ -20820,15 +20601,14 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
+                url, self._reactor, _bad_request, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
-            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
-        except OverflowError:
-            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
+            hint = BIND_HINTS.get(error.errno or 0)
+            raise StartError(f"{what}: {hint}" if hint else what) from None
 
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:
@@ -20843,7 +20623,7 @@ class ServerThread:
             self._reactor.run()
         except Exception as error:
             self._error = error
-            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+            ETCD_LOG.critical("the member ends: %s", error, exc_info=True)
         finally:
             self._close()
 
@@ -20888,7 +20668,6 @@ class Server(ServerThread):
     def _init(self, config: ServerConfig) -> None:
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
-        self._peer_api: Optional[PeerApi] = None
         self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
@@ -20898,19 +20677,19 @@ class Server(ServerThread):
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
-        config, log = self.config, package_logger("etcd")
+        config = self.config
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
+                    url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                log.info("listening for peers on %s", url)
+                ETCD_LOG.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
-                log.info("listening for client requests on %s", url)
+                    self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                ETCD_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -20947,8 +20726,9 @@ class Server(ServerThread):
         api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
-        self._peer_api = PeerApi(self.etcd)
+        peer_api = PeerApi(self.etcd)
         for listener in self._peer_listeners:
+            listener.handler = peer_api.handle
             self.etcd.transport.guard(listener, boot.data_dir.snap)
         self._reactor.on_turn = self.etcd.on_turn
 
@@ -20993,7 +20773,7 @@ class Server(ServerThread):
     def set_ready(self) -> None:
         """Note that this member is published; programs that start an `etcd` wait for the line."""
         if not self._ready.is_set():
-            package_logger("etcd").info("ready to serve client requests")
+            ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
@@ -21005,10 +20785,6 @@ class Server(ServerThread):
         metrics.total("etcd_network_client_grpc_sent_bytes_total",
                       "Bytes to clients, HTTP here, heads included.",
                       lambda: {(): sum(listener.sent_bytes for listener in listeners)})
-
-    def _serve_peer(self, request: HttpRequest) -> None:
-        assert self._peer_api is not None
-        self._peer_api.handle(request)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21039,7 +20815,7 @@ class Server(ServerThread):
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
-        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        ETCD_LOG.critical("the member ends: %s%s", error, hint)
         self._halt(error)
 
     def _halt(self, error: BaseException) -> None:
@@ -21051,37 +20827,38 @@ class Server(ServerThread):
 
     def _refuse(self, error: StartError) -> None:
         """End the member for a reason that bootstrap would have refused, had it known."""
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
-            log = package_logger("etcdserver")
-            log.error("the member has been permanently removed from the cluster")
-            log.error("the data-dir used by this member must be removed.")
+            SERVER_LOG.error("the member has been permanently removed from the cluster")
+            SERVER_LOG.error("the data-dir used by this member must be removed.")
             self._stop_member()
 
     def _abandon_listeners(self) -> None:
         """Close the listeners after a failed start, and log the ports that are free again."""
-        log = package_logger("etcd")
         for listener in self._client_listeners:
-            log.info("stopping listening for client requests on %s", listener.url)
+            ETCD_LOG.info("stopping listening for client requests on %s", listener.url)
         for listener in self._peer_listeners:
-            log.info("stopping listening for peers on %s", listener.url)
+            ETCD_LOG.info("stopping listening for peers on %s", listener.url)
         self._close_listeners()
 
 
-_BIND_HINTS = {
-    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
-                      " another port with -listen-client-urls and -listen-peer-urls",
-    errno.EACCES: ": ports below 1024 need root; choose a higher one",
-    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+BIND_HINTS = {
+    errno.EADDRINUSE: "another program, perhaps another etcd, uses it; stop it or choose another"
+                      " port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
 }
 
 
 # ============================================================================
 # life/proxy_files -- The cluster file of a proxy: peer URLs of the members, and where they come from.
 # ============================================================================
+
+
+PROXY_LOG = package_logger("proxy")
 
 
 class ClusterFile(NamedTuple):
@@ -21096,18 +20873,17 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
 
     Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
-    log = package_logger("proxy")
     known = read_cluster_file(cluster_file)
     if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
             if given:
-                log.warning(
+                PROXY_LOG.warning(
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
+        PROXY_LOG.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
         return known
     try:
@@ -21123,7 +20899,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
-    log.info("using peer urls [%s] ", " ".join(urls))
+    PROXY_LOG.info("using peer urls [%s] ", " ".join(urls))
     return ClusterFile(urls)
 
 
@@ -21169,10 +20945,8 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
         check_layout(root, names)
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        make_dirs((path, root))
         check_writable(path)
-        fsync_dir(root)
     except OSError as error:
         raise StartError(
             f"cannot write to proxy directory: {error}; give the directory to this user, or choose"
@@ -21210,8 +20984,8 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
-        self.now, self.wall_ns = reactor.now, reactor.wall_ns
-        self._reactor = reactor
+        self.reactor = reactor
+        self.failure_wait_s = config.proxy_failure_wait_ms / 1000
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
         self._write_s = config.proxy_write_timeout_ms / 1000 or None
@@ -21221,7 +20995,7 @@ class ProxyDialer:
         self, url: str, request: HttpRequest, headers: Dict[str, str], forward: "Forward"
     ) -> HttpCall:
         return HttpCall(
-            self._reactor, url, request.method, request.target, headers, request.body,
+            self.reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
             on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
@@ -21229,7 +21003,7 @@ class ProxyDialer:
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
         """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            self.reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_done=on_done,
         )
@@ -21244,16 +21018,12 @@ class Endpoint:
     wait.  Differs from etcd, which waits for ever.
     """
 
-    def __init__(
-        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
-        *, has_worked: bool = False,
-    ) -> None:
+    def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
         self.url = url
         self.available = True
         self.suspect = False            # failed, and has not answered since: tried last
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
-        self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
         self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
@@ -21286,14 +21056,12 @@ class Endpoint:
         self.suspect = True
         if self.available:
             self.available = False
-            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
-            self._reactor.call_later(self._failure_wait_s, self._retest)
+            PROXY_LOG.info("marked endpoint %s unavailable", self.url)
+            self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
-        package_logger("proxy").info(
-            "marked endpoint %s available, to retest connectivity", self.url
-        )
+        PROXY_LOG.info("marked endpoint %s available, to retest connectivity", self.url)
 
     def _start_timer(self) -> None:
         if self._waiting and self._timer is None and self._probe is None:
@@ -21325,20 +21093,18 @@ class Endpoints:
     """
 
     def __init__(
-        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        cluster: ClusterFile, cluster_file: str,
+        self, config: ServerConfig, dialer: ProxyDialer, cluster: ClusterFile, cluster_file: str
     ) -> None:
         self._config = config
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
         self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: Optional[ClusterFile] = None     # the contents of the file, once written
-        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
+        self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
-        self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
         """Return the endpoints to try, in this order."""
@@ -21365,7 +21131,7 @@ class Endpoints:
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
-            self._log.info("endpoints found [%s]", urls)
+            PROXY_LOG.info("endpoints found [%s]", urls)
         self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
     def _start_refresh(self) -> None:
@@ -21377,7 +21143,7 @@ class Endpoints:
         if error is None:
             self._update(found)
         else:
-            self._log.warning("could not ask for the members: %s", error)
+            PROXY_LOG.warning("could not ask for the members: %s", error)
         self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
@@ -21398,7 +21164,7 @@ class Endpoints:
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
         for url in peer_urls:
-            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            found = fetch_cluster(url, limit_s, self._dialer.tls)
             if found is not None:
                 break
         if found is None or not found[1]:
@@ -21412,7 +21178,7 @@ class Endpoints:
                 write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
-                self._log.warning("error on writing urls %s", error)
+                PROXY_LOG.warning("error on writing urls %s", error)
         return ClusterFile(urls, listed)
 
     def _update(self, found: Optional[ClusterFile]) -> None:
@@ -21421,11 +21187,11 @@ class Endpoints:
         Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
-            self._log.warning("could not retrieve cluster information from the given urls")
+            PROXY_LOG.warning("could not retrieve cluster information from the given urls")
             return
         urls = found.peer_urls
         if urls != self._peer_urls:
-            self._log.info(
+            PROXY_LOG.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
                 " ".join(urls),
             )
@@ -21433,7 +21199,7 @@ class Endpoints:
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
         listed = [url for url in found.client_urls if not self._is_own(url)]
         random.shuffle(listed)
-        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
+        endpoints = [known.get(url) or Endpoint(url, self._dialer) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -21449,17 +21215,13 @@ class Endpoints:
             for own in self._config.listen_client_urls
         )
 
-    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
-        wait_s = self._config.proxy_failure_wait_ms / 1000
-        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
-
 
 class ProxyMetrics(Metrics):
     """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         super().__init__()
-        add_process_readings(self, started_ns, now)
+        add_process_readings(self, reactor.wall_ns(), reactor.now)
         self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self.handled = self.counter(
@@ -21502,7 +21264,7 @@ class Forward:
         self._metrics = metrics
         self._method = _method_label(request)
         self._ended = ended
-        self._started = dialer.now()
+        self._started = dialer.reactor.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -21547,7 +21309,7 @@ class Forward:
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
-            _header_name(name): value for name, value in request.headers.items()
+            string.capwords(name, "-"): value for name, value in request.headers.items()
             if name not in dropped
         }
         came_by = request.headers.get("x-forwarded-for", "")
@@ -21560,12 +21322,13 @@ class Forward:
         request = self._request
         self._endpoint.answered()
         self._metrics.handled.inc(self._method, str(status))
-        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
+        seconds = self._dialer.reactor.now() - self._started
+        self._metrics.seconds.child(self._method).observe(seconds)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
-            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            f"{string.capwords(name, '-')}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
         )
         length = None
@@ -21607,31 +21370,26 @@ class Forward:
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
-        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        PROXY_LOG.info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
         if self._call.connected and self._method not in ("GET", "HEAD"):
             self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
-        package_logger("proxy").info(text)
+        PROXY_LOG.info(text)
         self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
-        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        PROXY_LOG.info("client %s closed request prematurely", self._request.remote)
         self.cancel()
 
     def _end(self) -> None:
         if self._endpoint is not None:
             self._endpoint.remove_waiting(self)
         self._ended(self)
-
-
-def _header_name(name: str) -> str:
-    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
-    return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
@@ -21645,7 +21403,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._metrics = ProxyMetrics(dialer.reactor)
         self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
         self._body_bytes = 0                        # of all
 
@@ -21684,7 +21442,7 @@ class ProxyApi:
         endpoints = self._endpoints.available()
         if not endpoints:
             text = "zero endpoints currently available"
-            package_logger("proxy").info(text)
+            PROXY_LOG.info(text)
             self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
@@ -21723,10 +21481,10 @@ class ProxyServer(ServerThread):
             on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
-                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
-                package_logger("proxy").info("listening for client requests on %s", url)
+                PROXY_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
@@ -21741,16 +21499,14 @@ class ProxyServer(ServerThread):
             cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
+            self._endpoints = Endpoints(config, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            for listener in self._client_listeners:
+                listener.handler = self._api.handle
             self._start_thread()
             cleanup.pop_all()
-
-    def _serve(self, request: HttpRequest) -> None:
-        assert self._api is not None
-        self._api.handle(request)
 
     def _start_work(self) -> None:
         assert self._endpoints is not None
@@ -21795,8 +21551,7 @@ class Settings:
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
         self._flags_end = False         # -- has come: the rest are words
-        while not self.help and self._next_flag():
-            pass
+        self._take_flags()
 
     def __getitem__(self, name: str) -> Any:
         return self.values.get(name, self._flags[name].default)
@@ -21820,8 +21575,12 @@ class Settings:
     def warn(self, text: str) -> None:
         self.lines.append((logging.WARNING, "etcd", text))
 
+    def _take_flags(self) -> None:
+        """Take the flags before the next word off the command line."""
+        while not self.help and self._next_flag():
+            pass
+
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; return False at the end of the flags."""
         rest = self._rest
         if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
@@ -21856,15 +21615,15 @@ class Settings:
     def take_words(self) -> List[str]:
         """Take all words that are no flags; flags may stand before, between and behind them."""
         words: List[str] = []
-        while not self.help and (self._next_flag() or self._rest):
-            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
-                               or self._rest[0] == "-"):
-                word = self._rest[0]
-                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
-                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
-                    self.check_leftover()
-                words.append(self._rest.pop(0))
-                self._switch = ""
+        self._take_flags()
+        while self._rest and not self.help:
+            word = self._rest[0]
+            is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+            if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                self.check_leftover()
+            words.append(self._rest.pop(0))
+            self._switch = ""
+            self._take_flags()
         return words
 
     def check_leftover(self) -> None:
@@ -21988,7 +21747,7 @@ class Settings:
         except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
-        except ValueError as error:
+        except (ValueError, DiscoveryError) as error:
             advice = _advice(flag, text)
             raise FlagError(_invalid(flag, text, source, str(error)) + advice) from None
         self.sources[name] = source
@@ -22493,11 +22252,8 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-_TLS_PREFIX = {"client": "", "peer": "peer-"}
-
-
-def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
-    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
+    """Check and log the settings of TLS on one side, `client` or `peer`.
 
     urls  the -listen URLs of that side
 
@@ -22505,26 +22261,25 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
     skips the checks of names and revocations if client certificates are not required.
     """
-    prefix = _TLS_PREFIX[side]
+    prefix = "peer-" if side == "peer" else ""
     pair = f"-{prefix}cert-file and -{prefix}key-file"
     cert, key = files.cert_file, files.key_file
     if bool(cert) != bool(key):
         raise StartError(
             f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
         )
-    _check_readable(side, files)
+    _check_files(side, files)
     asks = files.client_cert_auth or files.ca_file
     if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
         raise StartError(
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    lines = []
     if cert:
-        lines.append((logging.INFO, (
-            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
-            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
-        )))
+        ETCD_LOG.info(
+            "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
+            cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
+        )
     for url in urls:
         if url.startswith("https:") and not cert:
             what = "given listener" if side == "client" else url
@@ -22533,32 +22288,25 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            lines.append((logging.WARNING, (
-                f"The scheme of {side} url {url} is http while {side} key/cert files are"
-                f" presented. Ignored {side} key/cert files."
-            )))
+            ETCD_LOG.warning(
+                "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
+                " key/cert files.", side, url, side, side,
+            )
         elif url.startswith("http:") and asks:
-            lines.append((logging.WARNING, (
-                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
-            )))
-    return lines
+            ETCD_LOG.warning("%s certificates are not asked for on %s: that needs https, with %s",
+                        side, url, pair)
 
 
-def _check_readable(side: str, files: TlsFiles) -> None:
-    prefix = _TLS_PREFIX[side]
-    for flag, path in (
-        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
-        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
-        (side + "-crl-file", files.crl_file),
-    ):
-        try:
-            if path:
-                open(path, "rb").close()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise StartError(
-                f"open {path}: {reason}; -{flag} must name a file that this user may read"
-            ) from None
+def _check_files(side: str, files: TlsFiles) -> None:
+    for flag in FLAGS["security"]:
+        part, _, field = flag.field.rpartition(".")
+        if part == f"{side}_tls" and field.endswith("_file") and getattr(files, field):
+            try:
+                check_readable(getattr(files, field))
+            except StartError as error:
+                raise StartError(
+                    f"{error}; -{flag.name} must name a file that this user may read"
+                ) from None
 
 
 def make_config(settings: Settings) -> ServerConfig:
@@ -22581,6 +22329,135 @@ def make_config(settings: Settings) -> ServerConfig:
         initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
+
+
+# ============================================================================
+# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
+# ============================================================================
+
+
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+
+_Key = Tuple[int, str, str]         # level, logger, text
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        repeated = getattr(record, "repeated", 0)
+        often = "once" if repeated == 1 else f"{repeated} times"
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
+        return f"{record.asctime} {prefix}{record.message}{count}"
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, indented: no text in it looks like a line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, package, message, and the fields of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time is local, with microseconds and zone (RFC 3339)."""
+        time = datetime.fromtimestamp(record.created).astimezone()
+        shown = {
+            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
+            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if getattr(record, "repeated", 0):
+            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown)
+
+
+class _Repeats:
+    """A line that was logged, and how often it has come since."""
+
+    __slots__ = ("since", "count", "last")
+
+    def __init__(self, since: float, last: logging.LogRecord) -> None:
+        self.since = since
+        self.count = 0
+        self.last = last
+
+
+class RepeatHandler(logging.Handler):
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
+    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
+    all others.  Lines of raft that differ only in the term are the same line.
+    """
+
+    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
+        super().__init__()
+        self._target = target
+        self._now = now
+        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        now = self._now()
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
+            key, repeats = self._logged.popitem(last=False)
+            if self._tell(repeats):
+                self._logged[key] = _Repeats(now, repeats.last)
+        if record.levelno >= logging.CRITICAL:      # the reason of an end stays the last line
+            self._tell_all()
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            self._target.handle(record)
+            return
+        text = record.getMessage()
+        if record.name == "pyetcd.raft":
+            text = re.sub(r"term \d+", "term", text)
+        key = record.levelno, record.name, text
+        if key in self._logged:
+            self._logged[key].count += 1
+            self._logged[key].last = record
+            return
+        if len(self._logged) >= LOG_REPEATS_MAX:
+            self._tell(self._logged.popitem(last=False)[1])
+        self._logged[key] = _Repeats(now, record)
+        self._target.handle(record)
+
+    def _tell(self, repeats: _Repeats) -> bool:
+        """Log the last line with its count; False if it has not come again."""
+        if repeats.count:
+            record = copy.copy(repeats.last)
+            record.repeated = repeats.count
+            self._target.handle(record)
+        return repeats.count > 0
+
+    def _tell_all(self) -> None:
+        while self._logged:
+            self._tell(self._logged.popitem(last=False)[1])
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        self._tell_all()
+        super().close()
+
+
+def set_up_logging(settings: Settings) -> None:
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)
 
 
 # ============================================================================
@@ -22703,10 +22580,7 @@ class _AnyVersionCluster(Cluster):
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
-
-    Raises BackupError.
-    """
+    """Read a snapshot file, or a data directory: newest snapshot and log.  Raises BackupError."""
     if os.path.isfile(path):
         try:
             return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
@@ -22714,11 +22588,8 @@ def read_source(path: str, wal_dir: str = "") -> DataSource:
             raise BackupError(f"cannot read {path}: {error}; check who may read it") from None
     if not os.path.isdir(path):
         raise BackupError(f"{path} does not exist; name a snapshot file or a data directory")
-    member = os.path.join(path, "member")
-    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
-    wal_dir = wal_dir or os.path.join(member, "wal")
-    snap_dir = os.path.join(member, "snap")
     try:
+        wal_dir, snap_dir = member_dirs(path, wal_dir)
         for _ in range(_READ_RETRIES):
             with contextlib.suppress(WalError, CodecError, FileNotFoundError):
                 return _read_member(path, wal_dir, snap_dir)
@@ -22735,23 +22606,38 @@ def read_source(path: str, wal_dir: str = "") -> DataSource:
         raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
 
 
-def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
+def member_dirs(path: str, wal_dir: str) -> Tuple[str, str]:
+    """Return where a data directory has log and snapshots.  Raises BackupError without a log."""
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir = wal_dir or os.path.join(member, "wal")
     if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
         raise BackupError(
             f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
-            f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
+            f" elsewhere, name its directory in -wal-dir of `pyetcd backup`, check, dump or export"
         )
+    return wal_dir, os.path.join(member, "snap")
+
+
+def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
     Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
-    snapshot = _newest_snapshot(snap_dir, known)
-    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    files = (file for file, id in snapshot_files(snap_dir) if id in known)
+    snapshot = next(map(_read_snapshot, files), None)
+    start = snapshot.id if snapshot else EntryID(0, 0)
     wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
     wal.close()
-    member_id, cluster_id = decode_metadata(contents.metadata)
-    entries, state = contents.entries, contents.hard_state
-    committed = sum(entry.index <= state.commit for entry in entries)
     return with_lone_commits(
-        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+        data_source(path, *decode_metadata(contents.metadata), snapshot, contents))
+
+
+def data_source(
+    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot],
+    contents: WalContents,
+) -> DataSource:
+    state, entries = contents.hard_state, contents.entries
+    committed = sum(entry.index <= state.commit for entry in entries)
+    return DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
 
 
 def with_lone_commits(source: DataSource) -> DataSource:
@@ -22766,13 +22652,13 @@ def with_lone_commits(source: DataSource) -> DataSource:
     return source
 
 
-def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
-    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+def snapshot_files(directory: str) -> Iterator[Tuple[str, EntryID]]:
+    """Yield the paths of snapshot files, the newest first, with the ids in their names."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
         match = _SNAP_NAME.fullmatch(name)
-        if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
-            return _read_snapshot(os.path.join(directory, name))
-    return None
+        if match:
+            term, index = (int(part, 16) for part in match.groups())
+            yield os.path.join(directory, name), EntryID(term, index)
 
 
 def _read_snapshot(path: str) -> Snapshot:
@@ -22810,12 +22696,10 @@ def _file_kind_advice(path: str, content: bytes) -> str:
 
 def _newest_intact(directory: str) -> str:
     """Return the path of the newest good snapshot in a directory, or ""."""
-    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
-        path = os.path.join(directory, name)
-        if _SNAP_NAME.fullmatch(name):
-            with contextlib.suppress(CodecError, OSError):
-                decode_snapshot_file(_READ_ONLY_DISK.read(path))
-                return path
+    for path, _ in snapshot_files(directory):
+        with contextlib.suppress(CodecError, OSError):
+            decode_snapshot_file(_READ_ONLY_DISK.read(path))
+            return path
     return ""
 
 
@@ -22921,8 +22805,7 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         Snapshotter(snap).write(snapshot)
         _write_bolt(os.path.join(snap, "db"), snapshot.id.index)
     metadata = encode_metadata(files.member_id, files.cluster_id)
-    wal = Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)
-    try:
+    with contextlib.closing(Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)) as wal:
         for first in range(0, len(files.entries), _ENTRIES_PER_WRITE):
             part = files.entries[first:first + _ENTRIES_PER_WRITE]
             wal.write(wal.encode(None, part), sync=False)
@@ -22931,8 +22814,6 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         if snapshot is not None:
             wal.write(wal.encode_snapshot(snapshot.id), sync=False)
         wal.write(b"", sync=True)
-    finally:
-        wal.close()
     for path in (snap, wal_stage, stage):
         fsync_dir(path)
 
@@ -23077,9 +22958,6 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 # ============================================================================
 
 
-_ENTRIES_PER_STEP = 1_000           # between two calls of progress
-
-
 class Database(NamedTuple):
     """What the database of etcd 3 beside the snapshots says about itself."""
 
@@ -23087,7 +22965,6 @@ class Database(NamedTuple):
     fault: str                      # why it cannot be read; ""
     consistent_index: int           # raft index up to which it holds what was applied
     storage_version: str            # "3.6.0"; "" before etcd 3.6
-    members: int                    # so many in it; 0 before etcd 3.5
     keys: int                       # revisions of keys of v3
 
 
@@ -23099,42 +22976,52 @@ class CommandEntry(NamedTuple):
     request: Request
 
 
-class Inspection(NamedTuple):
+class Inspection:
     """A data directory, as far as it could be read."""
 
-    source: DataSource
-    snap_dir: str
-    faults: Tuple[str, ...]         # what is damaged or missing, each with what it means
-    segments: Tuple[Tuple[str, int], ...]   # name, bytes
-    snapshot_files: Tuple[str, ...]
-    snapshot_name: str              # of the file that counts; ""
-    voters_recorded: bool           # the log names the voters of that snapshot
-    commands: Tuple[CommandEntry, ...]
-    v3_entries: int                 # behind the snapshot
-    changes: int                    # of members, likewise
-    database: Optional[Database]
-    store: Store                    # after the last committed entry that could be applied
-    snapshot_paths: Tuple[str, ...]     # files and empty directories in the snapshot, not hidden
-    snapshot_etcd_index: int        # nodes with a higher index were written by the log
-    cluster: Cluster
-    applied_at: Tuple[Tuple[int, int], ...]     # (store index, raft index) of entries, ascending
+    def __init__(self, path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> None:
+        disk, known = _READ_ONLY_DISK, set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+        self.faults: List[str] = []     # what is damaged or missing, each with what it means
+        try:
+            Snapshotter(snap_dir, disk=disk).check_log(wal_dir, known)
+        except WalError as error:
+            self.faults.append(str(error))
+        snapshot, self.snapshot_name = self._newest_intact_snapshot(snap_dir, known)
+        start = snapshot.id if snapshot else EntryID(0, 0)
+        contents, damage = Wal.read_until_damage(wal_dir, start, disk=disk)
+        if damage:
+            last = contents.entries[-1].index if contents.entries else start.index
+            self.faults.append(f"{damage}; the log is read up to entry {last}")
+        self.source = self._source(path, snapshot, contents)
+        segments = filter(_WAL_NAME.fullmatch, disk.listdir(wal_dir))
+        self.segments = [(n, os.path.getsize(os.path.join(wal_dir, n))) for n in segments]
+        self.snapshot_files = list(filter(_SNAP_NAME.fullmatch, disk.listdir(snap_dir)))
+        self.voters_recorded = start in Wal.voters_recorded(wal_dir, disk=disk)     # of snapshot
+        self.database = _read_database(os.path.join(snap_dir, "db"))
+        # One that came with the snapshot, and waits to replace the present one.
+        self.received_database = snapshot is not None and os.path.exists(
+            os.path.join(snap_dir, f"{snapshot.index:016x}.snap.db"))
+        self.commands: List[CommandEntry] = []
+        self.v3_entries = self.changes = 0      # behind the snapshot; changes of members
+        self.applied_at: List[Tuple[int, int]] = []     # (store index, raft index), ascending
+        # These two are as of the last committed entry that could be applied.
+        self.store = Store()
+        self.cluster: Cluster = _AnyVersionCluster(self.store)
+        self._applier = Applier(
+            self.store, self.cluster, self.source.member_id, SYSTEM_CLOCK.wall_ns)
+        self._recover(snapshot, progress)
+        # Files and empty directories in the snapshot, not hidden; nodes with a higher index were
+        # written by the log.
+        self.snapshot_paths = [
+            path for space in ("/1", "/2") for path, node in self.store.nodes_below(space)
+            if not node.children and "/_" not in path]
+        self.snapshot_etcd_index = self.store.current_index
+        self._replay(progress)
 
     @property
     def cluster_version(self) -> str:
         """The version that all members had, "2.3.0"; "" if it was never decided."""
         return self.store.value("/0/version") or ""
-
-    @property
-    def received_database(self) -> bool:
-        """True if a database that came with the snapshot waits to replace the present one."""
-        snapshot, snap_dir = self.source.snapshot, self.snap_dir
-        return snapshot is not None and os.path.exists(
-            os.path.join(snap_dir, f"{snapshot.index:016x}.snap.db"))
-
-    @property
-    def is_v3(self) -> bool:
-        """True if etcd 3 has written here."""
-        return self.database is not None or self.v3_entries > 0
 
     def place(self, modified_index: int) -> int:
         """Return the raft index of the entry that wrote a node last; 0: it is in the snapshot."""
@@ -23143,137 +23030,81 @@ class Inspection(NamedTuple):
         at = bisect.bisect_left(self.applied_at, (modified_index, 0))
         return self.applied_at[at][1] if at < len(self.applied_at) else 0
 
+    def _newest_intact_snapshot(
+        self, directory: str, known: Container[EntryID]
+    ) -> Tuple[Optional[Snapshot], str]:
+        """Return the newest intact snapshot that the log knows, and the name of its file."""
+        for path, id in snapshot_files(directory):
+            if id in known:
+                try:
+                    return decode_snapshot_file(_READ_ONLY_DISK.read(path)), os.path.basename(path)
+                except CodecError as error:
+                    self.faults.append(f"{path} is damaged ({error}), so the one before counts")
+        return None, ""
+
+    def _source(
+        self, path: str, snapshot: Optional[Snapshot], contents: WalContents
+    ) -> DataSource:
+        member_id = cluster_id = 0
+        try:
+            member_id, cluster_id = decode_metadata(contents.metadata)
+        except CodecError as error:
+            self.faults.append(f"the log does not say whose it is ({error})")
+        source = data_source(path, member_id, cluster_id, snapshot, contents)
+        with contextlib.suppress(CodecError):
+            source = with_lone_commits(source)
+        return source
+
+    def _recover(self, snapshot: Optional[Snapshot], progress: OnProgress) -> None:
+        if snapshot is None:
+            return
+        try:
+            self.store.recover(snapshot.data, _step_progress(progress, 0.0, 0.8))
+            self.cluster.recover()
+        except ValueError as error:
+            self.faults.append(f"the snapshot at index {snapshot.index} holds no state of a v2"
+                               f" store ({error})")
+
+    def _replay(self, progress: OnProgress) -> None:
+        """Apply the entries, and note which of them gave the store which index."""
+        entries = self.source.entries
+        for number, entry in enumerate(entries):
+            if not number % _ENTRIES_PER_WRITE:
+                progress(0.8 + 0.2 * number / len(entries), 0)
+            committed = number < self.source.committed
+            try:
+                if entry.type == EntryType.NORMAL:
+                    self._take_command(entry, committed)
+                else:
+                    self.changes += 1
+                    if committed:
+                        self._applier.apply_conf_change(decode_conf_change(entry.data))
+            except ValueError as error:     # CodecError is one
+                self.faults.append(f"entry {entry.index} cannot be applied: {error}")
+            if committed:
+                self.applied_at.append((self.store.current_index, entry.index))
+
+    def _take_command(self, entry: Entry, committed: bool) -> None:
+        request = read_command(entry.data) if entry.data else None
+        if request is not None:
+            self.commands.append(CommandEntry(entry.index, committed, request))
+            if committed:
+                self._applier.apply_request(request)
+        elif entry.data:
+            self.v3_entries += 1
+
 
 def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
     """Read a data directory.  Raises BackupError if it is none, or may not be read."""
     if not os.path.isdir(path):
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise BackupError(f"{path} {what}; name the data directory of a member")
-    member = os.path.join(path, "member")
-    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
-    wal_dir, snap_dir = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
     try:
-        return _inspect(path, wal_dir, snap_dir, progress)
+        return Inspection(path, *member_dirs(path, wal_dir), progress)
     except FileLocked:
         raise BackupError(f"{path} belongs to a member in this process; stop it first") from None
     except OSError as error:
         raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
-
-
-def _inspect(path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> Inspection:
-    if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
-        raise BackupError(
-            f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
-            f" elsewhere, name its directory with -wal-dir"
-        )
-    faults: List[str] = []
-    known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
-    try:
-        Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
-    except WalError as error:
-        faults.append(str(error))
-    snapshot, name = _newest_intact_snapshot(snap_dir, known, faults)
-    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
-    contents, damage = Wal.read_until_damage(wal_dir, start, disk=_READ_ONLY_DISK)
-    if damage:
-        last = contents.entries[-1].index if contents.entries else start.index
-        faults.append(f"{damage}; the log is read up to entry {last}")
-    source = _source(path, snapshot, contents, faults)
-    state = _Replay(source, faults, progress)
-    segments = [n for n in _READ_ONLY_DISK.listdir(wal_dir) if _WAL_NAME.fullmatch(n)]
-    return Inspection(
-        source, snap_dir, tuple(faults),
-        tuple((n, os.path.getsize(os.path.join(wal_dir, n))) for n in segments),
-        tuple(filter(_SNAP_NAME.fullmatch, _READ_ONLY_DISK.listdir(snap_dir))), name,
-        start in Wal.voters_recorded(wal_dir, disk=_READ_ONLY_DISK),
-        tuple(state.commands), state.v3_entries, state.changes,
-        _read_database(os.path.join(snap_dir, "db")), state.store,
-        state.snapshot_paths, state.snapshot_etcd_index, state.cluster, tuple(state.applied_at),
-    )
-
-
-def _newest_intact_snapshot(
-    directory: str, known: Container[EntryID], faults: List[str]
-) -> Tuple[Optional[Snapshot], str]:
-    """Return the newest intact snapshot that the log knows, and the name of its file."""
-    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
-        match = _SNAP_NAME.fullmatch(name)
-        if not match or EntryID(int(match.group(1), 16), int(match.group(2), 16)) not in known:
-            continue
-        try:
-            content = _READ_ONLY_DISK.read(os.path.join(directory, name))
-            return decode_snapshot_file(content), name
-        except CodecError as error:
-            faults.append(f"{os.path.join(directory, name)} is damaged ({error}), so the one before"
-                          " counts")
-    return None, ""
-
-
-def _source(
-    path: str, snapshot: Optional[Snapshot], contents: WalContents, faults: List[str]
-) -> DataSource:
-    member_id = cluster_id = 0
-    try:
-        member_id, cluster_id = decode_metadata(contents.metadata)
-    except CodecError as error:
-        faults.append(f"the log does not say whose it is ({error})")
-    commit = contents.hard_state.commit
-    committed = sum(entry.index <= commit for entry in contents.entries)
-    source = DataSource(path, member_id, cluster_id, snapshot, contents.hard_state,
-                        contents.entries, committed)
-    with contextlib.suppress(CodecError):
-        source = with_lone_commits(source)
-    return source
-
-
-class _Replay:
-    """Applies snapshot and entries, and notes which entry gave the store which index."""
-
-    def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
-        self.store = Store()
-        self.cluster: Cluster = _AnyVersionCluster(self.store)
-        self.commands: List[CommandEntry] = []
-        self.v3_entries = self.changes = 0
-        self.applied_at: List[Tuple[int, int]] = []
-        self._applier = Applier(self.store, self.cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
-        try:
-            if source.snapshot is not None:
-                self.store.recover(source.snapshot.data,
-                                   lambda share, keys: progress(0.8 * share, keys))
-                self.cluster.recover()
-        except ValueError as error:
-            faults.append(f"the snapshot at index {source.snapshot and source.snapshot.index}"
-                          f" holds no state of a v2 store ({error})")
-        self.snapshot_etcd_index = self.store.current_index
-        self.snapshot_paths = tuple(
-            path for space in ("/1", "/2") for path, node in self.store.nodes_below(space)
-            if not node.children and "/_" not in path)
-        for number, entry in enumerate(source.entries):
-            if not number % _ENTRIES_PER_STEP:
-                progress(0.8 + 0.2 * number / len(source.entries), 0)
-            self._take(entry, number < source.committed, faults)
-
-    def _take(self, entry: Entry, committed: bool, faults: List[str]) -> None:
-        try:
-            if entry.type != EntryType.NORMAL:
-                self.changes += 1
-                if committed:
-                    self._applier.apply_conf_change(decode_conf_change(entry.data))
-            elif entry.data:
-                self._take_command(entry, committed)
-        except ValueError as error:     # CodecError is one
-            faults.append(f"entry {entry.index} cannot be applied: {error}")
-        if committed:
-            self.applied_at.append((self.store.current_index, entry.index))
-
-    def _take_command(self, entry: Entry, committed: bool) -> None:
-        request = read_command(entry.data)
-        if request is None:
-            self.v3_entries += 1
-            return
-        self.commands.append(CommandEntry(entry.index, committed, request))
-        if committed:
-            self._applier.apply_request(request)
 
 
 def _read_database(path: str) -> Optional[Database]:
@@ -23284,12 +23115,11 @@ def _read_database(path: str) -> Optional[Database]:
         with BoltReader(path) as reader:
             meta = dict(reader.items(b"meta"))
             keys = sum(1 for _ in reader.items(b"key"))
-            members = sum(1 for _ in reader.items(b"members"))
     except (BoltError, OSError) as error:
-        return Database(path, str(error), 0, "", 0, 0)
+        return Database(path, str(error), 0, "", 0)
     index = int.from_bytes(meta.get(b"consistent_index", b""), "big")
     version = meta.get(b"storageVersion", b"").decode("utf-8", "replace")
-    return Database(path, "", index, version, members, keys)
+    return Database(path, "", index, version, keys)
 
 
 # ============================================================================
@@ -23355,6 +23185,15 @@ def records_of_store(store: Store) -> Iterator[Record]:
         yield Record(path[2:], node.value if node.children is None else None, node.expires_ns)
 
 
+def record_of(node: Any) -> Record:
+    """Return the record of a node in JSON.  Raises ValueError, KeyError, AttributeError."""
+    expiration = node.get("expiration")
+    value = None if node.get("dir") else node["value"]
+    if not isinstance(node["key"], str) or not isinstance(value, (str, type(None))):
+        raise ValueError("key and value are text")
+    return Record(node["key"], value, parse_time(expiration) if expiration else 0)
+
+
 def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     """Yield the records of a JSON file, a line each.  Raises BackupError."""
     if not file.readline().startswith('{"pyetcd_export"'):
@@ -23367,12 +23206,7 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
         if text == "]}":
             return
         try:
-            raw = load_json(text)
-            expiration = raw.get("expiration")
-            value = None if raw.get("dir") else raw["value"]
-            if not isinstance(raw["key"], str) or not isinstance(value, (str, type(None))):
-                raise ValueError("key and value are text")
-            yield Record(raw["key"], value, parse_time(expiration) if expiration else 0)
+            yield record_of(load_json(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackupError(f"{path}, line {number}: no record of an export: {error}") from None
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
@@ -23447,20 +23281,27 @@ def _v2_key(key: bytes) -> str:
 # -- targets
 
 
+def _live_keys(records: Records, now_ns: int) -> Iterator[Tuple[str, str, int]]:
+    """Yield (key, value, seconds left or 0) of the keys that have not expired."""
+    for record in records:
+        ttl_s = record.ttl_s(now_ns)
+        if record.value is not None and ttl_s >= 0:
+            yield record.key, record.value, ttl_s
+
+
 def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
     """Write the form of `pyetcdctl export`; return the number of keys."""
     file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
                ' "nodes": [\n')
-    keys, previous = 0, ""
+    keys, separator = 0, ""
     for record in records:
-        if previous:
-            file.write(previous + ",\n")
         content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
         expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
                       if record.expires_ns else "")
-        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        file.write(f'{separator}{{"key": {json_string(record.key)}, {content}{expiration}}}')
+        separator = ",\n"
         keys += record.value is not None
-    file.write(previous + "\n" * bool(previous) + "]}\n")
+    file.write("\n" * bool(separator) + "]}\n")
     return keys
 
 
@@ -23472,19 +23313,16 @@ def write_script(records: Records, file: TextIO, *, leases: bool, now_ns: int) -
     file.write("#!/bin/sh\n# Keys of etcd v2, written by pyetcd export.  Endpoints and access come"
                " from ETCDCTL_... variables.\nset -e\nexport ETCDCTL_API=3\n")
     keys = 0
-    for record in records:
-        ttl_s = record.ttl_s(now_ns)
-        if record.value is None or ttl_s < 0:
-            continue
+    for key, value, ttl_s in _live_keys(records, now_ns):
         option = ""
         if leases and ttl_s:
             file.write(f"lease=$(etcdctl lease grant {ttl_s} | cut -d' ' -f2)\n")
             option = '--lease="$lease" '
-        key, value = shlex.quote(record.key), shlex.quote(record.value)
-        if len(record.value) <= ARGUMENT_BYTES_MAX // 4:
-            file.write(f"etcdctl put {option}-- {key} {value} >/dev/null\n")
+        name, text = shlex.quote(key), shlex.quote(value)
+        if len(value) <= ARGUMENT_BYTES_MAX // 4:
+            file.write(f"etcdctl put {option}-- {name} {text} >/dev/null\n")
         else:                           # printf is a part of the shell: no limit of arguments
-            file.write(f"printf %s {value} | etcdctl put {option}-- {key} >/dev/null\n")
+            file.write(f"printf %s {text} | etcdctl put {option}-- {name} >/dev/null\n")
         keys += 1
     return keys
 
@@ -23494,15 +23332,33 @@ def write_database(records: Records, path: str, *, leases: bool, now_ns: int) ->
 
     `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
     """
-    counted = _V3Keys(records, leases, now_ns)
-    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
+    count = 0
+    leases_s: List[int] = []            # the time to live of each lease
+
+    def key_items() -> "Iterator[Tuple[bytes, bytes]]":
+        nonlocal count
+        for key, value, ttl_s in _live_keys(records, now_ns):
+            lease = 0
+            if leases and ttl_s:
+                lease = _LEASE_FIRST + len(leases_s)
+                leases_s.append(ttl_s)
+            revision = _REVISION_FIRST + count
+            count += 1
+            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
+                   _encode_key_value(key.encode(), value.encode(), revision, lease))
+
+    def lease_items() -> "Iterator[Tuple[bytes, bytes]]":     # asked for after all keys
+        for lease, ttl_s in enumerate(leases_s, _LEASE_FIRST):
+            yield (lease.to_bytes(8, "big"),
+                   b"\x08" + encode_varint(lease) + b"\x10" + encode_varint(ttl_s))
+
     with open(path, "w+b") as file:
-        write_bolt(file, buckets)
+        write_bolt(file, {**v3_buckets(0), b"key": key_items(), b"lease": lease_items()})
         file.seek(0)
         _append_digest(file)
         file.flush()
         os.fsync(file.fileno())
-    return counted.count
+    return count
 
 
 def _append_digest(file: BinaryIO) -> None:
@@ -23510,36 +23366,6 @@ def _append_digest(file: BinaryIO) -> None:
     for block in iter(lambda: file.read(COPY_BYTES), b""):
         digest.update(block)
     file.write(digest.digest())
-
-
-class _V3Keys:
-    """Items of the buckets of keys and leases; the second is to be asked for after the first."""
-
-    def __init__(self, records: Records, leases: bool, now_ns: int) -> None:
-        self.count = 0
-        self._records = records
-        self._with_leases = leases
-        self._now_ns = now_ns
-        self._leases: List[int] = []    # seconds of each
-
-    def keys(self) -> Iterator[Tuple[bytes, bytes]]:
-        for record in self._records:
-            ttl_s = record.ttl_s(self._now_ns)
-            if record.value is None or ttl_s < 0:
-                continue
-            lease = 0
-            if self._with_leases and ttl_s:
-                lease = _LEASE_FIRST + len(self._leases)
-                self._leases.append(ttl_s)
-            revision = _REVISION_FIRST + self.count
-            self.count += 1
-            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
-                   _encode_key_value(record.key.encode(), record.value.encode(), revision, lease))
-
-    def lease_items(self) -> Iterator[Tuple[bytes, bytes]]:
-        for number, ttl_s in enumerate(self._leases, _LEASE_FIRST):
-            yield (number.to_bytes(8, "big"),
-                   b"\x08" + encode_varint(number) + b"\x10" + encode_varint(ttl_s))
 
 
 def _encode_key_value(key: bytes, value: bytes, revision: int, lease: int) -> bytes:
@@ -23564,21 +23390,16 @@ class Access(NamedTuple):
     """How a cluster is reached."""
 
     urls: Tuple[str, ...]
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    username: str = ""              # name:password
+    tls: TlsFiles
+    username: str                   # name:password; ""
 
 
 class KeysClient:
-    """The keys API of a cluster: one connection to the first member that answers.
-
-    Raises BackupError.  Thread: one.
-    """
+    """The keys API of a cluster, on one connection at a time.  Raises BackupError."""
 
     def __init__(self, access: Access) -> None:
         self._urls = list(access.urls)
-        self._context: Optional[ssl.SSLContext] = None
+        self._tls: Optional[TlsContext] = None
         self._headers = {}
         self._connection: Optional[http.client.HTTPConnection] = None
         self.etcd_index = 0             # of the last answer
@@ -23587,29 +23408,22 @@ class KeysClient:
             self._headers["Authorization"] = f"Basic {token}"
         if any(url.startswith("https:") for url in access.urls):
             try:
-                self._context = ssl.create_default_context(cafile=access.ca_file or None)
-                if access.cert_file:
-                    self._context.load_cert_chain(access.cert_file, access.key_file or None)
-            except OSError as error:
-                raise BackupError(f"cannot read the certificates: {error}") from None
+                self._tls = TlsContext(access.tls, server=False)
+            except StartError as error:
+                raise BackupError(str(error)) from None
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
-    def walk(self, key: str = "/") -> Iterator[Record]:
-        """Yield all nodes below `key`, parents first: one directory is listed at a time."""
-        waiting = [key]
+    def walk(self) -> Iterator[Record]:
+        """Yield all nodes, parents first: one directory is listed at a time."""
+        waiting = ["/"]
         while waiting:
-            node = self._call("GET", waiting.pop(), {"quorum": "true", "sorted": "true"})["node"]
-            directories = []
-            for child in node.get("nodes", ()):
-                expiration = child.get("expiration")
-                yield Record(child["key"], None if child.get("dir") else child["value"],
-                             parse_time(expiration) if expiration else 0)
-                if child.get("dir"):
-                    directories.append(child["key"])
-            waiting += reversed(directories)
+            found = list(map(record_of, self._call(waiting.pop())["node"].get("nodes", ())))
+            yield from found
+            waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
         """Write a node; False if it exists: a directory, or with `keep` any.
@@ -23623,20 +23437,21 @@ class KeysClient:
             form["value"] = record.value
         if keep or record.value is None:
             form["prevExist"] = "false"
-        answer = self._call("PUT", record.key, {}, form)
+        answer = self._call(record.key, form)
         if answer.get("errorCode") == 105:
             return False
         if "errorCode" in answer:
             raise ValueError(f"{answer.get('message')} ({answer.get('cause')})")
         return True
 
-    def _call(self, method: str, key: str, query: Dict[str, str],
-              form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
-        path = "/v2/keys" + urllib.parse.quote(key)
-        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
-        body = urllib.parse.urlencode(form) if form is not None else None
+    def _call(self, key: str, form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
+        """PUT `form` to a key, or GET the key without one; return the answer."""
+        method, target, body = "GET", "/v2/keys" + urllib.parse.quote(key), None
         headers = dict(self._headers)
-        if body is not None:
+        if form is None:
+            target += "?quorum=true&sorted=true"
+        else:
+            method, body = "PUT", urllib.parse.urlencode(form)
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         status, data = self._exchange(method, target, body, headers)
         try:
@@ -23656,7 +23471,8 @@ class KeysClient:
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
-                connection = self._connection = self._connection or self._dial()
+                connection = self._connection = self._connection or _open_connection(
+                    self._urls[0], CALL_SECONDS, self._tls)
                 connection.request(method, target, body, headers)
                 answer = connection.getresponse()
                 data = answer.read()
@@ -23665,16 +23481,8 @@ class KeysClient:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
                 self.close()
-                self._connection = None
                 self._urls.append(self._urls.pop(0))
         raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
-
-    def _dial(self) -> http.client.HTTPConnection:
-        scheme, authority = split_url(self._urls[0])[:2]
-        if scheme == "https":
-            return http.client.HTTPSConnection(
-                authority, timeout=CALL_SECONDS, context=self._context)
-        return http.client.HTTPConnection(authority, timeout=CALL_SECONDS)
 
 
 # -- export
@@ -23707,7 +23515,7 @@ def export_keys(
         faults: Tuple[str, ...] = ()
         if source:
             found = inspect_dir(source, wal_dir, progress)
-            records, faults = records_of_store(found.store), found.faults
+            records, faults = records_of_store(found.store), tuple(found.faults)
             index = found.store.current_index
         else:
             client = KeysClient(access)
@@ -23715,10 +23523,9 @@ def export_keys(
             records = client.walk()
             first = next(records, None)
             index = client.etcd_index
-            records = _with_first(first, records)
-        shown = _with_progress(_moved(records, key_map), progress)
+            records = itertools.chain(() if first is None else (first,), records)
         try:
-            keys = _write(shown, form, target, leases, index)
+            keys = _write(_moved(records, key_map, progress), form, target, leases, index)
         except BrokenPipeError:         # a reader of stdout that has enough
             raise
         except OSError as error:
@@ -23726,47 +23533,37 @@ def export_keys(
     return ExportReport(keys, index, faults)
 
 
-def _with_first(first: Optional[Record], rest: Iterator[Record]) -> Iterator[Record]:
-    if first is not None:
-        yield first
-        yield from rest
-
-
-def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
-    for record in records:
-        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
-
-
-def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
+def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
+    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
-        yield record
+        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
 
 
 def _write(records: Records, form: str, target: str, leases: bool, index: int) -> int:
     now_ns = SYSTEM_CLOCK.wall_ns()
+
+    def write_text(file: "TextIO") -> "int":
+        if form == "json":
+            return write_json(records, file, index)
+        return write_script(records, file, leases=leases, now_ns=now_ns)
+
     if not target:
-        return _write_text(records, form, sys.stdout, leases, index)
+        return write_text(sys.stdout)
     temporary = target + ".tmp"
     try:
         if form == "db":
             keys = write_database(records, temporary, leases=leases, now_ns=now_ns)
         else:
             with open(temporary, "w", encoding="utf-8") as file:
-                keys = _write_text(records, form, file, leases, index)
+                keys = write_text(file)
         os.chmod(temporary, 0o700 if form == "script" else 0o600)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     return keys
-
-
-def _write_text(records: Records, form: str, file: TextIO, leases: bool, index: int) -> int:
-    if form == "json":
-        return write_json(records, file, index)
-    return write_script(records, file, leases=leases, now_ns=SYSTEM_CLOCK.wall_ns())
 
 
 # -- import
@@ -23800,8 +23597,8 @@ def import_keys(
     records = _read_source(source, refused)
     client = KeysClient(access)
     written = kept = expired = 0
-    try:
-        for record in _with_progress(_moved(records, key_map), progress):
+    with contextlib.closing(client):
+        for record in _moved(records, key_map, progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
                 expired += record.value is not None
@@ -23813,8 +23610,6 @@ def import_keys(
                 continue
             written += done and record.value is not None
             kept += not done and record.value is not None
-    finally:
-        client.close()
     return ImportReport(written, kept, expired, tuple(refused))
 
 
@@ -23943,10 +23738,6 @@ class _LocalServer(Server):
         """True if the member is published, and the cluster has agreed on its version."""
         return self._ready.is_set() and bool(etcd.cluster.version)
 
-    def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member again, which is harmless."""
-        etcd.publication.propose()
-
     def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
@@ -24059,7 +23850,7 @@ class LocalMember:
                 return not self.is_paused
             if SYSTEM_CLOCK.now() > republish_at:
                 republish_at += REPUBLISH_SECONDS
-                server.call(server.publish)
+                server.call(lambda etcd: etcd.publication.propose())     # which is harmless
             return False
 
         _poll(is_ready, timeout_s,
@@ -24340,8 +24131,7 @@ class LocalCluster:
         """
         candidate = self.members[-1]
         return bool(candidate.call(_has_begun)) or all(
-            _accepts(one, other) and _accepts(other, one)
-            for one in [candidate] for other in self.members if other is not candidate
+            _accepts(candidate, other) and _accepts(other, candidate) for other in self.members[:-1]
         ) and bool(candidate.call(_begin_election))
 
 
@@ -24435,11 +24225,6 @@ DEV_FLAGS = (
          " this machine's address on the default route."),
     *FLAGS["logging"],
 )
-DEV_USAGE = (
-    "usage: pyetcd dev [N] [flags]", "",
-    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
-    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
-)
 
 
 def dev_size(word: str) -> int:
@@ -24464,12 +24249,11 @@ class EndSignals:
     """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
 
     def __enter__(self) -> "EndSignals":
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
+        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # put() may interrupt get()
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
-                self._before[number] = signal.signal(number, self._received)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -24477,16 +24261,15 @@ class EndSignals:
         is_over = self.wait(0.0)
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_over else before)
-        self._reader.close()
-        self._writer.close()
 
-    def _received(self, number: int, frame: object) -> None:
-        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
-            self._writer.send(b"x")
+    def _receive(self, number: int, frame: object) -> None:
+        self._received.put(number)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a signal has come, for at most timeout_s; tell whether one has."""
-        return bool(select.select([self._reader], [], [], timeout_s)[0])
+        with contextlib.suppress(queue.Empty):
+            self._received.put(self._received.get(timeout=timeout_s))
+        return not self._received.empty()
 
 
 # -- where the members live ------------------------------------------------------
@@ -24546,10 +24329,9 @@ def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
 
 
 _PORT_HINTS = {
+    **BIND_HINTS,
     errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
                       " ports",
-    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
-    errno.EACCES: "ports below 1024 need root; choose a higher one",
 }
 
 
@@ -24780,14 +24562,10 @@ def _facts(found: Inspection) -> Iterator[str]:
 
 
 def _blamed(verdict: Verdict) -> Iterator[str]:
-    keys, entries = verdict.keys, verdict.entries
-    yield from keys[:BLAMED_MAX]
-    if len(keys) > BLAMED_MAX:
-        yield f"... and {len(keys) - BLAMED_MAX:,} more: pyetcd dump names all"
-    for entry in entries[:BLAMED_MAX]:
-        yield entry_text(entry)
-    if len(entries) > BLAMED_MAX:
-        yield f"... and {len(entries) - BLAMED_MAX:,} more: pyetcd dump names all"
+    for blamed in (verdict.keys, list(map(entry_text, verdict.entries))):
+        yield from blamed[:BLAMED_MAX]
+        if len(blamed) > BLAMED_MAX:
+            yield f"... and {len(blamed) - BLAMED_MAX:,} more: pyetcd dump names all"
 
 
 def _shown(path: str) -> str:
@@ -24901,7 +24679,7 @@ def _cut(value: str) -> str:
 
 
 # ============================================================================
-# life/tools -- The commands beside the server: backup, restore, check, dump, export, import.
+# life/tools -- The commands beside the server: dev, backup, restore, check, dump, export, import.
 # ============================================================================
 
 
@@ -24962,7 +24740,8 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
     line, tool = ProgressLine(name), TOOLS[name]
     try:
-        settings = Settings(words, os.environ, tool.flags)
+        # The variables of a member are not for `dev`: ETCD_DATA_DIR may hold real data.
+        settings = Settings(words, {} if name == "dev" else os.environ, tool.flags)
         named = settings.take_words()
         if settings.help:
             _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
@@ -24975,7 +24754,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
             write_warnings(settings, name)
     except FlagError as error:
         sys.stderr.write(error.line(f"pyetcd {name}"))
-    except BackupError as error:
+    except (BackupError, StartError) as error:
         line.clear()
         sys.stderr.write(f"{name}: {error}\n")
     except BrokenPipeError:             # of `| head`: nobody reads the rest
@@ -24988,6 +24767,7 @@ def write_warnings(settings: Settings, name: str) -> None:
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
+    settings.lines.clear()
 
 
 def _print(*lines: str) -> None:
@@ -25005,6 +24785,20 @@ def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
 
 def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
     return {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
+
+
+# -- dev
+
+
+def _run_dev(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    size = dev_size(words[0]) if words else 0
+    if words[1:]:
+        raise FlagError(f"'{words[1]}' is one word too many")
+    write_warnings(settings, "dev")
+    set_up_logging(settings)
+    if not settings["debug"] and not settings["log-package-levels"]:
+        logging.getLogger("pyetcd").setLevel(logging.WARNING)
+    return run_dev(settings, size)
 
 
 # -- backup and restore
@@ -25058,10 +24852,15 @@ json  bool  print JSON: one object, or one for each line.
 """)
 
 
-def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+def _inspected(words: Sequence[str], settings: Settings, line: ProgressLine) -> Inspection:
     path = _one_word(words, "DIR", "a data directory")
     found = inspect_dir(path, settings["wal-dir"], line.show)
     line.clear()
+    return found
+
+
+def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    found = _inspected(words, settings, line)
     if settings["json"]:
         _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
     else:
@@ -25073,15 +24872,10 @@ def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> 
 
 
 def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
-    path = _one_word(words, "DIR", "a data directory")
-    found = inspect_dir(path, settings["wal-dir"], line.show)
-    line.clear()
-    if settings["json"]:
-        for row in dump_json(found):
-            _print(json.dumps(row, ensure_ascii=False))
-    else:
-        for text in dump_lines(found):
-            _print(text)
+    found = _inspected(words, settings, line)
+    rows = (json.dumps(row, ensure_ascii=False) for row in dump_json(found))
+    for text in rows if settings["json"] else dump_lines(found):
+        _print(text)
     for fault in found.faults:
         sys.stderr.write(f"dump: {fault}\n")
     return EXIT_FAILED if found.faults else 0
@@ -25120,8 +24914,9 @@ def _access(settings: Settings) -> Access:
         raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
     if settings["key-file"] and not settings["cert-file"]:
         raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
-    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
-                  settings["key-file"], settings["username"])
+    cert, key = settings["cert-file"], settings["key-file"]
+    files = TlsFiles(cert, key or cert, trusted_ca_file=settings["ca-file"])
+    return Access(settings["endpoints"], files, settings["username"])
 
 
 def _refuse(settings: Settings, why: str, *names: str) -> None:
@@ -25177,6 +24972,11 @@ def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) ->
 
 
 TOOLS: Dict[str, Tool] = {
+    "dev": Tool(
+        "[N]", "start a cluster of N members to try things on", (
+            "Start a cluster of N members, 1 unless N is given, in this process, to try things on."
+            "  It", "prints where it serves.  Ctrl-C ends it and removes its data, unless"
+            " -data-dir is given."), DEV_FLAGS, _run_dev),
     "backup": Tool(
         "-data-dir DIR -backup-dir COPY", "copy the data of a member", (
             "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member"
@@ -25223,8 +25023,6 @@ DESCRIPTORS_MIN = 150               # open files a member needs for itself; at o
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd dev [N] [flags]",
-        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -25238,8 +25036,8 @@ def usage() -> str:
     lines += ["", "of etcd 0.4, without effect flags:", ""]
     lines += [f"\t--{name}" for name in IGNORED_BOOLS]
     lines += ["", "of etcd 3 or experimental, without effect flags:"]
-    for reason, names in NO_EFFECT.items():
-        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
+    for reason, words in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{word.rstrip('?')}" for word in words.split())]
     return "\n".join(lines) + "\n"
 
 
@@ -25254,29 +25052,17 @@ def version_text() -> str:
     )
 
 
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
-
-
 def check_data_dir(config: ServerConfig) -> str:
     """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
     bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
-    log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
+        ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
     for kind in ("member", "proxy"):
         if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            ETCD_LOG.info("already initialized as %s before, starting as etcd %s...", kind, kind)
             return kind
     return ""
 
@@ -25298,14 +25084,14 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
     if not path:
         # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+            ETCD_LOG.error("forgot to set Type=notify in systemd service file?")
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", address)
     except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+        ETCD_LOG.error("failed to notify systemd for readiness: %s", error)
 
 
 class SignalStop:
@@ -25345,29 +25131,19 @@ class SignalStop:
 
 def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
+    check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
+    check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
+        ETCD_LOG.info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
+    """Start what check_data_dir() has found, or else what the flags say.  Raises StartError."""
     if kind == "member" or (config.proxy == "off" and kind != "proxy"):
         try:
             return Server.from_config(config).__enter__()
         except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+            ETCD_LOG.info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -25386,29 +25162,6 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
-def run_dev_words(words: Sequence[str]) -> int:
-    """Run `pyetcd dev` with the words behind it; return the exit code."""
-    try:
-        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
-        named = settings.take_words()
-        if settings.help:
-            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
-            return 0
-        size = dev_size(named[0]) if named else 0
-        if named[1:]:
-            raise FlagError(f"'{named[1]}' is one word too many")
-        write_warnings(settings, "dev")
-        set_up_logging(settings)
-        if not settings["debug"] and not settings["log-package-levels"]:
-            logging.getLogger("pyetcd").setLevel(logging.WARNING)
-        return run_dev(settings, size)
-    except FlagError as error:
-        sys.stderr.write(error.line("pyetcd dev"))
-    except StartError as error:
-        sys.stderr.write(f"dev: {error}\n")
-    return 1
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -25423,8 +25176,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except StartError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    if words and words[0] == "dev":
-        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:
@@ -25445,14 +25196,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for level, package, text in settings.lines:
         package_logger(package).log(level, "%s", text)
     if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
-        )
+        SERVER_LOG.info("set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT)
     try:
         log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         return 1
 
 

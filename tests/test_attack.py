@@ -336,7 +336,7 @@ _SLOW_PARSERS = {
 _PARSERS_OF_SETTINGS = {                # flags, environment and files of the user
     "parse_bool", "parse_uint", "parse_urls", "parse_initial_cluster", "_parse_origins",
     "_parse_levels", "_parse_address",
-    "_parse_proxy", "_parse_domain", "_parse_discovery", "_parse_choice", "_parse_auto_tls",
+    "_parse_domain", "_parse_choice", "_parse_auto_tls",
     "_parse_port", "_parse_host", "parse_key_map",
     "Flag.parse", "decode_known",      # the latter is a part of other decoders
 }

@@ -192,8 +192,7 @@ def _clock_reads(tree: ast.Module) -> Iterator[int]:
 # the tools and the command line.
 _MAY_READ_CLOCKS = {
     "net/workers", "net/tls", "net/dns", "life/discovery", "life/testkit", "life/sources",
-    "life/backup", "life/inspection", "life/exchange", "life/tools", "life/command_line",
-    "life/wait_report",
+    "life/backup", "life/inspection", "life/exchange", "life/tools", "life/logs",
 }
 
 

@@ -330,7 +330,7 @@ def test_boot_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: List[int] = []
     monkeypatch.setattr(pyetcd, "parse_members", lambda body: sizes.append(len(body)))
     with contextlib.closing(HttpStub(serve)) as stub:
-        pyetcd.fetch_members(stub.base, 20.0, None)
+        pyetcd.fetch_cluster(stub.base, 20.0, None)
         registry = pyetcd.Discovery(f"{stub.base}/token", 1, "a=http://h:1")
         sizes.append(len(registry._send("GET", f"{stub.base}/v2/keys/token", 20.0, "")[2]))
     assert sizes == [4 << 20, 4 << 20]

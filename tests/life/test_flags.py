@@ -456,7 +456,7 @@ def test_flags_of_the_article_are_understood() -> None:
 
 _FLAGS_URLS_2380 = ("http://localhost:2380", "http://localhost:7001")
 _FLAGS_URLS_2379 = ("http://localhost:2379", "http://localhost:4001")
-_FLAGS_TABLE: Dict[str, Any] = {        # etcd 2.3; two defaults differ, see below
+_FLAGS_TABLE: Dict[str, Any] = {        # etcd 2.3; flags without effect have no default
     "name": "default", "data-dir": "", "wal-dir": "", "snapshot-count": 10000,
     "heartbeat-interval": 100, "election-timeout": 1000, "listen-peer-urls": _FLAGS_URLS_2380,
     "listen-client-urls": _FLAGS_URLS_2379, "max-snapshots": 5, "max-wals": 5, "cors": (),
@@ -472,11 +472,11 @@ _FLAGS_TABLE: Dict[str, Any] = {        # etcd 2.3; two defaults differ, see bel
     "peer-trusted-ca-file": "", "peer-ca-file": "", "peer-client-cert-auth": False,
     "debug": False, "log-package-levels": {}, "force-new-cluster": False, "version": False,
     "enable-pprof": False, "experimental-v3demo": False,
-    "experimental-gRPC-addr": "127.0.0.1:2378", "experimental-auto-compaction-retention": "0",
+    "experimental-gRPC-addr": "", "experimental-auto-compaction-retention": "",
     "addr": "", "bind-addr": "", "peer-addr": "", "peer-bind-addr": "",
     "config-file": "", "auto-tls": False, "peer-auto-tls": False, "host-whitelist": "*",
-    "auth-token": "simple", "max-request-bytes": "1572864", "pre-vote": False,
-    "initial-election-tick-advance": True,
+    "auth-token": "", "max-request-bytes": "", "pre-vote": False,
+    "initial-election-tick-advance": False,
     **dict.fromkeys(pyetcd.IGNORED_BOOLS, False),
 }
 _FLAGS_VALUES = {       # another value than the default, where its kind does not tell
@@ -822,10 +822,12 @@ def test_flags_tls_that_cannot_work(
       " -key-file"]),
 ], ids=str)
 def test_flags_tls_start_lines(
-    side: str, files: Dict[str, Any], urls: str, lines: List[str], flags_pem: None
+    side: str, files: Dict[str, Any], urls: str, lines: List[str], flags_pem: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = pyetcd.check_tls(side, pyetcd.TlsFiles(**files), urls.split(","))
-    assert [text for _, text in found] == lines
+    caplog.set_level(logging.INFO, "pyetcd")
+    pyetcd.check_tls(side, pyetcd.TlsFiles(**files), urls.split(","))
+    assert caplog.messages == lines
 
 
 @pytest.mark.parametrize("argv, field, value", [

@@ -651,8 +651,8 @@ def test_proxy_asks_less_and_less_often_while_there_is_no_endpoint(tmp_path: Pat
         run_blocking=lambda work, *args, kind, done: done(None, found),
     )
     endpoints = pyetcd.Endpoints(
-        pyetcd.ServerConfig(), reactor, None, pyetcd.ClusterFile(("http://10.0.0.1:2380",)),
-        str(tmp_path / "cluster"))
+        pyetcd.ServerConfig(), types.SimpleNamespace(reactor=reactor),
+        pyetcd.ClusterFile(("http://10.0.0.1:2380",)), str(tmp_path / "cluster"))
     found = None
     endpoints.schedule_refresh()
     for _ in range(8):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import http.server
 import socket
 from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 from urllib.parse import urlsplit
@@ -17,13 +16,22 @@ from ..base.limits import DEFAULT_PEER_URLS
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType
 from ..base.text import is_ip, load_json, utf8
 from ..base.urls import url_address
+from ..base.versions import version_key
 from ..disk.snapshots import DataDir
-from ..member.cluster import Cluster, Member, format_initial_cluster, parse_initial_cluster
+from ..member.cluster import (
+    SERVER_LOG,
+    Cluster,
+    Member,
+    format_id,
+    format_initial_cluster,
+    parse_initial_cluster,
+)
 from ..member.configuration import ServerConfig
 from ..net.dns import _reason, name_servers
 from ..net.tls import TlsContext
 from .discovery import _resolve, blocking_get, srv_cluster
 
+ETCD_LOG = package_logger("etcd")
 JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
@@ -55,36 +63,20 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
-    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
-        found = []
-        for url in urls:
-            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
-            with contextlib.suppress(OSError):
-                if url_address(url)[0] != "localhost":
-                    addresses = _resolve(url)
-            found.append({(scheme, *address) for address in addresses})
-        return found
+    def resolved(url: str) -> Set[Tuple[str, str, int]]:
+        addresses = {url_address(url)}
+        with contextlib.suppress(OSError):
+            if url_address(url)[0] != "localhost":
+                addresses = _resolve(url)
+        return {(urlsplit(url).scheme, *address) for address in addresses}
 
     if sorted(ours) == sorted(theirs):
         return True
-    some, others = resolved(ours), resolved(theirs)
+    some, others = list(map(resolved, ours)), list(map(resolved, theirs))
     return len(some) == len(others) and all(
         any(one & other for other in each)
         for each, ones in ((others, some), (some, others)) for one in ones
     )
-
-
-def fetch_members(
-    url: str, timeout_s: float, tls: Optional[TlsContext]
-) -> Tuple[int, List[Member]]:
-    """Return (cluster id, members) as the peer at `url` sees them.
-
-    Raises OSError, http.client.HTTPException or ValueError.
-    """
-    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
-    if status != 200:
-        raise ValueError(f"unexpected status {status}")
-    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
 
 
 def parse_members(body: bytes) -> List[Member]:
@@ -102,41 +94,56 @@ def parse_members(body: bytes) -> List[Member]:
 
 
 def fetch_cluster(
-    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
+    url: str, timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return fetch_members() of the first of `urls` that answers; None if none does."""
-    for url in urls:
+    """Return (cluster id, members) as the peer at `url` sees them; None, logged, if it is down."""
+    try:
+        status, headers, body = blocking_get(url, timeout_s, "/members", tls)
+        if status != 200:
+            raise ValueError(f"unexpected status {status}")
+        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if not quiet:
+            SERVER_LOG.warning("could not get cluster response from %s: %s", url, _reason(error))
+        return None
+
+
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
+    """Return the cluster version that `member` reports; "" without an answer or a version."""
+    for url in member.peer_urls:
         try:
-            return fetch_members(url, timeout_s, tls)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if not quiet:
-                package_logger("etcdserver").warning(
-                    "could not get cluster response from %s: %s", url, _reason(error)
-                )
-    return None
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
+            version = str(load_json(body)["etcdcluster"])
+            version_key(version)
+            return version
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            SERVER_LOG.warning(
+                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
+                _reason(error),
+            )
+    return ""
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    log = package_logger("etcdserver")
-    log.info("name = %s", config.name)
+    SERVER_LOG.info("name = %s", config.name)
     if config.force_new_cluster:
-        log.info("force new cluster")
-    log.info("data dir = %s", data_dir.root)
-    log.info("member dir = %s", data_dir.member)
+        SERVER_LOG.info("force new cluster")
+    SERVER_LOG.info("data dir = %s", data_dir.root)
+    SERVER_LOG.info("member dir = %s", data_dir.member)
     if config.wal_dir:
-        log.info("dedicated WAL dir = %s", data_dir.wal)
-    log.info("heartbeat = %dms", config.heartbeat_ms)
-    log.info("election = %dms", config.election_ms)
-    log.info("snapshot count = %d", config.snapshot_count)
+        SERVER_LOG.info("dedicated WAL dir = %s", data_dir.wal)
+    SERVER_LOG.info("heartbeat = %dms", config.heartbeat_ms)
+    SERVER_LOG.info("election = %dms", config.election_ms)
+    SERVER_LOG.info("snapshot count = %d", config.snapshot_count)
     if config.discovery:
-        log.info("discovery URL= %s", config.discovery)
+        SERVER_LOG.info("discovery URL= %s", config.discovery)
         if config.discovery_proxy:
-            log.info("discovery proxy = %s", config.discovery_proxy)
-    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+            SERVER_LOG.info("discovery proxy = %s", config.discovery_proxy)
+    SERVER_LOG.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
     if initial:
         urls = ",".join(config.initial_advertise_peer_urls)
-        log.info("initial advertise peer URLs = %s", urls)
-        log.info("initial cluster = %s", initial)
+        SERVER_LOG.info("initial advertise peer URLs = %s", urls)
+        SERVER_LOG.info("initial cluster = %s", initial)
 
 
 def default_initial_cluster(config: ServerConfig) -> str:
@@ -193,10 +200,7 @@ def _new_cluster(
     config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
 ) -> Tuple[Cluster, Member]:
     """Return the cluster of these members and this member in it.  Raises StartError."""
-    try:
-        cluster = Cluster.from_initial(token, dict(initial))
-    except ValueError as error:
-        raise StartError(f"error setting up initial cluster: {error}") from None
+    cluster = Cluster.from_initial(token, initial)     # no URL is given twice: the ids differ
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')

@@ -107,8 +107,7 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         Snapshotter(snap).write(snapshot)
         _write_bolt(os.path.join(snap, "db"), snapshot.id.index)
     metadata = encode_metadata(files.member_id, files.cluster_id)
-    wal = Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)
-    try:
+    with contextlib.closing(Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)) as wal:
         for first in range(0, len(files.entries), _ENTRIES_PER_WRITE):
             part = files.entries[first:first + _ENTRIES_PER_WRITE]
             wal.write(wal.encode(None, part), sync=False)
@@ -117,8 +116,6 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
         if snapshot is not None:
             wal.write(wal.encode_snapshot(snapshot.id), sync=False)
         wal.write(b"", sync=True)
-    finally:
-        wal.close()
     for path in (snap, wal_stage, stage):
         fsync_dir(path)
 

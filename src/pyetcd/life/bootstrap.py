@@ -6,8 +6,6 @@ Blocks; runs before the reactor starts.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import http.server
 import os
 from typing import Iterable, List, Mapping, Optional, Sequence
 
@@ -21,10 +19,8 @@ from ..base.errors import (
     StartError,
     WalError,
 )
-from ..base.ids import package_logger
 from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS
 from ..base.messages import HardState
-from ..base.text import load_json
 from ..base.urls import is_local, url_address
 from ..base.versions import (
     AUTO_IDENTITY,
@@ -46,6 +42,7 @@ from ..disk.snapshots import (
 from ..disk.v3_data import V3Mark
 from ..disk.wal import Wal
 from ..member.cluster import (
+    SERVER_LOG,
     Cluster,
     Member,
     format_id,
@@ -53,13 +50,14 @@ from ..member.cluster import (
     parse_initial_cluster,
 )
 from ..member.configuration import Bootstrap, ServerConfig
-from ..net.dns import _reason
 from ..net.tls import TlsContext
 from ..store.tree import Store
 from .addresses import (
+    ETCD_LOG,
     JOIN_ANSWER_SECONDS,
     PROBE_ANSWER_SECONDS,
     _bootstrap_entries,
+    _cluster_version,
     _initial_members,
     _log_config,
     _new_cluster,
@@ -69,14 +67,7 @@ from .addresses import (
     same_urls,
     url_given_twice,
 )
-from .discovery import (
-    Discovery,
-    DiscoveryFull,
-    DuplicateId,
-    DuplicateName,
-    blocking_get,
-    check_discovery_url,
-)
+from .discovery import Discovery, DiscoveryFull, DuplicateId, DuplicateName, check_discovery_url
 from .restart import _restart
 
 
@@ -103,18 +94,15 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
-
-    fresh  the directories that this start has made
-    """
-    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
+    """Do the work of bootstrap(), which made the `fresh` directories; raise StartError only."""
+    SERVER_LOG.info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
@@ -151,15 +139,14 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
     if identity is not DEFAULT_IDENTITY:
         why = "the cluster version is 3.0 or higher" if compat_version == AUTO_IDENTITY else (
             f"-compat-version is {compat_version}")
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "this member acts as etcd %s towards other members: %s", identity.server, why)
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    Without a context, calls to https members that join later trust the system's authorities.
-    Raises StartError.
+    Calls to https members that join later trust the system's authorities then.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -220,20 +207,18 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
-    wanted = ",".join(f"{config.name}={url}" for url in advertised)
-    hints = ""
-    listed = set(initial[config.name])
-    if listed > set(advertised):
+    listed = sorted(set(initial[config.name]))
+    if set(listed) > set(advertised):
         raise StartError(
             f"--initial-cluster has the name {config.name} more than once, for"
-            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
-            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+            f" {' and '.join(listed)}: give each member a name of its own; if all these are URLs"
+            f" of {config.name}, set --initial-advertise-peer-urls={','.join(listed)}"
         )
-    if ",".join(advertised) == DEFAULT_PEER_URLS:
-        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    wanted, given = ",".join(f"{config.name}={url}" for url in advertised), ",".join(advertised)
+    forgot = "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
         f"--initial-cluster must include {wanted} given"
-        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+        f" --initial-advertise-peer-urls={given}{forgot if given == DEFAULT_PEER_URLS else ''}"
     )
 
 
@@ -242,7 +227,6 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
-    log = package_logger("etcd")
     others = [url for name, urls in initial.items() if name != config.name for url in urls]
     far = [url for url in others if not is_local(url)]
     near = [url for url in others if is_local(url)]
@@ -257,15 +241,15 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         if any(map(is_elsewhere, far)):
             new = "; then take a new discovery URL" if config.discovery else ""
             raise StartError(what + new)
-        log.warning("%s", what)
+        ETCD_LOG.warning("%s", what)
     elif near and not all(map(is_local, own)):
-        log.warning(
+        ETCD_LOG.warning(
             "%s is listed for another member, but means this machine here; write an address that"
             " all members can reach", near[0],
         )
     is_spread = others and not all(map(is_local, [*others, *own]))
     if is_spread and all(map(is_local, config.advertise_client_urls)):
-        log.warning(
+        ETCD_LOG.warning(
             "clients on other machines are told %s, which is their own machine; set"
             " -advertise-client-urls to an address of this one, %s:%d",
             ",".join(config.advertise_client_urls), advice,
@@ -277,7 +261,7 @@ def _check_registration(config: ServerConfig) -> None:
     """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
-        package_logger("etcd").warning(
+        ETCD_LOG.warning(
             "registers %s, which other machines take for themselves; if members run elsewhere,"
             " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
             " http://%s:%d, and take a new discovery URL", ",".join(urls),
@@ -328,7 +312,7 @@ def _create_log(
     _log_config(config, data_dir, format_initial_cluster(initial))
     metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
+    SERVER_LOG.info(
         "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
@@ -363,7 +347,7 @@ def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]
     for.  All peers are asked: one may have missed its publication.
     """
     for url in _peer_urls_of_others(members, id):
-        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        found = fetch_cluster(url, PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
@@ -378,7 +362,8 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     initial = _initial_members(config)
     local, own = _new_cluster(config, config.initial_cluster_token, initial)
     urls = _peer_urls_of_others(local.members.values(), own.id)
-    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
+    answers = (fetch_cluster(url, JOIN_ANSWER_SECONDS, tls) for url in urls)
+    found = next(filter(None, answers), None)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -421,19 +406,3 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
         name = member.name.partition("=")[0]        # "" before its first start
         matched.append(member._replace(id=same[0].id, name=name))
     return sorted(matched, key=lambda member: member.id)
-
-
-def _cluster_version(member: Member, tls: Optional[TlsContext]) -> str:
-    """Return the cluster version that `member` reports; "" without an answer or a version."""
-    for url in member.peer_urls:
-        try:
-            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            version = str(load_json(body)["etcdcluster"])
-            version_key(version)
-            return version
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            package_logger("etcdserver").warning(
-                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
-                _reason(error),
-            )
-    return ""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Sequence
 from urllib.parse import urlsplit
 
 from ..base.basics import TlsFiles
@@ -16,7 +15,8 @@ from ..base.text import go_quote, most_like
 from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
-from .addresses import default_initial_cluster, default_route_address
+from ..net.tls import check_readable
+from .addresses import ETCD_LOG, default_initial_cluster, default_route_address
 from .flags import FLAGS, IGNORED_BOOLS, FlagError
 from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
 
@@ -196,11 +196,8 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-_TLS_PREFIX = {"client": "", "peer": "peer-"}
-
-
-def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
-    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
+    """Check and log the settings of TLS on one side, `client` or `peer`.
 
     urls  the -listen URLs of that side
 
@@ -208,26 +205,25 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
     skips the checks of names and revocations if client certificates are not required.
     """
-    prefix = _TLS_PREFIX[side]
+    prefix = "peer-" if side == "peer" else ""
     pair = f"-{prefix}cert-file and -{prefix}key-file"
     cert, key = files.cert_file, files.key_file
     if bool(cert) != bool(key):
         raise StartError(
             f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
         )
-    _check_readable(side, files)
+    _check_files(side, files)
     asks = files.client_cert_auth or files.ca_file
     if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
         raise StartError(
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
         )
-    lines = []
     if cert:
-        lines.append((logging.INFO, (
-            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
-            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
-        )))
+        ETCD_LOG.info(
+            "%sTLS: cert = %s, key = %s, ca = %s, trusted-ca = %s, client-cert-auth = %s", side,
+            cert, key, files.ca_file, files.trusted_ca_file, str(files.client_cert_auth).lower(),
+        )
     for url in urls:
         if url.startswith("https:") and not cert:
             what = "given listener" if side == "client" else url
@@ -236,32 +232,25 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
                 f" {pair}, or use http in -listen-{side}-urls"
             )
         if url.startswith("http:") and cert:
-            lines.append((logging.WARNING, (
-                f"The scheme of {side} url {url} is http while {side} key/cert files are"
-                f" presented. Ignored {side} key/cert files."
-            )))
+            ETCD_LOG.warning(
+                "The scheme of %s url %s is http while %s key/cert files are presented. Ignored %s"
+                " key/cert files.", side, url, side, side,
+            )
         elif url.startswith("http:") and asks:
-            lines.append((logging.WARNING, (
-                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
-            )))
-    return lines
+            ETCD_LOG.warning("%s certificates are not asked for on %s: that needs https, with %s",
+                        side, url, pair)
 
 
-def _check_readable(side: str, files: TlsFiles) -> None:
-    prefix = _TLS_PREFIX[side]
-    for flag, path in (
-        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
-        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
-        (side + "-crl-file", files.crl_file),
-    ):
-        try:
-            if path:
-                open(path, "rb").close()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise StartError(
-                f"open {path}: {reason}; -{flag} must name a file that this user may read"
-            ) from None
+def _check_files(side: str, files: TlsFiles) -> None:
+    for flag in FLAGS["security"]:
+        part, _, field = flag.field.rpartition(".")
+        if part == f"{side}_tls" and field.endswith("_file") and getattr(files, field):
+            try:
+                check_readable(getattr(files, field))
+            except StartError as error:
+                raise StartError(
+                    f"{error}; -{flag.name} must name a file that this user may read"
+                ) from None
 
 
 def make_config(settings: Settings) -> ServerConfig:

@@ -27,11 +27,7 @@ def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
     All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.
-
-    path  of the file, for messages
-
-    Raises FlagError with file and line.
+    they may be any YAML.  Raises FlagError with the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
@@ -56,8 +52,9 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
             continue                    # of the key before
         match = _KEY.fullmatch(row.text)
         if match is None or row.indent < level:
-            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
-                            f" {_form_advice(row)}")
+            form = "write `key:` or `key: value`, as far to the right as the keys beside it"
+            advice = "it is indented by a tab: use spaces" if row.text.startswith("\t") else form
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood; {advice}")
         if match.group(1).strip("\"'") != name:
             continue
         if found:
@@ -72,9 +69,3 @@ def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row
         raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
                         f" coreos.etcd2, as coreos-cloudinit does")
     return found[0]
-
-
-def _form_advice(row: _Row) -> str:
-    if row.text.startswith("\t"):
-        return "it is indented by a tab: use spaces"
-    return "write `key:` or `key: value`, as far to the right as the keys beside it"

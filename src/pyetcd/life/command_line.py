@@ -14,19 +14,19 @@ import threading
 from typing import Callable, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import RECENT_LINES, package_logger
+from ..base.ids import package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..base.system import check_system, open_files_limit, raise_files_limit
+from ..member.cluster import SERVER_LOG
 from ..member.configuration import ServerConfig
-from ..net.workers import SYSTEM_CLOCK
+from .addresses import ETCD_LOG
 from .checks import check_tls, make_config
-from .dev import DEV_FLAGS, DEV_USAGE, dev_size, run_dev
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
-from .logs import JsonFormatter, LogFormatter, RepeatHandler
+from .logs import set_up_logging
 from .proxy import ProxyServer
 from .settings import Settings
-from .tools import TOOLS, flag_lines, run_tool, write_warnings
+from .tools import TOOLS, flag_lines, run_tool
 
 DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
 
@@ -34,8 +34,6 @@ DESCRIPTORS_MIN = 150               # open files a member needs for itself; at o
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd dev [N] [flags]",
-        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -49,8 +47,8 @@ def usage() -> str:
     lines += ["", "of etcd 0.4, without effect flags:", ""]
     lines += [f"\t--{name}" for name in IGNORED_BOOLS]
     lines += ["", "of etcd 3 or experimental, without effect flags:"]
-    for reason, names in NO_EFFECT.items():
-        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
+    for reason, words in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{word.rstrip('?')}" for word in words.split())]
     return "\n".join(lines) + "\n"
 
 
@@ -65,29 +63,17 @@ def version_text() -> str:
     )
 
 
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
-
-
 def check_data_dir(config: ServerConfig) -> str:
     """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
     bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
-    log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
+        ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
     for kind in ("member", "proxy"):
         if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            ETCD_LOG.info("already initialized as %s before, starting as etcd %s...", kind, kind)
             return kind
     return ""
 
@@ -109,14 +95,14 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
     if not path:
         # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+            ETCD_LOG.error("forgot to set Type=notify in systemd service file?")
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", address)
     except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+        ETCD_LOG.error("failed to notify systemd for readiness: %s", error)
 
 
 class SignalStop:
@@ -156,29 +142,19 @@ class SignalStop:
 
 def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
+    check_tls("peer", config.peer_tls, config.listen_peer_urls if config.proxy == "off" else ())
+    check_tls("client", config.client_tls, config.listen_client_urls)
     if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
+        ETCD_LOG.info("cors = %s", ",".join(config.cors))
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
+    """Start what check_data_dir() has found, or else what the flags say.  Raises StartError."""
     if kind == "member" or (config.proxy == "off" and kind != "proxy"):
         try:
             return Server.from_config(config).__enter__()
         except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+            ETCD_LOG.info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -197,29 +173,6 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
-def run_dev_words(words: Sequence[str]) -> int:
-    """Run `pyetcd dev` with the words behind it; return the exit code."""
-    try:
-        settings = Settings(words, {}, DEV_FLAGS)               # ETCD_*: of a real member
-        named = settings.take_words()
-        if settings.help:
-            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
-            return 0
-        size = dev_size(named[0]) if named else 0
-        if named[1:]:
-            raise FlagError(f"'{named[1]}' is one word too many")
-        write_warnings(settings, "dev")
-        set_up_logging(settings)
-        if not settings["debug"] and not settings["log-package-levels"]:
-            logging.getLogger("pyetcd").setLevel(logging.WARNING)
-        return run_dev(settings, size)
-    except FlagError as error:
-        sys.stderr.write(error.line("pyetcd dev"))
-    except StartError as error:
-        sys.stderr.write(f"dev: {error}\n")
-    return 1
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -234,8 +187,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except StartError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    if words and words[0] == "dev":
-        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:
@@ -256,12 +207,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for level, package, text in settings.lines:
         package_logger(package).log(level, "%s", text)
     if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
-        )
+        SERVER_LOG.info("set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT)
     try:
         log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         return 1

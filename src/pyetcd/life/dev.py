@@ -12,9 +12,8 @@ import http.client
 import json
 import logging
 import os
-import select
+import queue
 import signal
-import socket
 import tempfile
 from typing import Any, Dict, List, Tuple
 
@@ -24,6 +23,7 @@ from ..base.text import is_ip
 from ..base.urls import WILDCARD_HOSTS, is_local, url_address
 from .addresses import default_route_address
 from .discovery import blocking_get
+from .embedding import BIND_HINTS
 from .flags import FLAGS, Flag, FlagError, parse_bool
 from .settings import Settings
 from .testkit import LocalCluster
@@ -67,11 +67,6 @@ DEV_FLAGS = (
          " this machine's address on the default route."),
     *FLAGS["logging"],
 )
-DEV_USAGE = (
-    "usage: pyetcd dev [N] [flags]", "",
-    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
-    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
-)
 
 
 def dev_size(word: str) -> int:
@@ -96,12 +91,11 @@ class EndSignals:
     """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
 
     def __enter__(self) -> EndSignals:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
+        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # put() may interrupt get()
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
-                self._before[number] = signal.signal(number, self._received)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -109,16 +103,15 @@ class EndSignals:
         is_over = self.wait(0.0)
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_over else before)
-        self._reader.close()
-        self._writer.close()
 
-    def _received(self, number: int, frame: object) -> None:
-        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
-            self._writer.send(b"x")
+    def _receive(self, number: int, frame: object) -> None:
+        self._received.put(number)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a signal has come, for at most timeout_s; tell whether one has."""
-        return bool(select.select([self._reader], [], [], timeout_s)[0])
+        with contextlib.suppress(queue.Empty):
+            self._received.put(self._received.get(timeout=timeout_s))
+        return not self._received.empty()
 
 
 # -- where the members live ------------------------------------------------------
@@ -178,10 +171,9 @@ def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
 
 
 _PORT_HINTS = {
+    **BIND_HINTS,
     errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
                       " ports",
-    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
-    errno.EACCES: "ports below 1024 need root; choose a higher one",
 }
 
 

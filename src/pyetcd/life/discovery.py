@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import http.server
+import itertools
 import queue
 import re
 import shlex
@@ -15,7 +15,19 @@ import socket
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+)
 from urllib.parse import urlsplit
 
 from ..api.discovery import DISCOVERY_DEFAULT_SIZE
@@ -29,7 +41,6 @@ from ..member.cluster import format_id, parse_initial_cluster
 from ..net.dns import _reason, lookup_srv
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of
-from .wait_report import WaitReport
 
 DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreachable, tried again
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
@@ -38,8 +49,10 @@ DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
 DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
+WAIT_REPORT_SECONDS = 10.0          # between two lines of the log on what is waited for
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
 _PUBLIC_REGISTRY = "discovery.etcd.io"
+_Reached = TypeVar("_Reached")
 
 
 class DiscoveryUnreachable(DiscoveryError):
@@ -81,10 +94,7 @@ class RegistryState(NamedTuple):
 def blocking_get(
     url: str, timeout_s: float, target: str = "/", tls: Optional[TlsContext] = None
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-    """GET `target` from scheme://host:port; return (status, headers, body).
-
-    Raises OSError or http.client.HTTPException.
-    """
+    """Return (status, headers, body) of GET `target`.  Raises OSError, HTTPException."""
     return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
 
 
@@ -93,7 +103,7 @@ def _exchange(
     form: str = "",
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
     """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
-    try:
+    with contextlib.closing(connection):
         connection.connect()
         connection.sock.settimeout(answer_s)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -101,8 +111,6 @@ def _exchange(
         connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
-    finally:
-        connection.close()
 
 
 def _open_connection(
@@ -145,7 +153,7 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a bad URL.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.
     Thread: one, and it blocks.  Source: etcd 2.3 discovery.
     Differs from etcd: only the registration of a new member ends the wait; etcd counts every
     event, so a changed or deleted key leads to a cluster with a member missing.
@@ -163,33 +171,44 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of all steps; only the first one is logged with advice
+        self._advised = False           # only the first failure is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
-        self._report = WaitReport("discovery")
+        self._awaited = ""              # what a line of the log says that this waits for
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the other members, and return the initial cluster `name=url,...`.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
-        with self._report:
+        """Register, wait for the other members, and return the initial cluster `name=url,...`."""
+        with self._reports():
             self._read_registry()
             self._register()
             return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without registering; return the initial cluster.
-
-        Waits without end for an unreachable registry.  Raises DiscoveryError.
-        """
+        """Wait for the members without registering; return the initial cluster."""
         try:
-            with self._report:
+            with self._reports():
                 return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
+
+    @contextlib.contextmanager
+    def _reports(self) -> Iterator[None]:
+        """Log every ten seconds, from a thread, what the block waits for, and for how long."""
+        ended, since = threading.Event(), time.monotonic()
+
+        def run() -> None:
+            while not ended.wait(WAIT_REPORT_SECONDS):
+                if self._awaited:
+                    waited_s = time.monotonic() - since
+                    self._log.info("waiting for %s, %.0f s", self._awaited, waited_s)
+
+        threading.Thread(target=run, name="wait-report", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     @staticmethod
     def _initial_cluster(members: Sequence[Registration]) -> str:
@@ -204,11 +223,7 @@ class Discovery:
 
     def _read_registry(self) -> RegistryState:
         """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
-        while True:
-            try:
-                return self._get_state()
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("cluster status check", error)
+        return self._until_reached("cluster status check", self._get_state)
 
     def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
@@ -233,13 +248,9 @@ class Discovery:
 
     def _register(self) -> None:
         """Create the key of this member, and wait until the registry shows it."""
-        created, tries = 0, 0
-        while not created:
-            tries += 1
-            try:
-                created = self._create(is_again=tries > 1)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("registration", error)
+        tries = itertools.count()
+        created = self._until_reached(
+            "registration", lambda: self._create(is_again=next(tries) > 0))
         with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
             self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
@@ -271,30 +282,25 @@ class Discovery:
 
     def _wait_until_complete(self) -> List[Registration]:
         """Return the first `size` members, once all have registered."""
-        while True:
-            state = self._read_registry()
-            for member in state.members:
-                self._log_found(member)
-            try:
-                members = self._watch_registrations(state)
-            except DiscoveryUnreachable as error:
-                self._sleep_before_retry("waiting for other nodes", error)
-                continue
-            self._log.info("found %d needed peer(s)", len(members))
-            return members
+        members = self._until_reached("waiting for other nodes", self._watch_registrations)
+        self._log.info("found %d needed peer(s)", len(members))
+        return members
 
-    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
-        """Watch the registry until `size` members have registered.
+    def _watch_registrations(self) -> List[Registration]:
+        """Read the registry, and watch it until `size` members have registered.
 
         The pauses grow while the registry ends watches at once or repeats old events.  The first
         such watch has no pause: a proxy on the way may have ended it.
         """
+        state = self._read_registry()
+        for member in state.members:
+            self._log_found(member)
         members, index = list(state.members), state.etcd_index
         announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
-            self._report.what = (
+            self._awaited = (
                 f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
                 f" {len(members)} of {state.size} registered ({names})"
             )
@@ -348,17 +354,22 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _sleep_before_retry(self, step: str, error: Exception) -> None:
-        advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
-        self._retries += 1
-        self._report.what = f"the discovery service: {error}"
-        self._log.error("error #0: %s%s", error, advice)
-        wait_s = self._backoff.next()
-        self._log.info(
-            "%s: error connecting to %s, retrying in %s", step, self._endpoint,
-            format_duration(wait_s),
-        )
-        self._sleep(wait_s)
+    def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
+        """Return work(), repeated until the registry answers."""
+        while True:
+            try:
+                return work()
+            except DiscoveryUnreachable as error:
+                advice = "" if self._advised else "; " + _registry_advice(self._endpoint)
+                self._advised = True
+                self._awaited = f"the discovery service: {error}"
+                self._log.error("error #0: %s%s", error, advice)
+            wait_s = self._backoff.next()
+            self._log.info(
+                "%s: error connecting to %s, retrying in %s", step, self._endpoint,
+                format_duration(wait_s),
+            )
+            self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
         return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)

@@ -15,21 +15,21 @@ from ..api.discovery import DiscoveryService
 from ..api.routes import ClientApi, PeerApi, _bad_request
 from ..base.basics import TlsFiles
 from ..base.errors import ServerStopped, StartError
-from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.system import check_system
 from ..base.text import most_like
 from ..base.urls import check_url, is_https, url_address
+from ..member.cluster import SERVER_LOG
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
 from ..member.statistics import Metrics
 from ..net.budgets import BufferBudget
-from ..net.http_requests import HttpRequest
 from ..net.http_server import Listener
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of
 from ..peer.transport import Transport
+from .addresses import ETCD_LOG
 from .bootstrap import bootstrap
 from .data_loss import DataLossCheck
 
@@ -123,9 +123,10 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
-        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
+        self, url: str, body_max: int, files: TlsFiles, *,
+        kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
     ) -> Listener:
+        """Return a listener without a handler of its own yet.  Raises StartError."""
         tls = None
         if is_https(url):
             if not files.cert_file or not files.key_file:
@@ -136,15 +137,14 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
+                url, self._reactor, _bad_request, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
-            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
-        except OverflowError:
-            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
+            hint = BIND_HINTS.get(error.errno or 0)
+            raise StartError(f"{what}: {hint}" if hint else what) from None
 
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:
@@ -159,7 +159,7 @@ class ServerThread:
             self._reactor.run()
         except Exception as error:
             self._error = error
-            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+            ETCD_LOG.critical("the member ends: %s", error, exc_info=True)
         finally:
             self._close()
 
@@ -204,7 +204,6 @@ class Server(ServerThread):
     def _init(self, config: ServerConfig) -> None:
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
-        self._peer_api: Optional[PeerApi] = None
         self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
@@ -214,19 +213,19 @@ class Server(ServerThread):
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
-        config, log = self.config, package_logger("etcd")
+        config = self.config
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
             for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
+                    url, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                log.info("listening for peers on %s", url)
+                ETCD_LOG.info("listening for peers on %s", url)
             for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
-                log.info("listening for client requests on %s", url)
+                    self._listen(url, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                ETCD_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -263,8 +262,9 @@ class Server(ServerThread):
         api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
-        self._peer_api = PeerApi(self.etcd)
+        peer_api = PeerApi(self.etcd)
         for listener in self._peer_listeners:
+            listener.handler = peer_api.handle
             self.etcd.transport.guard(listener, boot.data_dir.snap)
         self._reactor.on_turn = self.etcd.on_turn
 
@@ -309,7 +309,7 @@ class Server(ServerThread):
     def set_ready(self) -> None:
         """Note that this member is published; programs that start an `etcd` wait for the line."""
         if not self._ready.is_set():
-            package_logger("etcd").info("ready to serve client requests")
+            ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
@@ -321,10 +321,6 @@ class Server(ServerThread):
         metrics.total("etcd_network_client_grpc_sent_bytes_total",
                       "Bytes to clients, HTTP here, heads included.",
                       lambda: {(): sum(listener.sent_bytes for listener in listeners)})
-
-    def _serve_peer(self, request: HttpRequest) -> None:
-        assert self._peer_api is not None
-        self._peer_api.handle(request)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -355,7 +351,7 @@ class Server(ServerThread):
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
-        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        ETCD_LOG.critical("the member ends: %s%s", error, hint)
         self._halt(error)
 
     def _halt(self, error: BaseException) -> None:
@@ -367,29 +363,27 @@ class Server(ServerThread):
 
     def _refuse(self, error: StartError) -> None:
         """End the member for a reason that bootstrap would have refused, had it known."""
-        package_logger("etcd").critical("%s", error)
+        ETCD_LOG.critical("%s", error)
         self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
-            log = package_logger("etcdserver")
-            log.error("the member has been permanently removed from the cluster")
-            log.error("the data-dir used by this member must be removed.")
+            SERVER_LOG.error("the member has been permanently removed from the cluster")
+            SERVER_LOG.error("the data-dir used by this member must be removed.")
             self._stop_member()
 
     def _abandon_listeners(self) -> None:
         """Close the listeners after a failed start, and log the ports that are free again."""
-        log = package_logger("etcd")
         for listener in self._client_listeners:
-            log.info("stopping listening for client requests on %s", listener.url)
+            ETCD_LOG.info("stopping listening for client requests on %s", listener.url)
         for listener in self._peer_listeners:
-            log.info("stopping listening for peers on %s", listener.url)
+            ETCD_LOG.info("stopping listening for peers on %s", listener.url)
         self._close_listeners()
 
 
-_BIND_HINTS = {
-    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
-                      " another port with -listen-client-urls and -listen-peer-urls",
-    errno.EACCES: ": ports below 1024 need root; choose a higher one",
-    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+BIND_HINTS = {
+    errno.EADDRINUSE: "another program, perhaps another etcd, uses it; stop it or choose another"
+                      " port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
 }

@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
+import itertools
 import os
-import ssl
 import sys
 import urllib.parse
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, TextIO, Tuple
 
-from ..base.text import load_json, parse_time, split_url
+from ..base.basics import TlsFiles
+from ..base.errors import StartError
+from ..base.text import load_json
+from ..net.tls import TlsContext
 from ..net.workers import SYSTEM_CLOCK
+from .discovery import _open_connection
 from .inspection import inspect_dir
 from .records import (
     KeyMap,
     Record,
     Records,
     mapped,
+    record_of,
     records_of_database,
     records_of_file,
     records_of_store,
@@ -37,21 +42,16 @@ class Access(NamedTuple):
     """How a cluster is reached."""
 
     urls: Tuple[str, ...]
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
-    username: str = ""              # name:password
+    tls: TlsFiles
+    username: str                   # name:password; ""
 
 
 class KeysClient:
-    """The keys API of a cluster: one connection to the first member that answers.
-
-    Raises BackupError.  Thread: one.
-    """
+    """The keys API of a cluster, on one connection at a time.  Raises BackupError."""
 
     def __init__(self, access: Access) -> None:
         self._urls = list(access.urls)
-        self._context: Optional[ssl.SSLContext] = None
+        self._tls: Optional[TlsContext] = None
         self._headers = {}
         self._connection: Optional[http.client.HTTPConnection] = None
         self.etcd_index = 0             # of the last answer
@@ -60,29 +60,22 @@ class KeysClient:
             self._headers["Authorization"] = f"Basic {token}"
         if any(url.startswith("https:") for url in access.urls):
             try:
-                self._context = ssl.create_default_context(cafile=access.ca_file or None)
-                if access.cert_file:
-                    self._context.load_cert_chain(access.cert_file, access.key_file or None)
-            except OSError as error:
-                raise BackupError(f"cannot read the certificates: {error}") from None
+                self._tls = TlsContext(access.tls, server=False)
+            except StartError as error:
+                raise BackupError(str(error)) from None
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+            self._connection = None
 
-    def walk(self, key: str = "/") -> Iterator[Record]:
-        """Yield all nodes below `key`, parents first: one directory is listed at a time."""
-        waiting = [key]
+    def walk(self) -> Iterator[Record]:
+        """Yield all nodes, parents first: one directory is listed at a time."""
+        waiting = ["/"]
         while waiting:
-            node = self._call("GET", waiting.pop(), {"quorum": "true", "sorted": "true"})["node"]
-            directories = []
-            for child in node.get("nodes", ()):
-                expiration = child.get("expiration")
-                yield Record(child["key"], None if child.get("dir") else child["value"],
-                             parse_time(expiration) if expiration else 0)
-                if child.get("dir"):
-                    directories.append(child["key"])
-            waiting += reversed(directories)
+            found = list(map(record_of, self._call(waiting.pop())["node"].get("nodes", ())))
+            yield from found
+            waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
         """Write a node; False if it exists: a directory, or with `keep` any.
@@ -96,20 +89,21 @@ class KeysClient:
             form["value"] = record.value
         if keep or record.value is None:
             form["prevExist"] = "false"
-        answer = self._call("PUT", record.key, {}, form)
+        answer = self._call(record.key, form)
         if answer.get("errorCode") == 105:
             return False
         if "errorCode" in answer:
             raise ValueError(f"{answer.get('message')} ({answer.get('cause')})")
         return True
 
-    def _call(self, method: str, key: str, query: Dict[str, str],
-              form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
-        path = "/v2/keys" + urllib.parse.quote(key)
-        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
-        body = urllib.parse.urlencode(form) if form is not None else None
+    def _call(self, key: str, form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
+        """PUT `form` to a key, or GET the key without one; return the answer."""
+        method, target, body = "GET", "/v2/keys" + urllib.parse.quote(key), None
         headers = dict(self._headers)
-        if body is not None:
+        if form is None:
+            target += "?quorum=true&sorted=true"
+        else:
+            method, body = "PUT", urllib.parse.urlencode(form)
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         status, data = self._exchange(method, target, body, headers)
         try:
@@ -129,7 +123,8 @@ class KeysClient:
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
-                connection = self._connection = self._connection or self._dial()
+                connection = self._connection = self._connection or _open_connection(
+                    self._urls[0], CALL_SECONDS, self._tls)
                 connection.request(method, target, body, headers)
                 answer = connection.getresponse()
                 data = answer.read()
@@ -138,16 +133,8 @@ class KeysClient:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = error
                 self.close()
-                self._connection = None
                 self._urls.append(self._urls.pop(0))
         raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
-
-    def _dial(self) -> http.client.HTTPConnection:
-        scheme, authority = split_url(self._urls[0])[:2]
-        if scheme == "https":
-            return http.client.HTTPSConnection(
-                authority, timeout=CALL_SECONDS, context=self._context)
-        return http.client.HTTPConnection(authority, timeout=CALL_SECONDS)
 
 
 # -- export
@@ -180,7 +167,7 @@ def export_keys(
         faults: Tuple[str, ...] = ()
         if source:
             found = inspect_dir(source, wal_dir, progress)
-            records, faults = records_of_store(found.store), found.faults
+            records, faults = records_of_store(found.store), tuple(found.faults)
             index = found.store.current_index
         else:
             client = KeysClient(access)
@@ -188,10 +175,9 @@ def export_keys(
             records = client.walk()
             first = next(records, None)
             index = client.etcd_index
-            records = _with_first(first, records)
-        shown = _with_progress(_moved(records, key_map), progress)
+            records = itertools.chain(() if first is None else (first,), records)
         try:
-            keys = _write(shown, form, target, leases, index)
+            keys = _write(_moved(records, key_map, progress), form, target, leases, index)
         except BrokenPipeError:         # a reader of stdout that has enough
             raise
         except OSError as error:
@@ -199,47 +185,37 @@ def export_keys(
     return ExportReport(keys, index, faults)
 
 
-def _with_first(first: Optional[Record], rest: Iterator[Record]) -> Iterator[Record]:
-    if first is not None:
-        yield first
-        yield from rest
-
-
-def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
-    for record in records:
-        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
-
-
-def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
+def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
+    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
-        yield record
+        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
 
 
 def _write(records: Records, form: str, target: str, leases: bool, index: int) -> int:
     now_ns = SYSTEM_CLOCK.wall_ns()
+
+    def write_text(file: TextIO) -> int:
+        if form == "json":
+            return write_json(records, file, index)
+        return write_script(records, file, leases=leases, now_ns=now_ns)
+
     if not target:
-        return _write_text(records, form, sys.stdout, leases, index)
+        return write_text(sys.stdout)
     temporary = target + ".tmp"
     try:
         if form == "db":
             keys = write_database(records, temporary, leases=leases, now_ns=now_ns)
         else:
             with open(temporary, "w", encoding="utf-8") as file:
-                keys = _write_text(records, form, file, leases, index)
+                keys = write_text(file)
         os.chmod(temporary, 0o700 if form == "script" else 0o600)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     return keys
-
-
-def _write_text(records: Records, form: str, file: TextIO, leases: bool, index: int) -> int:
-    if form == "json":
-        return write_json(records, file, index)
-    return write_script(records, file, leases=leases, now_ns=SYSTEM_CLOCK.wall_ns())
 
 
 # -- import
@@ -273,8 +249,8 @@ def import_keys(
     records = _read_source(source, refused)
     client = KeysClient(access)
     written = kept = expired = 0
-    try:
-        for record in _with_progress(_moved(records, key_map), progress):
+    with contextlib.closing(client):
+        for record in _moved(records, key_map, progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
                 expired += record.value is not None
@@ -286,8 +262,6 @@ def import_keys(
                 continue
             written += done and record.value is not None
             kept += not done and record.value is not None
-    finally:
-        client.close()
     return ImportReport(written, kept, expired, tuple(refused))
 
 

@@ -8,7 +8,6 @@ import re
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 from ..api.forms import GO_BOOLS
-from ..base.errors import DiscoveryError
 from ..base.limits import UINT64_MAX
 from ..base.text import is_ip, split_url
 from ..base.urls import parse_urls
@@ -29,7 +28,7 @@ class FlagError(ValueError):
 class Flag(NamedTuple):
     """One flag.
 
-    parse      turns the text into the value; raises ValueError with the reason
+    parse      turns the text into the value; raises ValueError or DiscoveryError with the reason
     no_effect  why the flag does nothing here; logged when it is given
     field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
                `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
@@ -135,21 +134,6 @@ def _parse_address(text: str) -> str:
     return text
 
 
-def _parse_discovery(text: str) -> str:
-    try:
-        return check_discovery_url(text) if text else ""
-    except DiscoveryError as error:
-        raise ValueError(str(error)) from None
-
-
-def _parse_proxy(text: str) -> str:
-    try:
-        check_proxy_url(text)
-        return text
-    except DiscoveryError as error:
-        raise ValueError(str(error)) from None
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
@@ -190,7 +174,8 @@ _DEFAULTS = ServerConfig()
 _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
     "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
-    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "token": (lambda text: text and check_discovery_url(text), ""),
+    "http-proxy": (lambda text: check_proxy_url(text) and text, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
     "format": (one_of("text", "json", "console"), "text"),
 }
@@ -302,73 +287,53 @@ IGNORED_BOOLS = {
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
 # Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
-# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# reason why a flag does nothing -> flags, switches with a `?`.  A flag that protects data or access
 # must not be listed: its user would rely on a protection that does not exist.
-NO_EFFECT: Dict[str, Dict[str, Any]] = {
-    "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
-    "there is no v3 API": {
-        "experimental-v3demo": False, "experimental-gRPC-addr": "127.0.0.1:2378",
-        "experimental-auto-compaction-retention": "0", "auto-compaction-mode": "periodic",
-        "auto-compaction-retention": "0", "max-txn-ops": "128", "max-concurrent-streams": "",
-        "grpc-keepalive-min-time": "5s", "grpc-keepalive-interval": "2h",
-        "grpc-keepalive-timeout": "20s", "enable-grpc-gateway": True, "auth-token": "simple",
-        "auth-token-ttl": "300", "bcrypt-cost": "10", "client-cert-file": "",
-        "client-key-file": "", "experimental-enable-v2v3": "",
-        "experimental-enable-lease-checkpoint": False,
-        "experimental-enable-lease-checkpoint-persist": False,
-        "experimental-compaction-batch-limit": "1000",
-        "experimental-compaction-sleep-interval": "10ms",
-        "experimental-watch-progress-notify-interval": "10m",
-        "experimental-txn-mode-write-with-shared-buffer": True,
-        "experimental-stop-grpc-service-on-defrag": False,
-    },
-    "there is no v3 database file": {
-        "quota-backend-bytes": "0", "backend-batch-limit": "0", "backend-batch-interval": "",
-        "backend-bbolt-freelist-type": "map", "experimental-backend-bbolt-freelist-type": "array",
-        "experimental-bootstrap-defrag-threshold-megabytes": "0",
-        "experimental-initial-corrupt-check": False, "experimental-corrupt-check-time": "0s",
-        "experimental-compact-hash-check-enabled": False,
-        "experimental-compact-hash-check-time": "1m", "experimental-memory-mlock": False,
-    },
-    "a request may have 10 MiB": {"max-request-bytes": "1572864"},
-    "every write is synced": {"unsafe-no-fsync": False},
-    "members ask before they raise the term once all of them know how": {"pre-vote": False},
-    "a member waits a whole election timeout for a leader": {
-        "initial-election-tick-advance": True,
-    },
-    "there are no learners": {"experimental-max-learners": "1"},
-    "there is no downgrade by etcd 3's rules": {"experimental-downgrade-check-time": "5s"},
-    "Python is not profiled by pprof": {"enable-pprof": False},
-    "/metrics and /health are on the client URLs": {
-        "listen-metrics-urls": "", "metrics": "basic",
-    },
-    "there is no tracing": {
-        "experimental-enable-distributed-tracing": False,
-        "experimental-distributed-tracing-address": "",
-        "experimental-distributed-tracing-service-name": "",
-        "experimental-distributed-tracing-instance-id": "",
-    },
-    "the log goes to stderr; its level is set by -debug and -log-package-levels": {
-        "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "enable-log-rotation": False,
-        "log-rotation-config-json": "",
-    },
-    "the log has no such warnings": {
-        "experimental-warning-apply-duration": "100ms",
-        "experimental-warning-unary-request-duration": "300ms",
-    },
-    "addresses are never compared with certificates of clients": {
-        "experimental-peer-skip-client-san-verification": False,
-    },
-    "Python's defaults with TLS 1.2 and later are used": {
-        "cipher-suites": "", "tls-max-version": "",
-    },
-    "pyetcd makes no certificates": {"self-signed-cert-validity": "1"},
-    "sockets have the usual options": {"socket-reuse-port": False, "socket-reuse-address": False},
-    "how many entries stay in memory behind a snapshot is fixed": {
-        "experimental-snapshot-catchup-entries": "5000",
-    },
-    "a member serves as soon as it can": {"experimental-wait-cluster-ready-timeout": "5s"},
+NO_EFFECT = {
+    "the v2 API is always on": "enable-v2? v2-deprecation",
+    "there is no v3 API": """
+        experimental-v3demo? experimental-gRPC-addr experimental-auto-compaction-retention
+        auto-compaction-mode auto-compaction-retention max-txn-ops max-concurrent-streams
+        grpc-keepalive-min-time grpc-keepalive-interval grpc-keepalive-timeout enable-grpc-gateway?
+        auth-token auth-token-ttl bcrypt-cost client-cert-file client-key-file
+        experimental-enable-v2v3 experimental-enable-lease-checkpoint?
+        experimental-enable-lease-checkpoint-persist? experimental-compaction-batch-limit
+        experimental-compaction-sleep-interval experimental-watch-progress-notify-interval
+        experimental-txn-mode-write-with-shared-buffer? experimental-stop-grpc-service-on-defrag?
+    """,
+    "there is no v3 database file": """
+        quota-backend-bytes backend-batch-limit backend-batch-interval backend-bbolt-freelist-type
+        experimental-backend-bbolt-freelist-type experimental-bootstrap-defrag-threshold-megabytes
+        experimental-initial-corrupt-check? experimental-corrupt-check-time
+        experimental-compact-hash-check-enabled? experimental-compact-hash-check-time
+        experimental-memory-mlock?
+    """,
+    "a request may have 10 MiB": "max-request-bytes",
+    "every write is synced": "unsafe-no-fsync?",
+    "members ask before they raise the term once all of them know how": "pre-vote?",
+    "a member waits a whole election timeout for a leader": "initial-election-tick-advance?",
+    "there are no learners": "experimental-max-learners",
+    "there is no downgrade by etcd 3's rules": "experimental-downgrade-check-time",
+    "Python is not profiled by pprof": "enable-pprof?",
+    "/metrics and /health are on the client URLs": "listen-metrics-urls metrics",
+    "there is no tracing": """
+        experimental-enable-distributed-tracing? experimental-distributed-tracing-address
+        experimental-distributed-tracing-service-name experimental-distributed-tracing-instance-id
+    """,
+    "the log goes to stderr; its level is set by -debug and -log-package-levels": """
+        logger log-output log-outputs log-level enable-log-rotation? log-rotation-config-json
+    """,
+    "the log has no such warnings": """
+        experimental-warning-apply-duration experimental-warning-unary-request-duration
+    """,
+    "addresses are never compared with certificates of clients":
+        "experimental-peer-skip-client-san-verification?",
+    "Python's defaults with TLS 1.2 and later are used": "cipher-suites tls-max-version",
+    "pyetcd makes no certificates": "self-signed-cert-validity",
+    "sockets have the usual options": "socket-reuse-port? socket-reuse-address?",
+    "how many entries stay in memory behind a snapshot is fixed":
+        "experimental-snapshot-catchup-entries",
+    "a member serves as soon as it can": "experimental-wait-cluster-ready-timeout",
 }
 
 
@@ -376,8 +341,9 @@ def _all_flags() -> Dict[str, Flag]:
     flags = {flag.name: flag for group in FLAGS.values() for flag in group}
     for name in IGNORED_BOOLS:
         flags[name] = Flag(name, parse_bool, False, "")
-    for reason, defaults in NO_EFFECT.items():
-        for name, default in defaults.items():
-            parse = parse_bool if isinstance(default, bool) else str
-            flags[name] = Flag(name, parse, default, "", reason)
+    for reason, words in NO_EFFECT.items():
+        for word in words.split():
+            name = word.rstrip("?")
+            switch = Flag(name, parse_bool, False, "", reason)
+            flags[name] = switch if word != name else switch._replace(parse=str, default="")
     return flags

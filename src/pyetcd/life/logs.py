@@ -10,7 +10,9 @@ from collections import OrderedDict
 from datetime import datetime
 from typing import Any, Callable, Tuple
 
-from ..base.ids import one_line
+from ..base.ids import RECENT_LINES, one_line, package_logger
+from ..net.workers import SYSTEM_CLOCK
+from .settings import Settings
 
 LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
 LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
@@ -123,3 +125,14 @@ class RepeatHandler(logging.Handler):
         """Log what was counted so far."""
         self._tell_all()
         super().close()
+
+
+def set_up_logging(settings: Settings) -> None:
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import os
 import random
+import string
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
@@ -17,7 +18,6 @@ from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
 from ..base.basics import NO_DESCRIPTOR, Backoff, is_clean_path
-from ..base.ids import package_logger
 from ..base.limits import CONNECTIONS_MAX, QUEUED_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.text import go_quote, json_text, utf8
 from ..base.urls import is_local, url_address, usable_urls
@@ -33,7 +33,7 @@ from ..net.workers import PEER_WORK, Timer
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread
-from .proxy_files import ClusterFile, find_cluster, prepare_proxy_dir, write_cluster_file
+from .proxy_files import PROXY_LOG, ClusterFile, find_cluster, prepare_proxy_dir, write_cluster_file
 
 PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
@@ -57,8 +57,8 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
-        self.now, self.wall_ns = reactor.now, reactor.wall_ns
-        self._reactor = reactor
+        self.reactor = reactor
+        self.failure_wait_s = config.proxy_failure_wait_ms / 1000
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
         self._write_s = config.proxy_write_timeout_ms / 1000 or None
@@ -68,7 +68,7 @@ class ProxyDialer:
         self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
     ) -> HttpCall:
         return HttpCall(
-            self._reactor, url, request.method, request.target, headers, request.body,
+            self.reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
             on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
@@ -76,7 +76,7 @@ class ProxyDialer:
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
         """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            self.reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_done=on_done,
         )
@@ -91,16 +91,12 @@ class Endpoint:
     wait.  Differs from etcd, which waits for ever.
     """
 
-    def __init__(
-        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
-        *, has_worked: bool = False,
-    ) -> None:
+    def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
         self.url = url
         self.available = True
         self.suspect = False            # failed, and has not answered since: tried last
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
-        self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
         self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
@@ -133,14 +129,12 @@ class Endpoint:
         self.suspect = True
         if self.available:
             self.available = False
-            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
-            self._reactor.call_later(self._failure_wait_s, self._retest)
+            PROXY_LOG.info("marked endpoint %s unavailable", self.url)
+            self._reactor.call_later(self._dialer.failure_wait_s, self._retest)
 
     def _retest(self) -> None:
         self.available = True
-        package_logger("proxy").info(
-            "marked endpoint %s available, to retest connectivity", self.url
-        )
+        PROXY_LOG.info("marked endpoint %s available, to retest connectivity", self.url)
 
     def _start_timer(self) -> None:
         if self._waiting and self._timer is None and self._probe is None:
@@ -172,20 +166,18 @@ class Endpoints:
     """
 
     def __init__(
-        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        cluster: ClusterFile, cluster_file: str,
+        self, config: ServerConfig, dialer: ProxyDialer, cluster: ClusterFile, cluster_file: str
     ) -> None:
         self._config = config
-        self._reactor = reactor
+        self._reactor = dialer.reactor
         self._dialer = dialer
         self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: Optional[ClusterFile] = None     # the contents of the file, once written
-        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
+        self._endpoints = [Endpoint(url, dialer, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
-        self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
         """Return the endpoints to try, in this order."""
@@ -212,7 +204,7 @@ class Endpoints:
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
-            self._log.info("endpoints found [%s]", urls)
+            PROXY_LOG.info("endpoints found [%s]", urls)
         self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
     def _start_refresh(self) -> None:
@@ -224,7 +216,7 @@ class Endpoints:
         if error is None:
             self._update(found)
         else:
-            self._log.warning("could not ask for the members: %s", error)
+            PROXY_LOG.warning("could not ask for the members: %s", error)
         self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
@@ -245,7 +237,7 @@ class Endpoints:
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
         for url in peer_urls:
-            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            found = fetch_cluster(url, limit_s, self._dialer.tls)
             if found is not None:
                 break
         if found is None or not found[1]:
@@ -259,7 +251,7 @@ class Endpoints:
                 write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
-                self._log.warning("error on writing urls %s", error)
+                PROXY_LOG.warning("error on writing urls %s", error)
         return ClusterFile(urls, listed)
 
     def _update(self, found: Optional[ClusterFile]) -> None:
@@ -268,11 +260,11 @@ class Endpoints:
         Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
-            self._log.warning("could not retrieve cluster information from the given urls")
+            PROXY_LOG.warning("could not retrieve cluster information from the given urls")
             return
         urls = found.peer_urls
         if urls != self._peer_urls:
-            self._log.info(
+            PROXY_LOG.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
                 " ".join(urls),
             )
@@ -280,7 +272,7 @@ class Endpoints:
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
         listed = [url for url in found.client_urls if not self._is_own(url)]
         random.shuffle(listed)
-        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
+        endpoints = [known.get(url) or Endpoint(url, self._dialer) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -296,17 +288,13 @@ class Endpoints:
             for own in self._config.listen_client_urls
         )
 
-    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
-        wait_s = self._config.proxy_failure_wait_ms / 1000
-        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
-
 
 class ProxyMetrics(Metrics):
     """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         super().__init__()
-        add_process_readings(self, started_ns, now)
+        add_process_readings(self, reactor.wall_ns(), reactor.now)
         self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self.handled = self.counter(
@@ -349,7 +337,7 @@ class Forward:
         self._metrics = metrics
         self._method = _method_label(request)
         self._ended = ended
-        self._started = dialer.now()
+        self._started = dialer.reactor.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -394,7 +382,7 @@ class Forward:
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
-            _header_name(name): value for name, value in request.headers.items()
+            string.capwords(name, "-"): value for name, value in request.headers.items()
             if name not in dropped
         }
         came_by = request.headers.get("x-forwarded-for", "")
@@ -407,12 +395,13 @@ class Forward:
         request = self._request
         self._endpoint.answered()
         self._metrics.handled.inc(self._method, str(status))
-        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
+        seconds = self._dialer.reactor.now() - self._started
+        self._metrics.seconds.child(self._method).observe(seconds)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
-            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            f"{string.capwords(name, '-')}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
         )
         length = None
@@ -454,31 +443,26 @@ class Forward:
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
-        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        PROXY_LOG.info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
         if self._call.connected and self._method not in ("GET", "HEAD"):
             self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
-        package_logger("proxy").info(text)
+        PROXY_LOG.info(text)
         self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
-        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        PROXY_LOG.info("client %s closed request prematurely", self._request.remote)
         self.cancel()
 
     def _end(self) -> None:
         if self._endpoint is not None:
             self._endpoint.remove_waiting(self)
         self._ended(self)
-
-
-def _header_name(name: str) -> str:
-    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
-    return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
@@ -492,7 +476,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._metrics = ProxyMetrics(dialer.reactor)
         self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
         self._body_bytes = 0                        # of all
 
@@ -531,7 +515,7 @@ class ProxyApi:
         endpoints = self._endpoints.available()
         if not endpoints:
             text = "zero endpoints currently available"
-            package_logger("proxy").info(text)
+            PROXY_LOG.info(text)
             self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
@@ -570,10 +554,10 @@ class ProxyServer(ServerThread):
             on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
-                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    url, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
                     kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
-                package_logger("proxy").info("listening for client requests on %s", url)
+                PROXY_LOG.info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
@@ -588,16 +572,14 @@ class ProxyServer(ServerThread):
             cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
+            self._endpoints = Endpoints(config, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            for listener in self._client_listeners:
+                listener.handler = self._api.handle
             self._start_thread()
             cleanup.pop_all()
-
-    def _serve(self, request: HttpRequest) -> None:
-        assert self._api is not None
-        self._api.handle(request)
 
     def _start_work(self) -> None:
         assert self._endpoints is not None

@@ -11,13 +11,15 @@ from ..base.errors import DiscoveryError, StartError
 from ..base.ids import package_logger
 from ..base.text import go_quote, json_text, utf8
 from ..base.urls import check_url, usable_urls
-from ..disk.snapshots import check_layout, check_writable
+from ..disk.snapshots import check_layout, check_writable, make_dirs
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from ..net.dns import _reason, name_servers
 from .addresses import default_initial_cluster
 from .bootstrap import _discovery_failure
 from .discovery import Discovery, srv_cluster
+
+PROXY_LOG = package_logger("proxy")
 
 
 class ClusterFile(NamedTuple):
@@ -32,18 +34,17 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
 
     Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
-    log = package_logger("proxy")
     known = read_cluster_file(cluster_file)
     if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
             if given:
-                log.warning(
+                PROXY_LOG.warning(
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
+        PROXY_LOG.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
         return known
     try:
@@ -59,7 +60,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
-    log.info("using peer urls [%s] ", " ".join(urls))
+    PROXY_LOG.info("using peer urls [%s] ", " ".join(urls))
     return ClusterFile(urls)
 
 
@@ -105,10 +106,8 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
         check_layout(root, names)
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        make_dirs((path, root))
         check_writable(path)
-        fsync_dir(root)
     except OSError as error:
         raise StartError(
             f"cannot write to proxy directory: {error}; give the directory to this user, or choose"

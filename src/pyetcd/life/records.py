@@ -86,6 +86,15 @@ def records_of_store(store: Store) -> Iterator[Record]:
         yield Record(path[2:], node.value if node.children is None else None, node.expires_ns)
 
 
+def record_of(node: Any) -> Record:
+    """Return the record of a node in JSON.  Raises ValueError, KeyError, AttributeError."""
+    expiration = node.get("expiration")
+    value = None if node.get("dir") else node["value"]
+    if not isinstance(node["key"], str) or not isinstance(value, (str, type(None))):
+        raise ValueError("key and value are text")
+    return Record(node["key"], value, parse_time(expiration) if expiration else 0)
+
+
 def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     """Yield the records of a JSON file, a line each.  Raises BackupError."""
     if not file.readline().startswith('{"pyetcd_export"'):
@@ -98,12 +107,7 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
         if text == "]}":
             return
         try:
-            raw = load_json(text)
-            expiration = raw.get("expiration")
-            value = None if raw.get("dir") else raw["value"]
-            if not isinstance(raw["key"], str) or not isinstance(value, (str, type(None))):
-                raise ValueError("key and value are text")
-            yield Record(raw["key"], value, parse_time(expiration) if expiration else 0)
+            yield record_of(load_json(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BackupError(f"{path}, line {number}: no record of an export: {error}") from None
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
@@ -178,20 +182,27 @@ def _v2_key(key: bytes) -> str:
 # -- targets
 
 
+def _live_keys(records: Records, now_ns: int) -> Iterator[Tuple[str, str, int]]:
+    """Yield (key, value, seconds left or 0) of the keys that have not expired."""
+    for record in records:
+        ttl_s = record.ttl_s(now_ns)
+        if record.value is not None and ttl_s >= 0:
+            yield record.key, record.value, ttl_s
+
+
 def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
     """Write the form of `pyetcdctl export`; return the number of keys."""
     file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
                ' "nodes": [\n')
-    keys, previous = 0, ""
+    keys, separator = 0, ""
     for record in records:
-        if previous:
-            file.write(previous + ",\n")
         content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
         expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
                       if record.expires_ns else "")
-        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        file.write(f'{separator}{{"key": {json_string(record.key)}, {content}{expiration}}}')
+        separator = ",\n"
         keys += record.value is not None
-    file.write(previous + "\n" * bool(previous) + "]}\n")
+    file.write("\n" * bool(separator) + "]}\n")
     return keys
 
 
@@ -203,19 +214,16 @@ def write_script(records: Records, file: TextIO, *, leases: bool, now_ns: int) -
     file.write("#!/bin/sh\n# Keys of etcd v2, written by pyetcd export.  Endpoints and access come"
                " from ETCDCTL_... variables.\nset -e\nexport ETCDCTL_API=3\n")
     keys = 0
-    for record in records:
-        ttl_s = record.ttl_s(now_ns)
-        if record.value is None or ttl_s < 0:
-            continue
+    for key, value, ttl_s in _live_keys(records, now_ns):
         option = ""
         if leases and ttl_s:
             file.write(f"lease=$(etcdctl lease grant {ttl_s} | cut -d' ' -f2)\n")
             option = '--lease="$lease" '
-        key, value = shlex.quote(record.key), shlex.quote(record.value)
-        if len(record.value) <= ARGUMENT_BYTES_MAX // 4:
-            file.write(f"etcdctl put {option}-- {key} {value} >/dev/null\n")
+        name, text = shlex.quote(key), shlex.quote(value)
+        if len(value) <= ARGUMENT_BYTES_MAX // 4:
+            file.write(f"etcdctl put {option}-- {name} {text} >/dev/null\n")
         else:                           # printf is a part of the shell: no limit of arguments
-            file.write(f"printf %s {value} | etcdctl put {option}-- {key} >/dev/null\n")
+            file.write(f"printf %s {text} | etcdctl put {option}-- {name} >/dev/null\n")
         keys += 1
     return keys
 
@@ -225,15 +233,33 @@ def write_database(records: Records, path: str, *, leases: bool, now_ns: int) ->
 
     `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
     """
-    counted = _V3Keys(records, leases, now_ns)
-    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
+    count = 0
+    leases_s: List[int] = []            # the time to live of each lease
+
+    def key_items() -> Iterator[Tuple[bytes, bytes]]:
+        nonlocal count
+        for key, value, ttl_s in _live_keys(records, now_ns):
+            lease = 0
+            if leases and ttl_s:
+                lease = _LEASE_FIRST + len(leases_s)
+                leases_s.append(ttl_s)
+            revision = _REVISION_FIRST + count
+            count += 1
+            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
+                   _encode_key_value(key.encode(), value.encode(), revision, lease))
+
+    def lease_items() -> Iterator[Tuple[bytes, bytes]]:     # asked for after all keys
+        for lease, ttl_s in enumerate(leases_s, _LEASE_FIRST):
+            yield (lease.to_bytes(8, "big"),
+                   b"\x08" + encode_varint(lease) + b"\x10" + encode_varint(ttl_s))
+
     with open(path, "w+b") as file:
-        write_bolt(file, buckets)
+        write_bolt(file, {**v3_buckets(0), b"key": key_items(), b"lease": lease_items()})
         file.seek(0)
         _append_digest(file)
         file.flush()
         os.fsync(file.fileno())
-    return counted.count
+    return count
 
 
 def _append_digest(file: BinaryIO) -> None:
@@ -241,36 +267,6 @@ def _append_digest(file: BinaryIO) -> None:
     for block in iter(lambda: file.read(COPY_BYTES), b""):
         digest.update(block)
     file.write(digest.digest())
-
-
-class _V3Keys:
-    """Items of the buckets of keys and leases; the second is to be asked for after the first."""
-
-    def __init__(self, records: Records, leases: bool, now_ns: int) -> None:
-        self.count = 0
-        self._records = records
-        self._with_leases = leases
-        self._now_ns = now_ns
-        self._leases: List[int] = []    # seconds of each
-
-    def keys(self) -> Iterator[Tuple[bytes, bytes]]:
-        for record in self._records:
-            ttl_s = record.ttl_s(self._now_ns)
-            if record.value is None or ttl_s < 0:
-                continue
-            lease = 0
-            if self._with_leases and ttl_s:
-                lease = _LEASE_FIRST + len(self._leases)
-                self._leases.append(ttl_s)
-            revision = _REVISION_FIRST + self.count
-            self.count += 1
-            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
-                   _encode_key_value(record.key.encode(), record.value.encode(), revision, lease))
-
-    def lease_items(self) -> Iterator[Tuple[bytes, bytes]]:
-        for number, ttl_s in enumerate(self._leases, _LEASE_FIRST):
-            yield (number.to_bytes(8, "big"),
-                   b"\x08" + encode_varint(number) + b"\x10" + encode_varint(ttl_s))
 
 
 def _encode_key_value(key: bytes, value: bytes, revision: int, lease: int) -> bytes:

@@ -10,7 +10,6 @@ from typing import Iterator, Optional, Sequence, Set
 from ..base.basics import fsync_dir
 from ..base.codec import decode_conf_change, decode_metadata, encode_conf_change
 from ..base.errors import CodecError, SnapshotError, StartError
-from ..base.ids import package_logger
 from ..base.limits import DEFAULT_CLUSTER_TOKEN
 from ..base.messages import (
     ConfChange,
@@ -27,7 +26,7 @@ from ..disk.records import WalContents
 from ..disk.snapshots import DataDir, Snapshotter
 from ..disk.wal import Wal
 from ..member.applier import read_command
-from ..member.cluster import Cluster, Member, format_id
+from ..member.cluster import SERVER_LOG, Cluster, Member, format_id
 from ..member.configuration import Bootstrap, ServerConfig
 from ..store.tree import Store
 from .addresses import (
@@ -60,7 +59,7 @@ def _mark_forced(marker: str) -> None:
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
-    package_logger("etcdserver").warning(
+    SERVER_LOG.warning(
         "this member is the only one of its cluster now; take -force-new-cluster out before the"
         " next start, which is refused with it"
     )
@@ -68,9 +67,8 @@ def _mark_forced(marker: str) -> None:
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
     """Log the flags that an existing log makes void; etcd does so for discovery only."""
-    log = package_logger("etcdserver")
     if config.discovery:
-        log.warning(
+        SERVER_LOG.warning(
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
@@ -81,14 +79,13 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
     ) if is_given]
     if void:
-        log.info(
+        SERVER_LOG.info(
             "the member in %s exists already, so its log counts and not -%s", data_dir.root,
             ", -".join(void),
         )
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
         _check_not_forced(marker)
@@ -102,7 +99,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     snapshot = snapshotter.load(known)
     start = EntryID(0, 0)
     if snapshot is not None:
-        start = EntryID(snapshot.term, snapshot.index)
+        start = snapshot.id
         _recover(store, snapshot)
     wal, contents = Wal.open(data_dir.wal, start)
     with contextlib.ExitStack() as on_failure:
@@ -119,7 +116,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
             contents = _stand_alone(config, member_id, cluster.id, wal, contents, snapshot)
             _mark_forced(marker)
         else:
-            log.info(
+            SERVER_LOG.info(
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
@@ -140,7 +137,7 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
             f"the snapshot at index {snapshot.index} does not hold a v2 store ({error});"
             f" move its file away to use the one before"
         ) from None
-    package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+    SERVER_LOG.info("recovered store from snapshot at index %d", snapshot.index)
 
 
 def _logged_versions(entries: Sequence[Entry]) -> Iterator[str]:
@@ -187,14 +184,13 @@ def _stand_alone(
     follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
     drops all entries after the commit index, and with them the last acknowledged writes.
     """
-    log = package_logger("etcdserver")
     state = contents.hard_state
     kept = list(itertools.takewhile(
         lambda entry: entry.index <= state.commit or not _removes(entry, member_id),
         contents.entries,
     ))
     if len(kept) < len(contents.entries):
-        log.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
+        SERVER_LOG.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
     if kept:
         state = state._replace(commit=max(state.commit, kept[-1].index))
     voters = _voters(snapshot.voters if snapshot else (), kept)
@@ -211,7 +207,7 @@ def _stand_alone(
     ]
     state = state._replace(commit=state.commit + len(added))
     wal.write(wal.encode(state, added), sync=True)
-    log.info(
+    SERVER_LOG.info(
         "forcing restart of member %s in cluster %s at commit index %d", format_id(member_id),
         format_id(cluster_id), state.commit,
     )

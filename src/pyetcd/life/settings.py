@@ -9,6 +9,7 @@ import re
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
+from ..base.errors import DiscoveryError
 from ..base.text import is_ip, load_json, most_like, split_address
 from ..base.urls import check_advertised_url, parse_urls, usable_urls
 from .addresses import default_route_address
@@ -51,8 +52,7 @@ class Settings:
         self._rest = list(argv)
         self._switch = ""               # the flag before the rest, if that is a bare boolean
         self._flags_end = False         # -- has come: the rest are words
-        while not self.help and self._next_flag():
-            pass
+        self._take_flags()
 
     def __getitem__(self, name: str) -> Any:
         return self.values.get(name, self._flags[name].default)
@@ -76,8 +76,12 @@ class Settings:
     def warn(self, text: str) -> None:
         self.lines.append((logging.WARNING, "etcd", text))
 
+    def _take_flags(self) -> None:
+        """Take the flags before the next word off the command line."""
+        while not self.help and self._next_flag():
+            pass
+
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; return False at the end of the flags."""
         rest = self._rest
         if self._flags_end or not rest or not rest[0].startswith("-") or rest[0] == "-":
             return False
@@ -112,15 +116,15 @@ class Settings:
     def take_words(self) -> List[str]:
         """Take all words that are no flags; flags may stand before, between and behind them."""
         words: List[str] = []
-        while not self.help and (self._next_flag() or self._rest):
-            if self._rest and (self._flags_end or not self._rest[0].startswith("-")
-                               or self._rest[0] == "-"):
-                word = self._rest[0]
-                is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
-                if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
-                    self.check_leftover()
-                words.append(self._rest.pop(0))
-                self._switch = ""
+        self._take_flags()
+        while self._rest and not self.help:
+            word = self._rest[0]
+            is_value = self._switch and (word in ("true", "false") or word in _YAML_BOOLS)
+            if is_value or word[:1] in tuple(_TYPOGRAPHIC_DASHES):
+                self.check_leftover()
+            words.append(self._rest.pop(0))
+            self._switch = ""
+            self._take_flags()
         return words
 
     def check_leftover(self) -> None:
@@ -244,7 +248,7 @@ class Settings:
         except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
-        except ValueError as error:
+        except (ValueError, DiscoveryError) as error:
             advice = _advice(flag, text)
             raise FlagError(_invalid(flag, text, source, str(error)) + advice) from None
         self.sources[name] = source

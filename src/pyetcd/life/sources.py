@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from typing import Callable, Container, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from ..base.codec import decode_conf_change, decode_metadata
 from ..base.errors import CodecError, FileLocked, WalError
 from ..base.messages import Entry, EntryID, EntryType, HardState, Snapshot
 from ..disk.files import _SNAP_NAME, OsDisk
+from ..disk.records import WalContents
 from ..disk.snapshots import Snapshotter, decode_snapshot_file
 from ..disk.wal import Wal
 from ..member.applier import Applier
@@ -134,10 +135,7 @@ class _AnyVersionCluster(Cluster):
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
-
-    Raises BackupError.
-    """
+    """Read a snapshot file, or a data directory: newest snapshot and log.  Raises BackupError."""
     if os.path.isfile(path):
         try:
             return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
@@ -145,11 +143,8 @@ def read_source(path: str, wal_dir: str = "") -> DataSource:
             raise BackupError(f"cannot read {path}: {error}; check who may read it") from None
     if not os.path.isdir(path):
         raise BackupError(f"{path} does not exist; name a snapshot file or a data directory")
-    member = os.path.join(path, "member")
-    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
-    wal_dir = wal_dir or os.path.join(member, "wal")
-    snap_dir = os.path.join(member, "snap")
     try:
+        wal_dir, snap_dir = member_dirs(path, wal_dir)
         for _ in range(_READ_RETRIES):
             with contextlib.suppress(WalError, CodecError, FileNotFoundError):
                 return _read_member(path, wal_dir, snap_dir)
@@ -166,23 +161,38 @@ def read_source(path: str, wal_dir: str = "") -> DataSource:
         raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
 
 
-def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
+def member_dirs(path: str, wal_dir: str) -> Tuple[str, str]:
+    """Return where a data directory has log and snapshots.  Raises BackupError without a log."""
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir = wal_dir or os.path.join(member, "wal")
     if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
         raise BackupError(
             f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
-            f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
+            f" elsewhere, name its directory in -wal-dir of `pyetcd backup`, check, dump or export"
         )
+    return wal_dir, os.path.join(member, "snap")
+
+
+def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
     Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
-    snapshot = _newest_snapshot(snap_dir, known)
-    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    files = (file for file, id in snapshot_files(snap_dir) if id in known)
+    snapshot = next(map(_read_snapshot, files), None)
+    start = snapshot.id if snapshot else EntryID(0, 0)
     wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
     wal.close()
-    member_id, cluster_id = decode_metadata(contents.metadata)
-    entries, state = contents.entries, contents.hard_state
-    committed = sum(entry.index <= state.commit for entry in entries)
     return with_lone_commits(
-        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+        data_source(path, *decode_metadata(contents.metadata), snapshot, contents))
+
+
+def data_source(
+    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot],
+    contents: WalContents,
+) -> DataSource:
+    state, entries = contents.hard_state, contents.entries
+    committed = sum(entry.index <= state.commit for entry in entries)
+    return DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
 
 
 def with_lone_commits(source: DataSource) -> DataSource:
@@ -197,13 +207,13 @@ def with_lone_commits(source: DataSource) -> DataSource:
     return source
 
 
-def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
-    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+def snapshot_files(directory: str) -> Iterator[Tuple[str, EntryID]]:
+    """Yield the paths of snapshot files, the newest first, with the ids in their names."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
         match = _SNAP_NAME.fullmatch(name)
-        if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
-            return _read_snapshot(os.path.join(directory, name))
-    return None
+        if match:
+            term, index = (int(part, 16) for part in match.groups())
+            yield os.path.join(directory, name), EntryID(term, index)
 
 
 def _read_snapshot(path: str) -> Snapshot:
@@ -241,12 +251,10 @@ def _file_kind_advice(path: str, content: bytes) -> str:
 
 def _newest_intact(directory: str) -> str:
     """Return the path of the newest good snapshot in a directory, or ""."""
-    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
-        path = os.path.join(directory, name)
-        if _SNAP_NAME.fullmatch(name):
-            with contextlib.suppress(CodecError, OSError):
-                decode_snapshot_file(_READ_ONLY_DISK.read(path))
-                return path
+    for path, _ in snapshot_files(directory):
+        with contextlib.suppress(CodecError, OSError):
+            decode_snapshot_file(_READ_ONLY_DISK.read(path))
+            return path
     return ""
 
 

@@ -133,10 +133,6 @@ class _LocalServer(Server):
         """True if the member is published, and the cluster has agreed on its version."""
         return self._ready.is_set() and bool(etcd.cluster.version)
 
-    def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member again, which is harmless."""
-        etcd.publication.propose()
-
     def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
@@ -249,7 +245,7 @@ class LocalMember:
                 return not self.is_paused
             if SYSTEM_CLOCK.now() > republish_at:
                 republish_at += REPUBLISH_SECONDS
-                server.call(server.publish)
+                server.call(lambda etcd: etcd.publication.propose())     # which is harmless
             return False
 
         _poll(is_ready, timeout_s,
@@ -530,8 +526,7 @@ class LocalCluster:
         """
         candidate = self.members[-1]
         return bool(candidate.call(_has_begun)) or all(
-            _accepts(one, other) and _accepts(other, one)
-            for one in [candidate] for other in self.members if other is not candidate
+            _accepts(candidate, other) and _accepts(other, candidate) for other in self.members[:-1]
         ) and bool(candidate.call(_begin_election))
 
 

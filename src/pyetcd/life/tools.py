@@ -1,4 +1,4 @@
-"""The commands beside the server: backup, restore, check, dump, export, import."""
+"""The commands beside the server: dev, backup, restore, check, dump, export, import."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import sys
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
+from ..base.basics import TlsFiles
+from ..base.errors import StartError
 from ..base.urls import parse_urls
 from ..net.workers import SYSTEM_CLOCK
 from .backup import backup, restore
 from .checks import check_restore_settings
+from .dev import DEV_FLAGS, dev_size, run_dev
 from .exchange import FORMATS, Access, export_keys, import_keys
 from .flags import Flag, FlagError, flag_rows, one_of
-from .inspection import inspect_dir
+from .inspection import Inspection, inspect_dir
+from .logs import set_up_logging
 from .records import parse_key_map
 from .settings import Settings, url_advice
 from .sources import BackupError
@@ -77,7 +81,8 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
     line, tool = ProgressLine(name), TOOLS[name]
     try:
-        settings = Settings(words, os.environ, tool.flags)
+        # The variables of a member are not for `dev`: ETCD_DATA_DIR may hold real data.
+        settings = Settings(words, {} if name == "dev" else os.environ, tool.flags)
         named = settings.take_words()
         if settings.help:
             _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
@@ -90,7 +95,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
             write_warnings(settings, name)
     except FlagError as error:
         sys.stderr.write(error.line(f"pyetcd {name}"))
-    except BackupError as error:
+    except (BackupError, StartError) as error:
         line.clear()
         sys.stderr.write(f"{name}: {error}\n")
     except BrokenPipeError:             # of `| head`: nobody reads the rest
@@ -103,6 +108,7 @@ def write_warnings(settings: Settings, name: str) -> None:
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
+    settings.lines.clear()
 
 
 def _print(*lines: str) -> None:
@@ -120,6 +126,20 @@ def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
 
 def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
     return {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
+
+
+# -- dev
+
+
+def _run_dev(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    size = dev_size(words[0]) if words else 0
+    if words[1:]:
+        raise FlagError(f"'{words[1]}' is one word too many")
+    write_warnings(settings, "dev")
+    set_up_logging(settings)
+    if not settings["debug"] and not settings["log-package-levels"]:
+        logging.getLogger("pyetcd").setLevel(logging.WARNING)
+    return run_dev(settings, size)
 
 
 # -- backup and restore
@@ -173,10 +193,15 @@ json  bool  print JSON: one object, or one for each line.
 """)
 
 
-def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+def _inspected(words: Sequence[str], settings: Settings, line: ProgressLine) -> Inspection:
     path = _one_word(words, "DIR", "a data directory")
     found = inspect_dir(path, settings["wal-dir"], line.show)
     line.clear()
+    return found
+
+
+def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    found = _inspected(words, settings, line)
     if settings["json"]:
         _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
     else:
@@ -188,15 +213,10 @@ def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> 
 
 
 def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
-    path = _one_word(words, "DIR", "a data directory")
-    found = inspect_dir(path, settings["wal-dir"], line.show)
-    line.clear()
-    if settings["json"]:
-        for row in dump_json(found):
-            _print(json.dumps(row, ensure_ascii=False))
-    else:
-        for text in dump_lines(found):
-            _print(text)
+    found = _inspected(words, settings, line)
+    rows = (json.dumps(row, ensure_ascii=False) for row in dump_json(found))
+    for text in rows if settings["json"] else dump_lines(found):
+        _print(text)
     for fault in found.faults:
         sys.stderr.write(f"dump: {fault}\n")
     return EXIT_FAILED if found.faults else 0
@@ -235,8 +255,9 @@ def _access(settings: Settings) -> Access:
         raise FlagError(f"{settings.where('username')} has no password: write NAME:PASSWORD")
     if settings["key-file"] and not settings["cert-file"]:
         raise FlagError(f"{settings.where('key-file')} is of no use without -cert-file")
-    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
-                  settings["key-file"], settings["username"])
+    cert, key = settings["cert-file"], settings["key-file"]
+    files = TlsFiles(cert, key or cert, trusted_ca_file=settings["ca-file"])
+    return Access(settings["endpoints"], files, settings["username"])
 
 
 def _refuse(settings: Settings, why: str, *names: str) -> None:
@@ -292,6 +313,11 @@ def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) ->
 
 
 TOOLS: Dict[str, Tool] = {
+    "dev": Tool(
+        "[N]", "start a cluster of N members to try things on", (
+            "Start a cluster of N members, 1 unless N is given, in this process, to try things on."
+            "  It", "prints where it serves.  Ctrl-C ends it and removes its data, unless"
+            " -data-dir is given."), DEV_FLAGS, _run_dev),
     "backup": Tool(
         "-data-dir DIR -backup-dir COPY", "copy the data of a member", (
             "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member"

@@ -150,14 +150,10 @@ def _facts(found: Inspection) -> Iterator[str]:
 
 
 def _blamed(verdict: Verdict) -> Iterator[str]:
-    keys, entries = verdict.keys, verdict.entries
-    yield from keys[:BLAMED_MAX]
-    if len(keys) > BLAMED_MAX:
-        yield f"... and {len(keys) - BLAMED_MAX:,} more: pyetcd dump names all"
-    for entry in entries[:BLAMED_MAX]:
-        yield entry_text(entry)
-    if len(entries) > BLAMED_MAX:
-        yield f"... and {len(entries) - BLAMED_MAX:,} more: pyetcd dump names all"
+    for blamed in (verdict.keys, list(map(entry_text, verdict.entries))):
+        yield from blamed[:BLAMED_MAX]
+        if len(blamed) > BLAMED_MAX:
+            yield f"... and {len(blamed) - BLAMED_MAX:,} more: pyetcd dump names all"
 
 
 def _shown(path: str) -> str:
