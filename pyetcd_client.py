@@ -114,7 +114,6 @@ from typing import (
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urljoin, urlsplit
 from urllib3 import PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
 from urllib3.util.connection import is_connection_dropped
 
@@ -148,7 +147,6 @@ __all__ = [
 
 __version__ = "0.5.0"
 
-DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
 READ_TIMEOUT_S = 60.0           # silence of a server
 TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
@@ -1093,14 +1091,6 @@ class _HttpsConnection(_HttpConnection, HTTPSConnection):
         return sock
 
 
-class _HttpPool(HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection
-
-
 class _ConnectionSettings(NamedTuple):
     """TLS and proxy settings of a client, in the forms that requests takes."""
 
@@ -1137,8 +1127,8 @@ class _Route(NamedTuple):
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
             proxy, proxy_headers=HTTPAdapter().proxy_headers(proxy), **tls)
-        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
         pool = cast(Any, manager.connection_from_url(endpoint))
+        pool.ConnectionCls = _HttpsConnection if pool.scheme == "https" else _HttpConnection
         host = endpoint.partition("//")[2].rpartition("@")[2]
         host = host if host.isascii() else host.encode("idna").decode()
         connection = cast(HTTPConnection, pool._new_conn())
@@ -1179,7 +1169,7 @@ class _Connections:
         self.pid = os.getpid()                      # a forked child must not use these sockets
         self._settings = settings
         self._routes: dict[str, _Route] = {}
-        self._used_at = time.monotonic()
+        self.used_at = time.monotonic()
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: "bytes | None",
@@ -1193,7 +1183,7 @@ class _Connections:
         that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
         is below the usual idle limits (5 s and more).  The price is one round trip.
         """
-        if time.monotonic() - self._used_at > IDLE_CLOSE_S:
+        if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
         route = self._routes.get(endpoint)
         if route is None:
@@ -1216,10 +1206,6 @@ class _Connections:
                 response.close()
             if response is None or body is None or response.will_close:
                 connection.close()                  # the rest of this reply must not be the next
-
-    def used(self) -> None:
-        """Restart the idle time."""
-        self._used_at = time.monotonic()
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -2057,7 +2043,7 @@ class _Caller(_Closeable):
         return _Connections(self._connection_settings)
 
     def _return_connections(self, connections: _Connections) -> None:
-        connections.used()
+        connections.used_at = time.monotonic()
         self._idle.append(connections)
         # In a burst keep one for each call under way, or every other call would open a new one.
         while len(self._idle) > max(self._idle_max, self.scope.calls):

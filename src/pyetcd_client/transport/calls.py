@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http
 import http.client
 import itertools
 import logging
@@ -564,7 +563,7 @@ class _Caller(_Closeable):
         return _Connections(self._connection_settings)
 
     def _return_connections(self, connections: _Connections) -> None:
-        connections.used()
+        connections.used_at = time.monotonic()
         self._idle.append(connections)
         # In a burst keep one for each call under way, or every other call would open a new one.
         while len(self._idle) > max(self._idle_max, self.scope.calls):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import enum
-import http
 import http.client
 import io
 import math
@@ -26,7 +25,6 @@ from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 from urllib3 import PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import is_connection_dropped
 
 from .defaults import (
@@ -425,14 +423,6 @@ class _HttpsConnection(_HttpConnection, HTTPSConnection):
         return sock
 
 
-class _HttpPool(HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection
-
-
 class _ConnectionSettings(NamedTuple):
     """TLS and proxy settings of a client, in the forms that requests takes."""
 
@@ -469,8 +459,8 @@ class _Route(NamedTuple):
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
             proxy, proxy_headers=HTTPAdapter().proxy_headers(proxy), **tls)
-        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
         pool = cast(Any, manager.connection_from_url(endpoint))
+        pool.ConnectionCls = _HttpsConnection if pool.scheme == "https" else _HttpConnection
         host = endpoint.partition("//")[2].rpartition("@")[2]
         host = host if host.isascii() else host.encode("idna").decode()
         connection = cast(HTTPConnection, pool._new_conn())
@@ -511,7 +501,7 @@ class _Connections:
         self.pid = os.getpid()                      # a forked child must not use these sockets
         self._settings = settings
         self._routes: dict[str, _Route] = {}
-        self._used_at = time.monotonic()
+        self.used_at = time.monotonic()
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: bytes | None,
@@ -525,7 +515,7 @@ class _Connections:
         that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
         is below the usual idle limits (5 s and more).  The price is one round trip.
         """
-        if time.monotonic() - self._used_at > IDLE_CLOSE_S:
+        if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
         route = self._routes.get(endpoint)
         if route is None:
@@ -548,10 +538,6 @@ class _Connections:
                 response.close()
             if response is None or body is None or response.will_close:
                 connection.close()                  # the rest of this reply must not be the next
-
-    def used(self) -> None:
-        """Restart the idle time."""
-        self._used_at = time.monotonic()
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""

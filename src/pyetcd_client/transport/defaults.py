@@ -6,7 +6,6 @@ import logging
 
 __version__ = "0.5.0"
 
-DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
 READ_TIMEOUT_S = 60.0           # silence of a server
 TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
