@@ -268,7 +268,7 @@ class Watch(_Closeable):
         self._state = _WatchState(                  # 0 is "now" too
             self._path, recursive=recursive, index=index or None, relist=relist)
         self._endpoint = ""                         # of the last request
-        self._exchange: _Exchange | None = None  # of the last request
+        self._exchange: _Exchange                   # of the last request
         self._alive = False                         # that server replied to it, or to a probe
         self._asked_at = 0.0                        # time of the request; monotonic seconds
         self._until = math.inf                      # deadline of the present `next`
@@ -338,11 +338,7 @@ class Watch(_Closeable):
         asked = self._state.index
         query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
         event = self._send(query, scope, _parse_result, self._on_head)
-        try:
-            self._state.change(event, asked)
-        except BadReply as error:
-            error.endpoint = self._endpoint
-            raise
+        self._state.change(event, asked)
 
     def _list(self, scope: Scope) -> None:
         query = {"recursive": self._recursive or None,
@@ -396,10 +392,9 @@ class Watch(_Closeable):
         """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
-        if self._exchange is not None:
-            self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
-            silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
-            self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
+        self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
+        silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
+        self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
     def _keeps_waiting(self) -> bool:
         """Return whether to continue waiting for a silent server, after a probe."""
@@ -434,6 +429,7 @@ class Watch(_Closeable):
         When etcd clears its watchers (400) the same request is sent again.
         """
         client, self.error = self._client, error
+        error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):
