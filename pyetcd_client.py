@@ -4031,8 +4031,7 @@ class Heartbeat:
                     raise
                 except EtcdError:                   # retried until it expires
                     self._due_at = _clock() + min(0.5, self.ttl / 10)
-        with self._lock:
-            self._over = True
+        self._lose()
         return not self._stopped
 
     def _renew(self) -> None:
@@ -4540,7 +4539,7 @@ class Contender(_Recipe):
         """
         if blocking and timeout is None and self._waits_for_itself():
             return self.renew(lock_ttl)
-        return self._acquire(blocking, lock_ttl, timeout) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: "int | None" = None) -> bool:
         """Renew the entry now, before the heartbeat does; return whether it is held.
@@ -4581,7 +4580,7 @@ class Contender(_Recipe):
     def __enter__(self: _ContenderType) -> _ContenderType:
         if self._waits_for_itself():
             raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
-        entry = self._acquire(True, None, None)
+        entry = self._acquire(None, None)
         if entry is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
         self._blocks.entries = [*self._entered(), entry]
@@ -4602,10 +4601,9 @@ class Contender(_Recipe):
     def _entered(self) -> "list[_Entry]":
         return getattr(self._blocks, "entries", [])
 
-    def _acquire(self, blocking: bool, lock_ttl: "int | None",
-                 timeout: "float | None") -> "_Entry | None":
+    def _acquire(self, lock_ttl: "int | None", timeout: "float | None") -> "_Entry | None":
         ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
-        with self._call_scope(timeout if blocking else 0) as scope:
+        with self._call_scope(timeout) as scope:
             lost = self._take_turn(scope)
             if lost is None:
                 return None
@@ -4828,7 +4826,7 @@ class RLock(Lock):
     def acquire(self, blocking: bool = True, lock_ttl: "int | None" = None,
                 timeout: "float | None" = None, *, holder: object = None) -> bool:
         """Acquire as Lock does, or once more; `lock_ttl` then renews.  See Lock."""
-        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0, holder) is not None
 
     def _waits_for_itself(self) -> bool:
         return False
@@ -4846,7 +4844,7 @@ class RLock(Lock):
         super()._after_fork()
         self._holder, self._depth = None, 0
 
-    def _acquire(self, blocking: bool, lock_ttl: "int | None", timeout: "float | None",
+    def _acquire(self, lock_ttl: "int | None", timeout: "float | None",
                  holder: object = None) -> "_Entry | None":
         holder = threading.current_thread() if holder is None else holder
         with self._changed:
@@ -4857,7 +4855,7 @@ class RLock(Lock):
                 with contextlib.suppress(EtcdError):    # the heartbeat retries
                     held.renew(lock_ttl)
             return held if held.is_held else None
-        entry = super()._acquire(blocking, lock_ttl, timeout)
+        entry = super()._acquire(lock_ttl, timeout)
         if entry is not None:
             self._holder, self._depth = holder, 1
         return entry
@@ -5513,19 +5511,17 @@ class Queue(_Recipe):
 
         None after `cancel`, too.
         """
-        item = self._first(timeout, self._remove)
-        return None if item is None else item.value
+        return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: "float | None" = None) -> QueueItem:
         """Return the first item that no other consumer works on.
 
         Raises WatchTimeout in place of None, since a `with` needs an item.
         """
-        leases: list[Lease] = []
-        item = self._first(timeout, lambda item: self._claim(item, leases))
+        item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, item, leases[0])
+        return item
 
     def __len__(self) -> int:
         """Return the number of items, including those that consumers work on."""
@@ -5558,12 +5554,15 @@ class Queue(_Recipe):
         free = [item for item in items if item.uid not in claims]
         return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: "float | None", obtain: Callable[[_Item], bool]) -> "_Item | None":
-        """Return the first item that `obtain` accepts; None after the timeout, or `cancel`."""
+    def _first(self, timeout: "float | None", obtain: "Callable[[_Item], _T | None]") -> "_T | None":
+        """Return what `obtain` makes of the first item that it accepts (None: it does not).
+
+        None after the timeout, or `cancel`.
+        """
         with self._call_scope(timeout) as scope:
-            item, _ = self._try(obtain)
-            if item is not None or not scope.wait_s():
-                return item
+            found, _ = self._try(obtain)
+            if found is not None or not scope.wait_s():
+                return found
             line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
             if not line.acquire():
                 return None
@@ -5580,19 +5579,20 @@ class Queue(_Recipe):
             return event.action in _REMOVALS
         return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[_Item], bool]) -> "tuple[_Item | None, _Wait]":
+    def _try(self, obtain: "Callable[[_Item], _T | None]") -> "tuple[_T | None, _Wait]":
         """Try the items of the last listing, then those of a new one."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
-                item = self._seen.popleft()
-                if obtain(item):
-                    return item, _Wait(self.path, 0)
+                found = obtain(self._seen.popleft())
+                if found is not None:
+                    return found, _Wait(self.path, 0)
         free, _, index = self._list()
         wait = _Wait(self.path, index, self._is_arrival)
         for position, item in enumerate(free):
-            if obtain(item):
+            found = obtain(item)
+            if found is not None:
                 self._seen.extend(free[position + 1:])
-                return item, wait
+                return found, wait
         return None, wait
 
     def _remove(self, item: _Item) -> bool:
@@ -5649,25 +5649,25 @@ class Queue(_Recipe):
                 self._unmark(item)
             raise
 
-    def _claim(self, item: _Item, leases: "list[Lease]") -> bool:
+    def _claim(self, item: _Item) -> "QueueItem | None":
         lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
-        ours = True
+        claimed, ours = None, True
         try:
             lease.start()
             # Another consumer may have claimed and finished the item since the listing.
             index = _read(self.client, item.node.key).node.modified_index
             if index == item.node.modified_index and not self._is_taken(item):
-                leases.append(lease)
+                claimed = QueueItem(self, item, lease)
         except (NodeExists, LockExpired):
             ours = False
         except KeyNotFound:
             pass
         finally:
-            if ours and not leases:
+            if ours and claimed is None:
                 with _cleanup_scope(TIDY_S):
                     lease._end()
                     lease._remove_file()
-        return bool(leases)
+        return claimed
 
 
 # ============================================================================

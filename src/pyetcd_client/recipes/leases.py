@@ -237,8 +237,7 @@ class Heartbeat:
                     raise
                 except EtcdError:                   # retried until it expires
                     self._due_at = _clock() + min(0.5, self.ttl / 10)
-        with self._lock:
-            self._over = True
+        self._lose()
         return not self._stopped
 
     def _renew(self) -> None:

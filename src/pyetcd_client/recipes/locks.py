@@ -93,7 +93,7 @@ class Contender(_Recipe):
         """
         if blocking and timeout is None and self._waits_for_itself():
             return self.renew(lock_ttl)
-        return self._acquire(blocking, lock_ttl, timeout) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: int | None = None) -> bool:
         """Renew the entry now, before the heartbeat does; return whether it is held.
@@ -134,7 +134,7 @@ class Contender(_Recipe):
     def __enter__(self: _ContenderType) -> _ContenderType:
         if self._waits_for_itself():
             raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
-        entry = self._acquire(True, None, None)
+        entry = self._acquire(None, None)
         if entry is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
         self._blocks.entries = [*self._entered(), entry]
@@ -155,10 +155,9 @@ class Contender(_Recipe):
     def _entered(self) -> list[_Entry]:
         return getattr(self._blocks, "entries", [])
 
-    def _acquire(self, blocking: bool, lock_ttl: int | None,
-                 timeout: float | None) -> _Entry | None:
+    def _acquire(self, lock_ttl: int | None, timeout: float | None) -> _Entry | None:
         ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
-        with self._call_scope(timeout if blocking else 0) as scope:
+        with self._call_scope(timeout) as scope:
             lost = self._take_turn(scope)
             if lost is None:
                 return None
@@ -381,7 +380,7 @@ class RLock(Lock):
     def acquire(self, blocking: bool = True, lock_ttl: int | None = None,
                 timeout: float | None = None, *, holder: object = None) -> bool:
         """Acquire as Lock does, or once more; `lock_ttl` then renews.  See Lock."""
-        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0, holder) is not None
 
     def _waits_for_itself(self) -> bool:
         return False
@@ -399,7 +398,7 @@ class RLock(Lock):
         super()._after_fork()
         self._holder, self._depth = None, 0
 
-    def _acquire(self, blocking: bool, lock_ttl: int | None, timeout: float | None,
+    def _acquire(self, lock_ttl: int | None, timeout: float | None,
                  holder: object = None) -> _Entry | None:
         holder = threading.current_thread() if holder is None else holder
         with self._changed:
@@ -410,7 +409,7 @@ class RLock(Lock):
                 with contextlib.suppress(EtcdError):    # the heartbeat retries
                     held.renew(lock_ttl)
             return held if held.is_held else None
-        entry = super()._acquire(blocking, lock_ttl, timeout)
+        entry = super()._acquire(lock_ttl, timeout)
         if entry is not None:
             self._holder, self._depth = holder, 1
         return entry
