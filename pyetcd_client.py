@@ -98,14 +98,11 @@ from typing import (
     Any,
     Callable,
     ClassVar,
-    Dict,
     Generic,
-    Iterator,
     NamedTuple,
     NoReturn,
     Optional,
     TYPE_CHECKING,
-    Tuple,
     TypeVar,
     Union,
     cast,
@@ -3089,7 +3086,7 @@ def _is_below(key: str, directory: str) -> bool:
 
 def _difference(
     known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int, index: int,
-) -> Iterator[EtcdResult]:
+) -> "Iterator[EtcdResult]":
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
     After a restore a node may differ although its index is lower than `since`.
@@ -3171,7 +3168,7 @@ class WatchedChange(EtcdResult):
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
         self.__dict__.update(change.__dict__, _later=later)
 
-    def __iter__(self) -> Iterator[EtcdResult]:
+    def __iter__(self) -> "Iterator[EtcdResult]":
         yield self
         with self.__dict__["_later"](self.modified_index + 1) as later:
             yield from later
@@ -3235,7 +3232,7 @@ class _Watching(_Keys):
 
     def eternal_watch(
         self, key: str, index: "int | None" = None, recursive: "bool | None" = None,
-    ) -> Iterator[EtcdResult]:
+    ) -> "Iterator[EtcdResult]":
         """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)
@@ -3680,7 +3677,7 @@ class _Recipe:
 
 
 @contextlib.contextmanager
-def _cleanup_scope(timeout_s: float) -> Iterator[None]:
+def _cleanup_scope(timeout_s: float) -> "Iterator[None]":
     """Give a cleanup a time limit of its own, even when that of the call is over."""
     outer, _context.scope = _context.scope, None
     try:
@@ -4047,7 +4044,7 @@ class Heartbeat:
             self._due_at = sent_at + self.ttl / 3
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> "Iterator[None]":
         """Exclude other renewals, which would change the index that this one compares."""
         if not self._renewing.acquire(timeout=CALL_TIMEOUT_S):
             raise RequestTimeout("another renewal is under way", endpoint="")
@@ -5189,7 +5186,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         with self._changed:
             return self._nodes[clean_key(key)]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         return iter(self.snapshot())
 
     def __len__(self) -> int:
@@ -5684,7 +5681,7 @@ class Instance:
     metadata: "Mapping[str, Any]" = field(default_factory=dict, hash=False)
     tags: "tuple[str, ...]" = ()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         return iter((self.id, self.address))
 
     @classmethod
@@ -5838,7 +5835,7 @@ class Party:
         if member is not None:
             member.stop()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         """Return an iterator over the names of the members, oldest first."""
         nodes, _ = _children(self.client, self.path)
         return iter([node.value or "" for node in nodes if not node.dir])
@@ -5934,7 +5931,7 @@ def _coloured(text: str, colour: str) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> Iterator[str]:
+def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> "Iterator[str]":
     """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
@@ -6041,11 +6038,8 @@ def _failure_line(error: EtcdError) -> str:
         return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
-    phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
+    phrase = http.client.responses.get(error.status, "")
     return f"client: etcd member {error.endpoint} returns server error [{phrase}]"
-
-
-_HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 
 def _error_lines(error: EtcdError) -> str:
@@ -6260,13 +6254,6 @@ def _cluster_asked(settings: _Options) -> "dict[str, Any]":
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
-def _check_readable(path: str) -> None:
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
-
-
 class _Access(NamedTuple):
     """Credentials and time limits for the members of a cluster."""
 
@@ -6285,7 +6272,10 @@ class _Access(NamedTuple):
             flag = "--cert-file" if environment else "--dest-cert"
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
-            _check_readable(path)                   # also for http, which would not read it
+            try:                                    # also for http, which would not read it
+                open(path, "rb").close()
+            except OSError as error:
+                raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -6365,14 +6355,11 @@ class _Run:
         self.args = args                            # all arguments
         self.behind = behind                        # the arguments behind `--`, if there is one
         self.output = settings.text("output") or "simple"
-        self._access: _Access | None = None      # created on first use, as is the next
-        self._client: Client | None = None
+        self._client: Client | None = None      # created on first use
 
-    @property
+    @functools.cached_property
     def access(self) -> _Access:
-        if self._access is None:
-            self._access = _Access.from_settings(self.settings)
-        return self._access
+        return _Access.from_settings(self.settings)
 
     @property
     def client(self) -> Client:
@@ -6674,10 +6661,6 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         return EXIT_BROKEN_PIPE
 
 
-def _exit() -> NoReturn:
-    sys.exit(main())
-
-
 # ============================================================================
 # ctl/etcdctl -- The commands of etcdctl 2.3.
 # ----------------------------------------------------------------------------
@@ -6841,7 +6824,7 @@ def _start_for(change: Result, command: "Sequence[str]") -> "subprocess.Popen[by
 
 
 @contextlib.contextmanager
-def _one_line_errors(prefix: str = "", shown: "Container[int] | None" = None) -> Iterator[None]:
+def _one_line_errors(prefix: str = "", shown: "Container[int] | None" = None) -> "Iterator[None]":
     """Turn errors of the members and auth APIs into one line without "Error:", and exit code 1.
 
     shown  HTTP statuses whose message etcdctl prints, in place of the number; None: all
@@ -7009,9 +6992,12 @@ def _cmd_backup(run: _Run) -> None:
 
 
 def _run_parallel(
-    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], progress: _Progress,
+    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], title: str,
 ) -> None:
-    """Call `work` for every item on `workers` threads; an exception ends them all."""
+    """Call `work` for every item on `workers` threads, with a _Progress under this title.
+
+    An exception ends them all.
+    """
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -7026,7 +7012,8 @@ def _run_parallel(
         finally:
             stop.set()
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+    with _Progress(title, len(items)) as progress, concurrent.futures.ThreadPoolExecutor(
+            max(1, workers), "pyetcdctl") as pool:
         try:
             with lock:                              # the pool does not wait for a worker whose
                 stop.set()                          # start Ctrl-C interrupted: it gets no item
@@ -7096,8 +7083,7 @@ def _import_snapshot_04(run: _Run) -> int:
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
     _print(f"starting to import snapshot {path} with {workers} clients")
-    with _Progress("import", len(files)) as progress:
-        _run_parallel(files, workers, write, progress)
+    _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
     return EXIT_OK
 
@@ -7285,7 +7271,7 @@ def _cmd_machines(run: _Run) -> None:
         print(line.encode("utf-8", "replace").decode())
 
 
-def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]]:
+def _machine_rows(listing: Node, *, full: bool) -> "Iterator[tuple[str, str, str]]":
     """Yield id, address and metadata of each machine; tell of what is none on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
@@ -7294,17 +7280,13 @@ def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]
             try:
                 state = json.loads(node.value or "")
                 id = _escape(state.get("ID") or directory.key.rpartition("/")[2])
-                metadata = _metadata_text(state.get("Metadata") or {})
+                pairs = sorted((state.get("Metadata") or {}).items())
+                metadata = _escape(",".join(f"{name}={value}" for name, value in pairs))
                 address = _escape(state.get("PublicIP") or "-")
             except (ValueError, TypeError, AttributeError, LookupError):
                 print(f"pyetcdctl: {_escape(node.key)} is no machine of fleet", file=sys.stderr)
                 continue
             yield id if full else id[:_SHORT_ID_LENGTH] + "...", address, metadata or "-"
-
-
-def _metadata_text(metadata: Dict[str, str]) -> str:
-    pairs = (f"{name}={metadata[name]}" for name in sorted(metadata))
-    return _escape(",".join(pairs))
 
 
 # ============================================================================
@@ -7423,8 +7405,8 @@ def _rebased(key: str, prefix: str, dest_prefix: str) -> "str | None":
     return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
 
 
-def _prefixes(options: _Options, prefix: str = "") -> "tuple[str, str]":
-    prefix = clean_key(prefix or options.text("prefix"))
+def _prefixes(options: _Options) -> "tuple[str, str]":
+    prefix = clean_key(options.text("prefix"))
     return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
@@ -7455,7 +7437,7 @@ def _cmd_export(run: _Run) -> None:
             [] if form == "text" else ["]}"]))
 
 
-def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> Iterator[str]:
+def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "Iterator[str]":
     """Yield the texts, all but the last with the separator."""
     previous: str | None = None
     for number, text in enumerate(texts):
@@ -7483,8 +7465,7 @@ class _Import:
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
-        with _Progress("import", len(files)) as progress:
-            _run_parallel(files, self._workers, self._write_one, progress)
+        _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> "int | None":
         """Return the new ttl of a record; None: permanent; 0 or less: expired."""
@@ -7619,10 +7600,9 @@ class _Mirror:
         index, wanted = self._listing(self._source, self._prefix)
         _, present = self._listing(self._target, self._dest_prefix)
         deletions, dirs, files = self._difference(wanted, present)
-        with _Progress("mirror", len(files)) as progress:
-            for change in (*deletions, *dirs):
-                self._do(change)
-            _run_parallel(files, self._workers, self._do, progress)
+        for change in (*deletions, *dirs):
+            self._do(change)
+        _run_parallel(files, self._workers, self._do, "mirror")
         _print(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
               f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
               f"source index {index}")
@@ -7734,7 +7714,6 @@ def _cmd_mirror(run: _Run) -> None:
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return
 
 
 # ============================================================================
@@ -7767,7 +7746,7 @@ def _cmd_tree(run: _Run) -> None:
     _print(f"\n{dirs} directories, {len(below) - dirs} keys")
 
 
-def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") -> Iterator[str]:
+def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") -> "Iterator[str]":
     """Yield a line for each node below `node`."""
     fork, end, along = strokes
     for child in node.nodes:
@@ -7865,7 +7844,7 @@ class _Top:
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[Callable[[float], bool]]:
+def _screen() -> "Iterator[Callable[[float], bool]]":
     """Take over the terminal; yield a function that waits and returns whether q was pressed.
 
     The terminal is restored afterwards, also after Ctrl-C and SIGTERM.
@@ -7935,16 +7914,13 @@ class _Bench:
         """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
-            with _Progress("bench: preparing", len(keys)) as progress:
-                _run_parallel(keys, self.connections, lambda key: self._put(key), progress)
+            _run_parallel(keys, self.connections, self._put, "bench: preparing")
 
     def run(self) -> float:
         """Send all requests; return the duration in seconds."""
-        numbers = range(self.total)
-        with _Progress("bench", self.total) as progress:
-            started_at = time.monotonic()
-            _run_parallel(numbers, self.connections, self._one, progress)
-            return time.monotonic() - started_at
+        started_at = time.monotonic()
+        _run_parallel(range(self.total), self.connections, self._one, "bench")
+        return time.monotonic() - started_at
 
     def clean_up(self) -> None:
         """Remove the keys and all directories that this run created."""
@@ -7957,7 +7933,7 @@ class _Bench:
         except EtcdError as error:
             _print_error(f"pyetcdctl bench: {self.directory} is still there: {error}")
 
-    def _missing(self, directory: str) -> Iterator[str]:
+    def _missing(self, directory: str) -> "Iterator[str]":
         """Yield the missing directories, the inner ones first."""
         while directory:
             try:
@@ -8139,4 +8115,4 @@ def _keys_like(settings: _Options, current: str) -> "list[tuple[str, str]]":
 
 
 if __name__ == "__main__":
-    _exit()
+    sys.exit(main())

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import datetime
 import http
-import http.client
 import importlib
 import json
 import math
@@ -372,9 +371,12 @@ def _cmd_backup(run: _Run) -> None:
 
 
 def _run_parallel(
-    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], progress: _Progress,
+    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], title: str,
 ) -> None:
-    """Call `work` for every item on `workers` threads; an exception ends them all."""
+    """Call `work` for every item on `workers` threads, with a _Progress under this title.
+
+    An exception ends them all.
+    """
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -389,7 +391,8 @@ def _run_parallel(
         finally:
             stop.set()
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+    with _Progress(title, len(items)) as progress, concurrent.futures.ThreadPoolExecutor(
+            max(1, workers), "pyetcdctl") as pool:
         try:
             with lock:                              # the pool does not wait for a worker whose
                 stop.set()                          # start Ctrl-C interrupted: it gets no item
@@ -459,8 +462,7 @@ def _import_snapshot_04(run: _Run) -> int:
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
     _print(f"starting to import snapshot {path} with {workers} clients")
-    with _Progress("import", len(files)) as progress:
-        _run_parallel(files, workers, write, progress)
+    _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
     return EXIT_OK
 

@@ -29,7 +29,6 @@ from .output import (
     _print,
     _print_error,
     _print_lines,
-    _Progress,
 )
 from .program import (
     _COMMANDS,
@@ -242,16 +241,13 @@ class _Bench:
         """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
-            with _Progress("bench: preparing", len(keys)) as progress:
-                _run_parallel(keys, self.connections, lambda key: self._put(key), progress)
+            _run_parallel(keys, self.connections, self._put, "bench: preparing")
 
     def run(self) -> float:
         """Send all requests; return the duration in seconds."""
-        numbers = range(self.total)
-        with _Progress("bench", self.total) as progress:
-            started_at = time.monotonic()
-            _run_parallel(numbers, self.connections, self._one, progress)
-            return time.monotonic() - started_at
+        started_at = time.monotonic()
+        _run_parallel(range(self.total), self.connections, self._one, "bench")
+        return time.monotonic() - started_at
 
     def clean_up(self) -> None:
         """Remove the keys and all directories that this run created."""

@@ -5,7 +5,6 @@ Uses public names of the client only.
 
 from __future__ import annotations
 
-import http
 import http.client
 import itertools
 import json
@@ -202,11 +201,8 @@ def _failure_line(error: EtcdError) -> str:
         return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
-    phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
+    phrase = http.client.responses.get(error.status, "")
     return f"client: etcd member {error.endpoint} returns server error [{phrase}]"
-
-
-_HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 
 def _error_lines(error: EtcdError) -> str:

@@ -11,7 +11,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..client.client import Client
 from ..transport.calls import is_endpoint_failure
@@ -239,13 +239,6 @@ def _cluster_asked(settings: _Options) -> dict[str, Any]:
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
-def _check_readable(path: str) -> None:
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
-
-
 class _Access(NamedTuple):
     """Credentials and time limits for the members of a cluster."""
 
@@ -264,7 +257,10 @@ class _Access(NamedTuple):
             flag = "--cert-file" if environment else "--dest-cert"
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
-            _check_readable(path)                   # also for http, which would not read it
+            try:                                    # also for http, which would not read it
+                open(path, "rb").close()
+            except OSError as error:
+                raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -344,14 +340,11 @@ class _Run:
         self.args = args                            # all arguments
         self.behind = behind                        # the arguments behind `--`, if there is one
         self.output = settings.text("output") or "simple"
-        self._access: _Access | None = None      # created on first use, as is the next
-        self._client: Client | None = None
+        self._client: Client | None = None      # created on first use
 
-    @property
+    @functools.cached_property
     def access(self) -> _Access:
-        if self._access is None:
-            self._access = _Access.from_settings(self.settings)
-        return self._access
+        return _Access.from_settings(self.settings)
 
     @property
     def client(self) -> Client:
@@ -651,7 +644,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-
-
-def _exit() -> NoReturn:
-    sys.exit(main())

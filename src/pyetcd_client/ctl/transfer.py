@@ -150,8 +150,8 @@ def _rebased(key: str, prefix: str, dest_prefix: str) -> str | None:
     return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
 
 
-def _prefixes(options: _Options, prefix: str = "") -> tuple[str, str]:
-    prefix = clean_key(prefix or options.text("prefix"))
+def _prefixes(options: _Options) -> tuple[str, str]:
+    prefix = clean_key(options.text("prefix"))
     return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
@@ -210,8 +210,7 @@ class _Import:
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
-        with _Progress("import", len(files)) as progress:
-            _run_parallel(files, self._workers, self._write_one, progress)
+        _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> int | None:
         """Return the new ttl of a record; None: permanent; 0 or less: expired."""
@@ -346,10 +345,9 @@ class _Mirror:
         index, wanted = self._listing(self._source, self._prefix)
         _, present = self._listing(self._target, self._dest_prefix)
         deletions, dirs, files = self._difference(wanted, present)
-        with _Progress("mirror", len(files)) as progress:
-            for change in (*deletions, *dirs):
-                self._do(change)
-            _run_parallel(files, self._workers, self._do, progress)
+        for change in (*deletions, *dirs):
+            self._do(change)
+        _run_parallel(files, self._workers, self._do, "mirror")
         _print(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
               f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
               f"source index {index}")
@@ -461,4 +459,3 @@ def _cmd_mirror(run: _Run) -> None:
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return
