@@ -685,10 +685,6 @@ def _parse_object(reply: _Reply) -> "dict[str, Any]":
     return _expect_object(reply.json())
 
 
-def _parse_maybe_object(reply: _Reply) -> "dict[str, Any]":
-    return _parse_object(reply) if reply.body.strip() else {}
-
-
 def _parse_members(reply: _Reply) -> "list[Member]":
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
@@ -715,9 +711,7 @@ def _parse_version(reply: _Reply) -> "dict[str, str]":
 
 
 class _ThreadContext(threading.local):
-    """The state of the running thread."""
-
-    scope: "Scope | None" = None                   # the innermost scope that it entered
+    scope: "Scope | None" = None                      # the innermost scope that the thread entered
     exchange: "_Exchange"                             # the request that it performs
 
 
@@ -821,8 +815,6 @@ class Scope:
 
 
 class _Closeable:
-    """A context manager that closes the object."""
-
     def close(self) -> None:
         raise NotImplementedError
 
@@ -1237,7 +1229,6 @@ def _reason(error: BaseException) -> str:
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> EtcdError:
-    """Return the client's error for an exception of an exchange."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -1429,16 +1420,14 @@ def _listed_urls(host: "_Address | Sequence[_Address]", port: int, protocol: str
     alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
     for item in cast(Sequence[_Address], [host] if alone else host):
         if isinstance(item, str):
-            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+            for part in item.split(","):
+                url = _base_url(part, protocol)
+                urls.append(url if urlsplit(url).port is not None else _base_url(f"{url}:{port}"))
         else:
             name, number = item
             address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
             urls.append(_base_url(address, protocol))
     return urls
-
-
-def _with_port(url: str, port: int) -> str:
-    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
 
 
 class Endpoints:
@@ -1999,7 +1988,6 @@ class _Caller(_Closeable):
         self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
-        """Send one request and read its reply."""
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -2184,7 +2172,9 @@ class _Users(_Caller):
     ) -> "dict[str, Any]":
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
-        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
+        return self._perform(_Call(
+            method, target, lambda reply: _parse_object(reply) if reply.body.strip() else {}, body,
+            _JSON_TYPE))
 
     def _auth_list(self, entity: str) -> "list[dict[str, Any]]":
         entries = self._auth_call("GET", f"/{entity}s").get(f"{entity}s") or []
@@ -2966,7 +2956,6 @@ class Watch(_Closeable):
         on_head: "Callable[[_Reply], None] | None" = None, *,
         statuses: "frozenset[int]" = _SUCCESS, below: str = "",
     ) -> _T:
-        """Send one request to the endpoint in use."""
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)

@@ -365,7 +365,6 @@ class Watch(_Closeable):
         on_head: Callable[[_Reply], None] | None = None, *,
         statuses: frozenset[int] = _SUCCESS, below: str = "",
     ) -> _T:
-        """Send one request to the endpoint in use."""
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)

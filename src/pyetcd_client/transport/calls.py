@@ -522,7 +522,6 @@ class _Caller(_Closeable):
         self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
-        """Send one request and read its reply."""
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)

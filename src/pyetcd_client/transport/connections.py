@@ -50,9 +50,7 @@ from .results import _T, _expect_object, _Reply
 
 
 class _ThreadContext(threading.local):
-    """The state of the running thread."""
-
-    scope: Scope | None = None                   # the innermost scope that it entered
+    scope: Scope | None = None                      # the innermost scope that the thread entered
     exchange: _Exchange                             # the request that it performs
 
 
@@ -156,8 +154,6 @@ class Scope:
 
 
 class _Closeable:
-    """A context manager that closes the object."""
-
     def close(self) -> None:
         raise NotImplementedError
 
@@ -572,7 +568,6 @@ def _reason(error: BaseException) -> str:
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> EtcdError:
-    """Return the client's error for an exception of an exchange."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)

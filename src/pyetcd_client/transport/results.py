@@ -265,10 +265,6 @@ def _parse_object(reply: _Reply) -> dict[str, Any]:
     return _expect_object(reply.json())
 
 
-def _parse_maybe_object(reply: _Reply) -> dict[str, Any]:
-    return _parse_object(reply) if reply.body.strip() else {}
-
-
 def _parse_members(reply: _Reply) -> list[Member]:
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
