@@ -3666,11 +3666,11 @@ class _Recipe:
 
 
 @contextlib.contextmanager
-def _cleanup_scope(timeout_s: float) -> "Iterator[None]":
-    """Give a cleanup a time limit of its own, even when that of the call is over."""
+def _cleanup_scope() -> "Iterator[None]":
+    """Give a cleanup TIDY_S seconds of its own, even when the time of the call is over."""
     outer, _context.scope = _context.scope, None
     try:
-        with Scope(timeout_s):
+        with Scope(TIDY_S):
             yield
     finally:
         _context.scope = outer
@@ -3719,7 +3719,6 @@ def retry(client: Client, function: Callable[[], _T], *, timeout: "float | None"
 
 
 def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
-    """Read `key` by quorum."""
     return _with_retries(client, lambda: client.get(key, recursive=recursive, quorum=True))
 
 
@@ -3758,10 +3757,6 @@ def _number(node: Node) -> int:
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
-
-
-def _is_removal(event: Result) -> bool:
-    return event.action in _REMOVALS
 
 
 # -- writing
@@ -3931,7 +3926,7 @@ class Heartbeat:
         outer = _context.scope                      # its end must not leave the file behind
         over = outer is not None and (
             outer.cancelled or time.monotonic() + TIDY_S >= outer.deadline)
-        with _cleanup_scope(TIDY_S) if over else Scope(LEAVE_S):
+        with _cleanup_scope() if over else Scope(LEAVE_S):
             self._remove_file()
         return held
 
@@ -3969,7 +3964,6 @@ class Heartbeat:
         self._due_at = sent_at + self.ttl / 3
 
     def _lose(self) -> None:
-        """Mark the file as lost, and wake the thread."""
         with self._lock:
             self._over = True
         self._wake.set()
@@ -4143,7 +4137,7 @@ class _Entry(Lease):
             super()._acquire_file()
         except BaseException:                       # the file may exist nevertheless
             self._sure = False
-            with _cleanup_scope(TIDY_S):
+            with _cleanup_scope():
                 self._remove_file()
             raise
 
@@ -4214,10 +4208,7 @@ class Barrier(_Recipe):
         return True
 
     def wait(self, timeout: "float | None" = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait until it is open; False after `timeout` seconds (None: no limit) or `cancel`."""
         def read() -> "tuple[bool | None, _Wait]":
             try:
                 return None, _Wait(self.path, _read(self.client, self.path).etcd_index)
@@ -4257,10 +4248,7 @@ class DoubleBarrier(_Recipe):
         self._round = 0                             # index at which the present round began
 
     def enter(self, timeout: "float | None" = None) -> bool:
-        """Wait for the others; False, and not inside, after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait for the others; False, and not inside, after `timeout` seconds or `cancel`."""
         entry, self._round = _Entry(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
             with self._call_scope(timeout) as scope:
@@ -4270,7 +4258,7 @@ class DoubleBarrier(_Recipe):
                     scope, lambda: self._read_round(entry), min(WAIT_SLICE_S, self.ttl)) or 0
         finally:
             if not self._round:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     entry.stop()
         self._entry = entry
         return self._round > 0
@@ -4352,7 +4340,7 @@ class Counter(_Recipe):
     Thread: any; threads that share the object take turns.
     """
 
-    _turn: "_CallScope | None"
+    _turn: "_CallScope | None"                        # guarded by _changed
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
         super().__init__(client)
@@ -4375,9 +4363,8 @@ class Counter(_Recipe):
         """
         with _CallScope(self, timeout, quiet=False) as scope:
             try:
-                while not self._take_turn(scope):
-                    if not scope.wait_for(self._changed, lambda: self._turn is None):
-                        raise RequestTimeout("another thread changes this counter", endpoint="")
+                if not scope.wait_for(self._changed, lambda: self._take_turn(scope)):
+                    raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
                 return self._add(amount, f"{self._writer}.{self._serial}", scope)
             finally:
@@ -4385,9 +4372,8 @@ class Counter(_Recipe):
         raise AssertionError("unreachable")         # the scope is not quiet
 
     def _take_turn(self, scope: _CallScope) -> bool:
-        with self._changed:
-            self._turn = self._turn or scope
-            return self._turn is scope
+        self._turn = self._turn or scope
+        return self._turn is scope
 
     def _end_turn(self, scope: _CallScope) -> None:
         with self._changed:
@@ -4663,10 +4649,7 @@ class Contender(_Recipe):
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> "_Entry | None":
-        """Keep an entry in the line until admitted; None when the time is over.
-
-        Raises Cancelled.
-        """
+        """Keep an entry in the line until admitted; None at the deadline.  Raises Cancelled."""
         entry: _Entry | None = None
         client_scope = self.client.scope
         try:
@@ -4685,7 +4668,7 @@ class Contender(_Recipe):
             if entry is not None and self._held is not entry:
                 entry._end()
                 if not client_scope.cancelled:
-                    with _cleanup_scope(TIDY_S):
+                    with _cleanup_scope():
                         entry._remove_file()
 
     def _enter(self, old: "_Entry | None", ttl: int) -> _Entry:
@@ -4729,9 +4712,9 @@ class Contender(_Recipe):
             entry._scope.attach(waiting.cancel)
             try:
                 if blocker and entry.is_held:
-                    scope.wait_for_event(self.client, _Wait(
-                        blocker, index, _is_removal if blocker == self.path else None),
-                        min(WAIT_SLICE_S, entry.ttl))
+                    removed = (lambda event: event.action in _REMOVALS)
+                    wait = _Wait(blocker, index, removed if blocker == self.path else None)
+                    scope.wait_for_event(self.client, wait, min(WAIT_SLICE_S, entry.ttl))
             finally:
                 entry._scope.detach(waiting.cancel)
         return scope.wait_s() > 0
@@ -5039,12 +5022,7 @@ class Election(Contender):
         return self._first(self._line()[0])
 
     def observe(self, timeout: "float | None" = None) -> "Observed[Leader | None]":
-        """Return an iterator over the leader, now and after each change; None: no leader.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-
-        An intermediate leader may be missed, the last one is not.
-        """
+        """Return an iterator over the leader, now and after each change; None: no leader."""
         def read() -> "tuple[Leader | None, _Wait]":
             entries, index = self._line()
             wait = _Wait(self.path, index, lambda event: event.action == "create")
@@ -5136,9 +5114,8 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def close(self) -> None:
         """Stop following; the copy remains."""
         self._scope.cancel()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def snapshot(self) -> "dict[str, Node]":
         """Return the copy in its present state."""
@@ -5293,9 +5270,8 @@ class _Follower(_Closeable, Generic[_T, _Called]):
     def close(self) -> None:
         """Stop calling the function."""
         self._observed.close()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _read_state(self) -> "tuple[_T, _Wait]":
         raise NotImplementedError
@@ -5305,19 +5281,15 @@ class _Follower(_Closeable, Generic[_T, _Called]):
 
     def _run(self, function: Callable[..., Any]) -> None:
         with contextlib.suppress(Cancelled, StopIteration), Scope(None, self.client.scope) as scope:
-            while self._call_function(function, self._next(scope)):
-                pass
-
-    def _next(self, scope: Scope) -> _T:
-        """Return the next state.  Raises StopIteration, Cancelled."""
-        while True:
-            try:
-                return next(self._observed)
-            except Cancelled:
-                raise
-            except EtcdError as error:              # retried until a server replies
-                _log.warning("%s cannot be watched: %s", self.path, error)
-                scope.wait(1.0)
+            wanted = True
+            while wanted:
+                try:
+                    wanted = self._call_function(function, next(self._observed))
+                except Cancelled:
+                    raise
+                except EtcdError as error:          # retried until a server replies
+                    _log.warning("%s cannot be watched: %s", self.path, error)
+                    scope.wait(1.0)
 
 
 class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
@@ -5491,11 +5463,9 @@ class Queue(_Recipe):
         return [self.put(value, priority) for value in values]
 
     def get(self, timeout: "float | None" = None) -> "str | None":
-        """Remove the first item and return its value; None after `timeout` seconds.
+        """Remove the first item and return its value; None after the timeout, or `cancel`.
 
-        timeout  None: no limit; 0: do not wait
-
-        None after `cancel`, too.
+        timeout  seconds; None: no limit; 0: do not wait
         """
         return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
@@ -5555,7 +5525,7 @@ class Queue(_Recipe):
             try:
                 return self._poll(scope, lambda: self._try(obtain), min(WAIT_SLICE_S, self.ttl))
             finally:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     line.release()
         return None
 
@@ -5596,7 +5566,7 @@ class Queue(_Recipe):
 
     def _unmark(self, item: _Item) -> None:
         """Let other consumers have an item that this one could not take."""
-        with _cleanup_scope(TIDY_S):
+        with _cleanup_scope():
             _remove(self.client, self._mark_of(item.uid), item.mark)
 
     def _is_taken(self, item: _Item) -> bool:
@@ -5650,7 +5620,7 @@ class Queue(_Recipe):
             pass
         finally:
             if ours and claimed is None:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     lease._end()
                     lease._remove_file()
         return claimed
@@ -5760,18 +5730,12 @@ class ServiceRegistry:
                             self.ttl, on_lost=on_lost).start()
 
     def resolve(self, service: str, tag: "str | None" = None) -> "list[Instance]":
-        """Return the instances of `service`, oldest first.
-
-        tag  only instances with this tag
-        """
+        """Return the instances of `service` (with this tag, if given), oldest first."""
         return self._instances(_children(self.client, self.path(service))[0], tag)
 
     def watch(self, service: str, timeout: "float | None" = None,
               tag: "str | None" = None) -> "Observed[list[Instance]]":
-        """Return an iterator over the instances of `service`, now and after each change.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-        """
+        """Return an iterator over the instances of `service`, now and after each change."""
         path = self.path(service)
 
         def read() -> "tuple[list[Instance], _Wait]":

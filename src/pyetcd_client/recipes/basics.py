@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
 from ..client.client import Client
-from ..client.watching import _REMOVALS
 from ..transport.calls import clean_key, is_endpoint_failure
 from ..transport.connections import Scope, _call_back, _context
 from ..transport.defaults import WAIT_MAX_S, _log
@@ -210,11 +209,11 @@ class _Recipe:
 
 
 @contextlib.contextmanager
-def _cleanup_scope(timeout_s: float) -> Iterator[None]:
-    """Give a cleanup a time limit of its own, even when that of the call is over."""
+def _cleanup_scope() -> Iterator[None]:
+    """Give a cleanup TIDY_S seconds of its own, even when the time of the call is over."""
     outer, _context.scope = _context.scope, None
     try:
-        with Scope(timeout_s):
+        with Scope(TIDY_S):
             yield
     finally:
         _context.scope = outer
@@ -263,7 +262,6 @@ def retry(client: Client, function: Callable[[], _T], *, timeout: float | None =
 
 
 def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
-    """Read `key` by quorum."""
     return _with_retries(client, lambda: client.get(key, recursive=recursive, quorum=True))
 
 
@@ -302,10 +300,6 @@ def _number(node: Node) -> int:
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
-
-
-def _is_removal(event: Result) -> bool:
-    return event.action in _REMOVALS
 
 
 # -- writing

@@ -151,7 +151,7 @@ class Heartbeat:
         outer = _context.scope                      # its end must not leave the file behind
         over = outer is not None and (
             outer.cancelled or time.monotonic() + TIDY_S >= outer.deadline)
-        with _cleanup_scope(TIDY_S) if over else Scope(LEAVE_S):
+        with _cleanup_scope() if over else Scope(LEAVE_S):
             self._remove_file()
         return held
 
@@ -189,7 +189,6 @@ class Heartbeat:
         self._due_at = sent_at + self.ttl / 3
 
     def _lose(self) -> None:
-        """Mark the file as lost, and wake the thread."""
         with self._lock:
             self._over = True
         self._wake.set()
@@ -363,7 +362,7 @@ class _Entry(Lease):
             super()._acquire_file()
         except BaseException:                       # the file may exist nevertheless
             self._sure = False
-            with _cleanup_scope(TIDY_S):
+            with _cleanup_scope():
                 self._remove_file()
             raise
 

@@ -9,6 +9,7 @@ import threading
 from typing import Callable, TypeVar
 
 from ..client.client import Client
+from ..client.watching import _REMOVALS
 from ..transport.connections import Scope
 from ..transport.defaults import _log
 from ..transport.errors import Cancelled, EtcdError, EtcdValueError, LockExpired
@@ -21,7 +22,6 @@ from .basics import (
     _checked_ttl,
     _cleanup_scope,
     _entries,
-    _is_removal,
     _LostCallback,
     _Recipe,
     _recipe_key,
@@ -231,10 +231,7 @@ class Contender(_Recipe):
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> _Entry | None:
-        """Keep an entry in the line until admitted; None when the time is over.
-
-        Raises Cancelled.
-        """
+        """Keep an entry in the line until admitted; None at the deadline.  Raises Cancelled."""
         entry: _Entry | None = None
         client_scope = self.client.scope
         try:
@@ -253,7 +250,7 @@ class Contender(_Recipe):
             if entry is not None and self._held is not entry:
                 entry._end()
                 if not client_scope.cancelled:
-                    with _cleanup_scope(TIDY_S):
+                    with _cleanup_scope():
                         entry._remove_file()
 
     def _enter(self, old: _Entry | None, ttl: int) -> _Entry:
@@ -297,9 +294,9 @@ class Contender(_Recipe):
             entry._scope.attach(waiting.cancel)
             try:
                 if blocker and entry.is_held:
-                    scope.wait_for_event(self.client, _Wait(
-                        blocker, index, _is_removal if blocker == self.path else None),
-                        min(WAIT_SLICE_S, entry.ttl))
+                    removed = (lambda event: event.action in _REMOVALS)
+                    wait = _Wait(blocker, index, removed if blocker == self.path else None)
+                    scope.wait_for_event(self.client, wait, min(WAIT_SLICE_S, entry.ttl))
             finally:
                 entry._scope.detach(waiting.cancel)
         return scope.wait_s() > 0

@@ -23,7 +23,6 @@ from ..transport.errors import (
 from ..transport.results import _T, Node, Result
 from .basics import (
     LEASE_TTL_S,
-    TIDY_S,
     WAIT_SLICE_S,
     _append_once,
     _checked_ttl,
@@ -171,11 +170,9 @@ class Queue(_Recipe):
         return [self.put(value, priority) for value in values]
 
     def get(self, timeout: float | None = None) -> str | None:
-        """Remove the first item and return its value; None after `timeout` seconds.
+        """Remove the first item and return its value; None after the timeout, or `cancel`.
 
-        timeout  None: no limit; 0: do not wait
-
-        None after `cancel`, too.
+        timeout  seconds; None: no limit; 0: do not wait
         """
         return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
@@ -235,7 +232,7 @@ class Queue(_Recipe):
             try:
                 return self._poll(scope, lambda: self._try(obtain), min(WAIT_SLICE_S, self.ttl))
             finally:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     line.release()
         return None
 
@@ -276,7 +273,7 @@ class Queue(_Recipe):
 
     def _unmark(self, item: _Item) -> None:
         """Let other consumers have an item that this one could not take."""
-        with _cleanup_scope(TIDY_S):
+        with _cleanup_scope():
             _remove(self.client, self._mark_of(item.uid), item.mark)
 
     def _is_taken(self, item: _Item) -> bool:
@@ -330,7 +327,7 @@ class Queue(_Recipe):
             pass
         finally:
             if ours and claimed is None:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     lease._end()
                     lease._remove_file()
         return claimed
