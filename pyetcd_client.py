@@ -5806,8 +5806,6 @@ class Party:
 
 # ============================================================================
 # ctl/output -- Output of the command line in the formats of etcdctl 2.3.
-# ----------------------------------------------------------------------------
-# Uses public names of the client only.
 # ============================================================================
 
 
@@ -6470,7 +6468,6 @@ def _command_names(group: str = "") -> "list[tuple[str, str]]":
 
 
 def _print_help(group: str = "") -> None:
-    """Print the commands of the program, or of a group."""
     name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
@@ -6615,9 +6612,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 
 
 # ============================================================================
-# ctl/etcdctl -- The commands of etcdctl 2.3.
-# ----------------------------------------------------------------------------
-# Source: etcdctl 2.3.8.
+# ctl/etcdctl -- The commands of etcdctl 2.3.8.
 # ============================================================================
 
 
@@ -7700,7 +7695,6 @@ def _cmd_tree(run: _Run) -> None:
 
 
 def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") -> "Iterator[str]":
-    """Yield a line for each node below `node`."""
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
@@ -7729,8 +7723,6 @@ _TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATC
 
 
 class _Sample(NamedTuple):
-    """Statistics of one member."""
-
     taken_at: float                                 # monotonic seconds
     self_stats: "Mapping[str, Any]"
     store: "Mapping[str, int]"

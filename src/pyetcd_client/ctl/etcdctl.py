@@ -1,7 +1,4 @@
-"""The commands of etcdctl 2.3.
-
-Source: etcdctl 2.3.8.
-"""
+"""The commands of etcdctl 2.3.8."""
 
 from __future__ import annotations
 

@@ -74,7 +74,6 @@ def _cmd_tree(run: _Run) -> None:
 
 
 def _tree_lines(node: Node, options: _Options, strokes: tuple[str, str, str]) -> Iterator[str]:
-    """Yield a line for each node below `node`."""
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
@@ -103,8 +102,6 @@ _TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATC
 
 
 class _Sample(NamedTuple):
-    """Statistics of one member."""
-
     taken_at: float                                 # monotonic seconds
     self_stats: Mapping[str, Any]
     store: Mapping[str, int]

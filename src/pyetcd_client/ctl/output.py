@@ -1,7 +1,4 @@
-"""Output of the command line in the formats of etcdctl 2.3.
-
-Uses public names of the client only.
-"""
+"""Output of the command line in the formats of etcdctl 2.3."""
 
 from __future__ import annotations
 

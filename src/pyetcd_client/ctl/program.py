@@ -502,7 +502,6 @@ def _command_names(group: str = "") -> list[tuple[str, str]]:
 
 
 def _print_help(group: str = "") -> None:
-    """Print the commands of the program, or of a group."""
     name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
