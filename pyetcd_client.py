@@ -138,34 +138,14 @@ __all__ = [
 
 
 # ============================================================================
-# transport/defaults -- Defaults and limits of the client.
+# transport/defaults -- The version, the log, and limits that several modules know.
 # ============================================================================
 
 
 __version__ = "0.5.0"
 
-CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
-READ_TIMEOUT_S = 60.0           # silence of a server
-TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
-SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
-SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
-SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
 TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
 WAIT_MAX_S = 1e6                # stands for "no limit"; sockets accept no more than 24 days
-IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is replaced
-WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
-WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
-WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
-WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
-WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
-HISTORY_EVENTS = 1000           # events that etcd remembers
-BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
-BACKOFF_MAX_S = 1.0             # up to this
-READ_BUFFER_BYTES = 16384       # read from a socket at once
-HEADER_BYTES_MAX = 65536        # of one header; a longer one breaks the connection
-HEADERS_MAX = 100               # of one reply; more break the connection
-REDIRECTS_MAX = 5               # of one read; more raise BadReply
-
 
 _log = logging.getLogger("pyetcd_client")
 
@@ -428,7 +408,7 @@ EtcdLockExpired = LockExpired
 
 
 # ============================================================================
-# transport/results -- Results: frozen values made from the JSON of a reply.
+# transport/results -- Results: frozen values, or the error, made from the JSON of a reply.
 # ----------------------------------------------------------------------------
 # Names are the JSON keys in snake_case; `raw` is the JSON itself.
 # ============================================================================
@@ -700,12 +680,48 @@ def _parse_version(reply: _Reply) -> "dict[str, str]":
     return {str(name): str(value) for name, value in _parse_object(reply).items()}
 
 
+def _describe_reply(reply: _Reply) -> str:
+    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
+    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
+    status = f"HTTP status {reply.status}"
+    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
+
+
+def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
+    """Return the error for an error reply.
+
+    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
+    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
+    the write was applied.
+    """
+    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
+    try:
+        payload = {**_expect_object(reply.json()), "status": reply.status}
+    except (ValueError, RecursionError):
+        payload = {"status": reply.status}
+    # The members and auth APIs refuse a user or password without the header.
+    of_etcd = "message" in payload and (
+        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    if of_etcd or isinstance(payload.get("errorCode"), int):
+        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
+    message = str(payload.get("message", "")) or _describe_reply(reply)
+    if 300 <= reply.status < 400:
+        message = f"redirected to {reply.headers.get('Location')}: not followed"
+    return HttpError(
+        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
+
+
 # ============================================================================
 # transport/connections -- Connections: exchanges over http.client and urllib3, scopes, and the state of the client.
 # ----------------------------------------------------------------------------
 # Converts the exceptions of urllib3 and http.client into the errors of the client.
 # ============================================================================
 
+
+IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is replaced
+READ_BUFFER_BYTES = 16384       # read from a socket at once
+HEADER_BYTES_MAX = 65536        # of one header; a longer one breaks the connection
+HEADERS_MAX = 100               # of one reply; more break the connection
 
 # -- scopes: one deadline and one way to cancel, for all waits
 
@@ -742,7 +758,7 @@ class Scope:
     no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
-    __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
+    __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
 
     def __init__(self, timeout: "float | None" = None, *within: "Scope") -> None:
         if timeout is not None and not timeout >= 0:
@@ -751,16 +767,16 @@ class Scope:
         limit_s = math.inf if timeout is None else timeout or TRY_S
         self.deadline = time.monotonic() + limit_s
         self.cancelled = False
-        self.pid = os.getpid()                      # a forked child must not wake the parent's
         self._within = within
-        self._wakers: dict[Callable[[], object], None] = {}
+        # By process: a forked child must not wake the parent's, which would close its sockets.
+        self._wakers: dict[Callable[[], object], int] = {}
         self._outer: Scope | None = None
 
     def cancel(self) -> None:
         """End every wait below with Cancelled, now and from now on."""
         self.cancelled = True
-        if self.pid == os.getpid():
-            for wake in list(self._wakers):
+        for wake, pid in list(self._wakers.items()):
+            if pid == os.getpid():
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
@@ -789,7 +805,7 @@ class Scope:
 
     def attach(self, wake: Callable[[], object]) -> None:
         """Have `cancel` call `wake`, perhaps twice; at once if the scope is cancelled already."""
-        self._wakers[wake] = None
+        self._wakers[wake] = os.getpid()
         if self.cancelled:
             wake()
 
@@ -1240,37 +1256,6 @@ def _transport_error(
     return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
 
 
-def _describe_reply(reply: _Reply) -> str:
-    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
-    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
-    status = f"HTTP status {reply.status}"
-    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
-
-
-def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
-    """Return the error for an error reply.
-
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
-    """
-    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
-    try:
-        payload = {**_expect_object(reply.json()), "status": reply.status}
-    except (ValueError, RecursionError):
-        payload = {"status": reply.status}
-    # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
-    if of_etcd or isinstance(payload.get("errorCode"), int):
-        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
-    message = str(payload.get("message", "")) or _describe_reply(reply)
-    if 300 <= reply.status < 400:
-        message = f"redirected to {reply.headers.get('Location')}: not followed"
-    return HttpError(
-        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
-
-
 # -- connection states
 
 
@@ -1538,6 +1523,16 @@ def _discover(domain: str, protocol: str, deadline: float) -> "list[str]":
 # ============================================================================
 
 
+CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
+SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
+SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
 _SUCCESS: "frozenset[int]" = frozenset((200, 201, 204))
 _HEALTH_STATUSES: "frozenset[int]" = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
@@ -1763,7 +1758,7 @@ class _Caller(_Closeable):
         self._reached = False                       # a request was sent to some server
         self._connection_settings = _ConnectionSettings(
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
-        self._scope = Scope()                       # of all calls under way
+        self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
         # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
         # would wait for that thread.
@@ -1821,19 +1816,12 @@ class _Caller(_Closeable):
         """Path of the keys API; a subclass may override it."""
         return self.version_prefix + "/keys"
 
-    @property
-    def scope(self) -> Scope:
-        """The scope of all calls and watches of this client until `close`."""
-        if self._scope.pid != os.getpid():          # a forked child must not end the parent's waits
-            self._scope = Scope()
-        return self._scope
-
     def close(self) -> None:
         """End every call and watch under way with Cancelled, and close the connections.
 
         This also ends the background work of recipes.  New calls are possible afterwards.
         """
-        scope, self._scope = self._scope, Scope()
+        scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
         _close_all(self._idle)
@@ -2634,6 +2622,14 @@ def _needed(prev_value: "object | None", prev_index: "int | None") -> "dict[str,
 # ============================================================================
 # client/watching -- Watching: all changes of a key or a directory, in order.
 # ============================================================================
+
+
+WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
+WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
+WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
+HISTORY_EVENTS = 1000           # events that etcd remembers
 
 
 class _Step(enum.Enum):
@@ -3490,13 +3486,11 @@ class Client(_Watching, _Cluster, _Users):
 
 
 LEASE_TTL_S = 30
-EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
 CREATE_TRIES = 5                # of a file that expires each time before it is read
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe retries while no server replies
 WAIT_SLICE_S = 20.0             # a waiter reads again after this time without an event
 TIDY_S = 0.5                    # for the cleanup after a call without success
-LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _LostCallback = Optional[Callable[[], object]]
 
@@ -3820,6 +3814,9 @@ def _remove(client: Client, key: str, value: str) -> None:
 # recipes/leases -- Leases: keys that live as long as their owner.
 # ============================================================================
 
+
+EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
 _GONE = (KeyNotFound, CompareFailed, NotFile, NotDir)   # replies to a renewal of a lost file

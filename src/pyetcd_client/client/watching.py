@@ -21,14 +21,6 @@ from ..transport.calls import (
     is_endpoint_failure,
 )
 from ..transport.connections import Scope, _Closeable, _Exchange, _start_thread
-from ..transport.defaults import (
-    HISTORY_EVENTS,
-    WATCH_HEAD_S,
-    WATCH_LOOK_S,
-    WATCH_POLL_S,
-    WATCH_PROBE_S,
-    WATCH_SETTLE_S,
-)
 from ..transport.errors import (
     BadReply,
     Cancelled,
@@ -43,6 +35,13 @@ from ..transport.errors import (
 )
 from ..transport.results import _T, EtcdResult, Node, _keep_reply, _parse_result, _Reply
 from .verbs import _Keys
+
+WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
+WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
+WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
+HISTORY_EVENTS = 1000           # events that etcd remembers
 
 
 class _Step(enum.Enum):

@@ -33,13 +33,11 @@ from ..transport.errors import (
 from ..transport.results import _T, Node, Result
 
 LEASE_TTL_S = 30
-EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
 CREATE_TRIES = 5                # of a file that expires each time before it is read
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe retries while no server replies
 WAIT_SLICE_S = 20.0             # a waiter reads again after this time without an event
 TIDY_S = 0.5                    # for the cleanup after a call without success
-LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _LostCallback = Optional[Callable[[], object]]
 

@@ -27,9 +27,7 @@ from ..transport.errors import (
 from ..transport.results import Node, Result
 from .basics import (
     CALL_TIMEOUT_S,
-    EXPIRY_MARGIN,
     LEASE_TTL_S,
-    LEAVE_S,
     TIDY_S,
     _append_once,
     _call_back_in_background,
@@ -45,6 +43,9 @@ from .basics import (
     _remove,
     _with_retries,
 )
+
+EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
 _GONE = (KeyNotFound, CompareFailed, NotFile, NotDir)   # replies to a renewal of a lost file

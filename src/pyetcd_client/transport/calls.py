@@ -36,22 +36,9 @@ from .connections import (
     _context,
     _Exchange,
     _Listener,
-    _status_error,
     _transport_error,
 )
-from .defaults import (
-    BACKOFF_MAX_S,
-    BACKOFF_MIN_S,
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    REDIRECTS_MAX,
-    SESSION_TIMEOUT_S,
-    SYNC_INTERVAL_S,
-    SYNC_TIMEOUT_S,
-    TOTAL_TIMEOUT_S,
-    __version__,
-    _log,
-)
+from .defaults import __version__, _log
 from .endpoints import Endpoints, _Address, _base_url, _discover, _listed_urls
 from .errors import (
     BadReply,
@@ -64,10 +51,20 @@ from .errors import (
     TransportError,
     WatchTimeout,
 )
-from .results import _T, Member, _parse_members, _Reply
+from .results import _T, Member, _parse_members, _Reply, _status_error
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
+
+CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
+SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
+SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
 _SUCCESS: frozenset[int] = frozenset((200, 201, 204))
 _HEALTH_STATUSES: frozenset[int] = frozenset((200, 503))    # /health, /v2/members/leader
@@ -297,7 +294,7 @@ class _Caller(_Closeable):
         self._reached = False                       # a request was sent to some server
         self._connection_settings = _ConnectionSettings(
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
-        self._scope = Scope()                       # of all calls under way
+        self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
         # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
         # would wait for that thread.
@@ -355,19 +352,12 @@ class _Caller(_Closeable):
         """Path of the keys API; a subclass may override it."""
         return self.version_prefix + "/keys"
 
-    @property
-    def scope(self) -> Scope:
-        """The scope of all calls and watches of this client until `close`."""
-        if self._scope.pid != os.getpid():          # a forked child must not end the parent's waits
-            self._scope = Scope()
-        return self._scope
-
     def close(self) -> None:
         """End every call and watch under way with Cancelled, and close the connections.
 
         This also ends the background work of recipes.  New calls are possible afterwards.
         """
-        scope, self._scope = self._scope, Scope()
+        scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
         _close_all(self._idle)
