@@ -5809,15 +5809,6 @@ class Party:
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
 CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
 
-EXIT_OK = 0
-EXIT_BAD_ARGS = 1
-EXIT_BAD_CONNECTION = 2
-EXIT_SERVER_ERROR = 4
-EXIT_UNHEALTHY = 5
-EXIT_INTERRUPTED = 130                              # 128 + SIGINT
-EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
-EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
 _NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
@@ -5829,10 +5820,23 @@ _BOOLEANS = {
 }
 
 
+class Exit(enum.IntEnum):
+    """Exit codes; see `main`."""
+
+    OK = 0
+    BAD_ARGS = 1
+    BAD_CONNECTION = 2
+    SERVER_ERROR = 4
+    UNHEALTHY = 5
+    INTERRUPTED = 130                               # 128 + SIGINT
+    BROKEN_PIPE = 141                               # 128 + SIGPIPE
+    MISUSE = OK         # unknown command or option: etcdctl 2.3 prints help, exits with 0
+
+
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
+    def __init__(self, line: str, code: int = Exit.BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code
@@ -6275,7 +6279,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = Exit.BAD_CONNECTION if is_endpoint_failure(error) else Exit.SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
@@ -6283,7 +6287,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
         raise _ExitError(
             "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
             f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
+            "available", Exit.SERVER_ERROR)
     random.shuffle(urls)
     client.endpoints = Endpoints(urls)
     if debug:
@@ -6374,7 +6378,7 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
-_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: Exit.OK
 _FORMATS = ("simple", "extended", "json")
 
 
@@ -6502,14 +6506,14 @@ def _run_command(name: str, words: "Sequence[str]", settings: _Options) -> int:
         _print("Incorrect Usage.\n")
         _print_command_help(name)
         _print_error(f"pyetcdctl {name}: {error}")
-        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
+        return Exit.BAD_ARGS if command.own else Exit.MISUSE
     if options.on("help"):
         _print_command_help(name)
-        return EXIT_OK
+        return Exit.OK
     run = _Run(settings, options, args + (behind or []), behind)
     _check_line(name, command, run)
     with contextlib.closing(run):
-        return command.run(run) or EXIT_OK
+        return command.run(run) or Exit.OK
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
@@ -6546,7 +6550,7 @@ def _dispatch(argv: "Sequence[str]") -> int:
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
-        return EXIT_OK
+        return Exit.OK
     asks_help, group = settings.on("help"), ""
     while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
         word, *words = words
@@ -6565,7 +6569,7 @@ def _dispatch(argv: "Sequence[str]") -> int:
         raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
     else:
         _print_command_help(name)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _unknown_command(group: str, word: str) -> int:
@@ -6576,7 +6580,7 @@ def _unknown_command(group: str, word: str) -> int:
     if word in ("true", "false"):
         hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
-    return EXIT_MISUSE
+    return Exit.MISUSE
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
@@ -6594,18 +6598,18 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         _print("Incorrect Usage.\n")
         _print_help()
         _print_error(f"pyetcdctl: {error}")
-        return EXIT_MISUSE
+        return Exit.MISUSE
     except _ExitError as error:
         _print_error(error.line)
         return error.code
     except EtcdError as error:
         _print_error(_error_lines(error))
-        return EXIT_SERVER_ERROR
+        return Exit.SERVER_ERROR
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return Exit.BROKEN_PIPE
 
 
 # ============================================================================
@@ -6874,7 +6878,7 @@ def _cmd_cluster_health(run: _Run) -> int:
             _check_health(run.connect(_given_client))
             _print("\nnext check after 10 second...\n")
             time.sleep(_HEALTH_EVERY_S)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _check_health(client: Client) -> int:
@@ -6887,7 +6891,7 @@ def _check_health(client: Client) -> int:
     healthy = [_member_is_healthy(client, member, width) for member in members]
     _print("cluster is " + (_coloured("healthy", _GREEN) if any(healthy)
                            else _coloured("unhealthy", _RED)))
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+    return Exit.OK if any(healthy) else Exit.UNHEALTHY
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
@@ -7030,7 +7034,7 @@ def _import_snapshot_04(run: _Run) -> int:
     _print(f"starting to import snapshot {path} with {workers} clients")
     _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- users, roles, auth
@@ -7469,7 +7473,7 @@ def _cmd_import(run: _Run) -> int:
     run.options.refuse("without --snap", "hidden")
     if not run.args:
         _print("no snapshot file provided (use --snap)")
-        return EXIT_BAD_ARGS
+        return Exit.BAD_ARGS
     prefixes = _prefixes(run.options)
     found = [(record, _rebased(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
@@ -7479,7 +7483,7 @@ def _cmd_import(run: _Run) -> int:
     if run.options.on("dry-run"):
         _print_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
-        return EXIT_OK
+        return Exit.OK
     importing.write(alive)
     files = sum(record.value is not None for record in alive)
     notes = [(importing.kept, "existed and were kept"),
@@ -7487,7 +7491,7 @@ def _cmd_import(run: _Run) -> int:
              (len(found) - len(records), "lie elsewhere and were left out")]
     _print("; ".join([f"imported {files - importing.kept} keys",
                      *(f"{count} {note}" for count, note in notes if count)]))
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- mirror
@@ -7940,7 +7944,7 @@ def _cmd_bench(run: _Run) -> int:
                 ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
     if bench.failures:
         _print(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
-    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+    return Exit.SERVER_ERROR if bench.failures else Exit.OK
 
 
 # -- completion

@@ -30,8 +30,7 @@ from .output import (
     _GREEN,
     _RED,
     _UNAVAILABLE,
-    EXIT_OK,
-    EXIT_UNHEALTHY,
+    Exit,
     _coloured,
     _escape,
     _ExitError,
@@ -305,7 +304,7 @@ def _cmd_cluster_health(run: _Run) -> int:
             _check_health(run.connect(_given_client))
             _print("\nnext check after 10 second...\n")
             time.sleep(_HEALTH_EVERY_S)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _check_health(client: Client) -> int:
@@ -318,7 +317,7 @@ def _check_health(client: Client) -> int:
     healthy = [_member_is_healthy(client, member, width) for member in members]
     _print("cluster is " + (_coloured("healthy", _GREEN) if any(healthy)
                            else _coloured("unhealthy", _RED)))
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+    return Exit.OK if any(healthy) else Exit.UNHEALTHY
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
@@ -461,7 +460,7 @@ def _import_snapshot_04(run: _Run) -> int:
     _print(f"starting to import snapshot {path} with {workers} clients")
     _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- users, roles, auth

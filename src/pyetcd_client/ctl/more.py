@@ -19,17 +19,7 @@ from ..transport.calls import clean_key
 from ..transport.errors import DirNotEmpty, EtcdError, KeyNotFound
 from ..transport.results import Member, Node
 from .etcdctl import _QUORUM, _run_parallel
-from .output import (
-    _BLUE,
-    EXIT_OK,
-    EXIT_SERVER_ERROR,
-    _coloured,
-    _escape,
-    _ExitError,
-    _print,
-    _print_error,
-    _print_lines,
-)
+from .output import _BLUE, Exit, _coloured, _escape, _ExitError, _print, _print_error, _print_lines
 from .program import (
     _COMMANDS,
     _GLOBAL_FLAGS,
@@ -322,7 +312,7 @@ def _cmd_bench(run: _Run) -> int:
                 ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
     if bench.failures:
         _print(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
-    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+    return Exit.SERVER_ERROR if bench.failures else Exit.OK
 
 
 # -- completion

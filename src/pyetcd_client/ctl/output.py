@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import http.client
 import itertools
 import json
@@ -21,15 +22,6 @@ from ..transport.results import Node, Result
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
 CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
 
-EXIT_OK = 0
-EXIT_BAD_ARGS = 1
-EXIT_BAD_CONNECTION = 2
-EXIT_SERVER_ERROR = 4
-EXIT_UNHEALTHY = 5
-EXIT_INTERRUPTED = 130                              # 128 + SIGINT
-EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
-EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
 _NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
@@ -41,10 +33,23 @@ _BOOLEANS = {
 }
 
 
+class Exit(enum.IntEnum):
+    """Exit codes; see `main`."""
+
+    OK = 0
+    BAD_ARGS = 1
+    BAD_CONNECTION = 2
+    SERVER_ERROR = 4
+    UNHEALTHY = 5
+    INTERRUPTED = 130                               # 128 + SIGINT
+    BROKEN_PIPE = 141                               # 128 + SIGPIPE
+    MISUSE = OK         # unknown command or option: etcdctl 2.3 prints help, exits with 0
+
+
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
+    def __init__(self, line: str, code: int = Exit.BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code

@@ -25,13 +25,7 @@ from .output import (
     _NOT_TEXT,
     CLI_ENDPOINTS,
     CLI_VERSION,
-    EXIT_BAD_ARGS,
-    EXIT_BAD_CONNECTION,
-    EXIT_BROKEN_PIPE,
-    EXIT_INTERRUPTED,
-    EXIT_MISUSE,
-    EXIT_OK,
-    EXIT_SERVER_ERROR,
+    Exit,
     _did_you_mean,
     _error_lines,
     _ExitError,
@@ -312,7 +306,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = Exit.BAD_CONNECTION if is_endpoint_failure(error) else Exit.SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
@@ -320,7 +314,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
         raise _ExitError(
             "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
             f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
+            "available", Exit.SERVER_ERROR)
     random.shuffle(urls)
     client.endpoints = Endpoints(urls)
     if debug:
@@ -411,7 +405,7 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
-_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: Exit.OK
 _FORMATS = ("simple", "extended", "json")
 
 
@@ -539,14 +533,14 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
         _print("Incorrect Usage.\n")
         _print_command_help(name)
         _print_error(f"pyetcdctl {name}: {error}")
-        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
+        return Exit.BAD_ARGS if command.own else Exit.MISUSE
     if options.on("help"):
         _print_command_help(name)
-        return EXIT_OK
+        return Exit.OK
     run = _Run(settings, options, args + (behind or []), behind)
     _check_line(name, command, run)
     with contextlib.closing(run):
-        return command.run(run) or EXIT_OK
+        return command.run(run) or Exit.OK
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
@@ -583,7 +577,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
-        return EXIT_OK
+        return Exit.OK
     asks_help, group = settings.on("help"), ""
     while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
         word, *words = words
@@ -602,7 +596,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
     else:
         _print_command_help(name)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _unknown_command(group: str, word: str) -> int:
@@ -613,7 +607,7 @@ def _unknown_command(group: str, word: str) -> int:
     if word in ("true", "false"):
         hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
-    return EXIT_MISUSE
+    return Exit.MISUSE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -631,15 +625,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print("Incorrect Usage.\n")
         _print_help()
         _print_error(f"pyetcdctl: {error}")
-        return EXIT_MISUSE
+        return Exit.MISUSE
     except _ExitError as error:
         _print_error(error.line)
         return error.code
     except EtcdError as error:
         _print_error(_error_lines(error))
-        return EXIT_SERVER_ERROR
+        return Exit.SERVER_ERROR
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return Exit.BROKEN_PIPE

@@ -27,8 +27,7 @@ from ..transport.errors import (
 from ..transport.results import Node, Result
 from .etcdctl import _Answer, _import_snapshot_04, _run_parallel, _seconds_left, _set_dir
 from .output import (
-    EXIT_BAD_ARGS,
-    EXIT_OK,
+    Exit,
     _escape,
     _ExitError,
     _print,
@@ -269,7 +268,7 @@ def _cmd_import(run: _Run) -> int:
     run.options.refuse("without --snap", "hidden")
     if not run.args:
         _print("no snapshot file provided (use --snap)")
-        return EXIT_BAD_ARGS
+        return Exit.BAD_ARGS
     prefixes = _prefixes(run.options)
     found = [(record, _rebased(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
@@ -279,7 +278,7 @@ def _cmd_import(run: _Run) -> int:
     if run.options.on("dry-run"):
         _print_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
-        return EXIT_OK
+        return Exit.OK
     importing.write(alive)
     files = sum(record.value is not None for record in alive)
     notes = [(importing.kept, "existed and were kept"),
@@ -287,7 +286,7 @@ def _cmd_import(run: _Run) -> int:
              (len(found) - len(records), "lie elsewhere and were left out")]
     _print("; ".join([f"imported {files - importing.kept} keys",
                      *(f"{count} {note}" for count, note in notes if count)]))
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- mirror
