@@ -445,14 +445,6 @@ class _Reply(NamedTuple):
         return json.loads(self.body.decode("utf-8", "replace"))
 
 
-def _as_reply(answer: Any) -> _Reply:
-    """Return a reply that the program obtained by other means, such as urllib3."""
-    if isinstance(answer, _Reply):
-        return answer
-    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
-    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
-
-
 @dataclass(frozen=True)
 class Node:
     """A file or a directory at one moment.
@@ -671,13 +663,6 @@ def _parse_members(reply: _Reply) -> "list[Member]":
 
 def _keep_reply(reply: _Reply) -> _Reply:
     return reply
-
-
-def _parse_version(reply: _Reply) -> "dict[str, str]":
-    text = reply.body.decode("utf-8", "replace").strip()
-    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
-        return {"etcdserver": text[5:]}
-    return {str(name): str(value) for name, value in _parse_object(reply).items()}
 
 
 def _describe_reply(reply: _Reply) -> str:
@@ -1534,7 +1519,6 @@ BACKOFF_MAX_S = 1.0             # up to this
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
 _SUCCESS: "frozenset[int]" = frozenset((200, 201, 204))
-_HEALTH_STATUSES: "frozenset[int]" = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
 _REDIRECTS: "frozenset[int]" = frozenset((301, 302, 303, 307, 308))
@@ -1605,31 +1589,6 @@ def _target(path: str, query: "Mapping[str, _Field]") -> str:
     path = path if _PLAIN(path) else quote(path, errors="surrogateescape")
     text = _encode_fields(query)
     return f"{path}?{text}" if text else path
-
-
-def _keys_target(key: str, query: "Mapping[str, _Field]", endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + clean_key(key), query)
-
-
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
-
-
-def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
-                ) -> "dict[str, _Field]":
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
-    fields: dict[str, _Field] = {}
-    if prev_value is None or prev_index is None or prev_exist is None:
-        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
-    if prev_value is not _NOT_GIVEN:
-        fields["prevValue"] = _text(prev_value)
-    if prev_index is not _NOT_GIVEN:
-        # The server ignores prevIndex=0: the write would be unconditional.
-        if isinstance(prev_index, int) and prev_index < 1:
-            raise EtcdValueError("prev_index is a modified index, 1 or more")
-        fields["prevIndex"] = _text(prev_index)
-    if prev_exist is not _NOT_GIVEN:
-        fields["prevExist"] = bool(prev_exist)
-    return fields
 
 
 @dataclass(frozen=True)
@@ -2368,6 +2327,31 @@ class auth:
 # ============================================================================
 # client/verbs -- Verbs of the keys API, except for those that wait.
 # ============================================================================
+
+
+_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+
+
+def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
+                ) -> "dict[str, _Field]":
+    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
+    fields: dict[str, _Field] = {}
+    if prev_value is None or prev_index is None or prev_exist is None:
+        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
+    if prev_value is not _NOT_GIVEN:
+        fields["prevValue"] = _text(prev_value)
+    if prev_index is not _NOT_GIVEN:
+        # The server ignores prevIndex=0: the write would be unconditional.
+        if isinstance(prev_index, int) and prev_index < 1:
+            raise EtcdValueError("prev_index is a modified index, 1 or more")
+        fields["prevIndex"] = _text(prev_index)
+    if prev_exist is not _NOT_GIVEN:
+        fields["prevExist"] = bool(prev_exist)
+    return fields
+
+
+def _keys_target(key: str, query: "Mapping[str, _Field]", endpoint: str) -> str:
+    return _target(endpoint + clean_key(key), query)
 
 
 class _Keys(_Caller):
@@ -3232,6 +3216,24 @@ class _Watching(_Keys):
 # ============================================================================
 
 
+_HEALTH_STATUSES: "frozenset[int]" = frozenset((200, 503))    # /health, /v2/members/leader
+
+
+def _as_reply(answer: Any) -> _Reply:
+    """Return a reply that the program obtained by other means, such as urllib3."""
+    if isinstance(answer, _Reply):
+        return answer
+    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
+    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
+
+
+def _parse_version(reply: _Reply) -> "dict[str, str]":
+    text = reply.body.decode("utf-8", "replace").strip()
+    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
+        return {"etcdserver": text[5:]}
+    return {str(name): str(value) for name, value in _parse_object(reply).items()}
+
+
 class _Cluster(_Caller):
     """Members, statistics, versions, health; and requests without a verb of their own."""
 
@@ -3385,19 +3387,20 @@ class _Cluster(_Caller):
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
         if method in ("GET", "DELETE"):
-            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
+            return self._execute(path, method, timeout, query=given)
+        return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: "float | None" = None,
     ) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
-        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+        return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
     def _execute(
-        self, path: str, method: str, query: "Mapping[str, _Field]", body: "bytes | None",
-        content_type: str, timeout: "float | None",
+        self, path: str, method: str, timeout: "float | None", *,
+        query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
+        content_type: str = _Call.content_type,
     ) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
@@ -3631,8 +3634,9 @@ class _CallScope(Scope):
 class _Recipe:
     """A recipe whose calls wait; `cancel` ends the present ones."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
+        self.path = path
         self._scopes: dict[_CallScope, None] = {}   # of the present calls
         _inherited[id(self)] = self
 
@@ -4179,8 +4183,7 @@ class Barrier(_Recipe):
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
 
     def create(self, ttl: "int | None" = None) -> bool:
         """Close the barrier, for at most `ttl` seconds; False if it was closed."""
@@ -4237,8 +4240,7 @@ class DoubleBarrier(_Recipe):
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.size = size
         self.ttl = _checked_ttl(ttl)
         self._entry: _Entry | None = None
@@ -4340,8 +4342,7 @@ class Counter(_Recipe):
     _turn: "_CallScope | None"                        # guarded by _changed
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.initial = initial
         self._after_fork()
 
@@ -4465,8 +4466,7 @@ class Contender(_Recipe):
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(line)
+        super().__init__(client, _recipe_key(line))
         self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._blocks = threading.local()            # .entries: of the `with` blocks of a thread
@@ -5071,8 +5071,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     _scope: Scope
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        super().__init__(client)
-        self.path = clean_key(path)
+        super().__init__(client, clean_key(path))
         self._on_change = on_change
         self._nodes: dict[str, Node] = {}
         self._index = 0
@@ -5434,8 +5433,7 @@ class Queue(_Recipe):
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.ttl = _checked_ttl(ttl)
         self._items = f"{self.path}/items"
         self._after_fork()

@@ -11,15 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Callable, ClassVar, cast
 
-from ..transport.calls import (
-    _SUCCESS,
-    _backoff_s,
-    _Call,
-    _Field,
-    _keys_target,
-    clean_key,
-    is_endpoint_failure,
-)
+from ..transport.calls import _SUCCESS, _backoff_s, _Call, _Field, clean_key, is_endpoint_failure
 from ..transport.connections import Scope, _Closeable, _Exchange, _start_thread
 from ..transport.errors import (
     BadReply,
@@ -34,7 +26,7 @@ from ..transport.errors import (
     WatchTimeout,
 )
 from ..transport.results import _T, EtcdResult, Node, _keep_reply, _parse_result, _Reply
-from .verbs import _Keys
+from .verbs import _Keys, _keys_target
 
 WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
 WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive

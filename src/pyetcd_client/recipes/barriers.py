@@ -57,8 +57,7 @@ class Barrier(_Recipe):
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
 
     def create(self, ttl: int | None = None) -> bool:
         """Close the barrier, for at most `ttl` seconds; False if it was closed."""
@@ -115,8 +114,7 @@ class DoubleBarrier(_Recipe):
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.size = size
         self.ttl = _checked_ttl(ttl)
         self._entry: _Entry | None = None
@@ -218,8 +216,7 @@ class Counter(_Recipe):
     _turn: _CallScope | None                        # guarded by _changed
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.initial = initial
         self._after_fork()
 

@@ -178,8 +178,9 @@ class _CallScope(Scope):
 class _Recipe:
     """A recipe whose calls wait; `cancel` ends the present ones."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
+        self.path = path
         self._scopes: dict[_CallScope, None] = {}   # of the present calls
         _inherited[id(self)] = self
 

@@ -50,8 +50,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     _scope: Scope
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        super().__init__(client)
-        self.path = clean_key(path)
+        super().__init__(client, clean_key(path))
         self._on_change = on_change
         self._nodes: dict[str, Node] = {}
         self._index = 0

@@ -50,8 +50,7 @@ class Contender(_Recipe):
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(line)
+        super().__init__(client, _recipe_key(line))
         self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._blocks = threading.local()            # .entries: of the `with` blocks of a thread

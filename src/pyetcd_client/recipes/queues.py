@@ -144,8 +144,7 @@ class Queue(_Recipe):
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.ttl = _checked_ttl(ttl)
         self._items = f"{self.path}/items"
         self._after_fork()

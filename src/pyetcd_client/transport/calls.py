@@ -67,7 +67,6 @@ BACKOFF_MAX_S = 1.0             # up to this
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
 _SUCCESS: frozenset[int] = frozenset((200, 201, 204))
-_HEALTH_STATUSES: frozenset[int] = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
 _REDIRECTS: frozenset[int] = frozenset((301, 302, 303, 307, 308))
@@ -138,31 +137,6 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
     path = path if _PLAIN(path) else quote(path, errors="surrogateescape")
     text = _encode_fields(query)
     return f"{path}?{text}" if text else path
-
-
-def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + clean_key(key), query)
-
-
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
-
-
-def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
-                ) -> dict[str, _Field]:
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
-    fields: dict[str, _Field] = {}
-    if prev_value is None or prev_index is None or prev_exist is None:
-        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
-    if prev_value is not _NOT_GIVEN:
-        fields["prevValue"] = _text(prev_value)
-    if prev_index is not _NOT_GIVEN:
-        # The server ignores prevIndex=0: the write would be unconditional.
-        if isinstance(prev_index, int) and prev_index < 1:
-            raise EtcdValueError("prev_index is a modified index, 1 or more")
-        fields["prevIndex"] = _text(prev_index)
-    if prev_exist is not _NOT_GIVEN:
-        fields["prevExist"] = bool(prev_exist)
-    return fields
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Callable, ClassVar, NamedTuple, TypeVar
 
-from requests.structures import CaseInsensitiveDict
-
 from .errors import EtcdError, HttpError
 
 _T = TypeVar("_T")
@@ -45,14 +43,6 @@ class _Reply(NamedTuple):
     def json(self) -> Any:
         """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
-
-
-def _as_reply(answer: Any) -> _Reply:
-    """Return a reply that the program obtained by other means, such as urllib3."""
-    if isinstance(answer, _Reply):
-        return answer
-    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
-    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
 
 
 @dataclass(frozen=True)
@@ -273,13 +263,6 @@ def _parse_members(reply: _Reply) -> list[Member]:
 
 def _keep_reply(reply: _Reply) -> _Reply:
     return reply
-
-
-def _parse_version(reply: _Reply) -> dict[str, str]:
-    text = reply.body.decode("utf-8", "replace").strip()
-    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
-        return {"etcdserver": text[5:]}
-    return {str(name): str(value) for name, value in _parse_object(reply).items()}
 
 
 def _describe_reply(reply: _Reply) -> str:
