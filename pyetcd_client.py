@@ -5804,18 +5804,10 @@ class Party:
 # ============================================================================
 
 
-CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
-CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
-_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
-}
 
 
 class Exit(enum.IntEnum):
@@ -5838,13 +5830,6 @@ class _ExitError(Exception):
         super().__init__(line)
         self.line = line
         self.code = code
-
-
-def _did_you_mean(word: str, known: "Iterable[str]", show: Callable[[str], str] = str) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- output
@@ -5973,6 +5958,19 @@ def _result_json(result: Result) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
 
 
+def _print_result(result: Result, form: str) -> None:
+    if form == "json":
+        _print(_result_json(result))
+    elif form == "extended":
+        _print(_result_extended(result))
+    elif form != "simple":
+        _print_error(f"Unsupported output format: {form}")
+    elif result.action == "delete":
+        _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
+    else:
+        _print(_value_text(result.node))
+
+
 # -- errors
 
 
@@ -6006,6 +6004,15 @@ def _error_lines(error: EtcdError) -> str:
 # ============================================================================
 # ctl/program -- The program: options, clients of commands, help, errors and exit codes.
 # ============================================================================
+
+
+CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
+CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
+_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -6161,6 +6168,13 @@ def _about_unknown(word: str, name: str, known: "Sequence[str]", args: "Sequence
             return f"{text} here: {_dashed(name)} stands behind the command"
     hint = "; put -- in front of a value that begins with a dash" if args else ""
     return text + (_did_you_mean(name, known, _dashed) or hint)
+
+
+def _did_you_mean(word: str, known: "Iterable[str]", show: Callable[[str], str] = str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- the client of a command
@@ -6356,16 +6370,7 @@ class _Run:
 
     def print_result(self, result: Result) -> None:
         """Print a result in the chosen format."""
-        if self.output == "json":
-            _print(_result_json(result))
-        elif self.output == "extended":
-            _print(_result_extended(result))
-        elif self.output != "simple":
-            _print_error(f"Unsupported output format: {self.output}")
-        elif result.action == "delete":
-            _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _print(_value_text(result.node))
+        _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
         """Print a result; in simple format, nothing for a directory."""
@@ -6479,15 +6484,6 @@ def _print_command_help(name: str) -> None:
     lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
              f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
     _print("\n".join(lines))
-
-
-def _split_command(words: "Sequence[str]") -> "tuple[str, list[str]]":
-    """Return the name of the command (one or two words, "" for none), and the rest."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
 
 
 def _run_command(name: str, words: "Sequence[str]", settings: _Options) -> int:
@@ -7999,6 +7995,15 @@ def _cmd_completion(run: _Run) -> None:
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _print(_COMPLETIONS[run.args[0]].rstrip("\n"))
+
+
+def _split_command(words: "Sequence[str]") -> "tuple[str, list[str]]":
+    """Return the name of the command (one or two words, "" for none), and the rest."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
 
 
 def _candidates(words: "Sequence[str]") -> "list[tuple[str, str]]":

@@ -34,7 +34,6 @@ from .program import (
     _Options,
     _parse_flags,
     _Run,
-    _split_command,
 )
 from .transfer import _with_long_timeouts
 
@@ -369,6 +368,15 @@ def _cmd_completion(run: _Run) -> None:
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _print(_COMPLETIONS[run.args[0]].rstrip("\n"))
+
+
+def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the command (one or two words, "" for none), and the rest."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
 
 
 def _candidates(words: Sequence[str]) -> list[tuple[str, str]]:

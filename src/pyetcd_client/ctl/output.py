@@ -12,25 +12,17 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from re import Match
-from typing import Any, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..transport.calls import is_endpoint_failure
 from ..transport.errors import ConnectionFailed, EtcdError, RequestTimeout, TransportError
 from ..transport.results import Node, Result
 
-CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
-CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
-_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
-}
 
 
 class Exit(enum.IntEnum):
@@ -53,13 +45,6 @@ class _ExitError(Exception):
         super().__init__(line)
         self.line = line
         self.code = code
-
-
-def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- output
@@ -186,6 +171,19 @@ def _result_json(result: Result) -> str:
     shown = {"action": result.action, "node": _node_json(result.node),
              "prevNode": _node_json(result.prev_node)}
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
+
+
+def _print_result(result: Result, form: str) -> None:
+    if form == "json":
+        _print(_result_json(result))
+    elif form == "extended":
+        _print(_result_extended(result))
+    elif form != "simple":
+        _print_error(f"Unsupported output format: {form}")
+    elif result.action == "delete":
+        _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
+    else:
+        _print(_value_text(result.node))
 
 
 # -- errors

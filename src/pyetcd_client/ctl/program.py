@@ -10,7 +10,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from ..client.client import Client
@@ -20,21 +20,15 @@ from ..transport.defaults import __version__
 from ..transport.endpoints import Endpoints
 from ..transport.errors import EtcdError
 from ..transport.results import Result
-from .output import (
-    _BOOLEANS,
-    _NOT_TEXT,
-    CLI_ENDPOINTS,
-    CLI_VERSION,
-    Exit,
-    _did_you_mean,
-    _error_lines,
-    _ExitError,
-    _print,
-    _print_error,
-    _result_extended,
-    _result_json,
-    _value_text,
-)
+from .output import Exit, _error_lines, _ExitError, _print, _print_error, _print_result
+
+CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
+CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
+_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -190,6 +184,13 @@ def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[st
             return f"{text} here: {_dashed(name)} stands behind the command"
     hint = "; put -- in front of a value that begins with a dash" if args else ""
     return text + (_did_you_mean(name, known, _dashed) or hint)
+
+
+def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- the client of a command
@@ -385,16 +386,7 @@ class _Run:
 
     def print_result(self, result: Result) -> None:
         """Print a result in the chosen format."""
-        if self.output == "json":
-            _print(_result_json(result))
-        elif self.output == "extended":
-            _print(_result_extended(result))
-        elif self.output != "simple":
-            _print_error(f"Unsupported output format: {self.output}")
-        elif result.action == "delete":
-            _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _print(_value_text(result.node))
+        _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
         """Print a result; in simple format, nothing for a directory."""
@@ -508,15 +500,6 @@ def _print_command_help(name: str) -> None:
     lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
              f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
     _print("\n".join(lines))
-
-
-def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the name of the command (one or two words, "" for none), and the rest."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
 
 
 def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
