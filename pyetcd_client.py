@@ -98,14 +98,11 @@ from typing import (
     Any,
     Callable,
     ClassVar,
-    Dict,
     Generic,
-    Iterator,
     NamedTuple,
     NoReturn,
     Optional,
     TYPE_CHECKING,
-    Tuple,
     TypeVar,
     Union,
     cast,
@@ -114,7 +111,6 @@ from typing import (
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urljoin, urlsplit
 from urllib3 import PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
 from urllib3.util.connection import is_connection_dropped
 
@@ -142,35 +138,14 @@ __all__ = [
 
 
 # ============================================================================
-# transport/defaults -- Defaults and limits of the client.
+# transport/defaults -- The version, the log, and limits that several modules know.
 # ============================================================================
 
 
 __version__ = "0.5.0"
 
-DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
-CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
-READ_TIMEOUT_S = 60.0           # silence of a server
-TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
-SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
-SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
-SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
 TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
 WAIT_MAX_S = 1e6                # stands for "no limit"; sockets accept no more than 24 days
-IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is replaced
-WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
-WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
-WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
-WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
-WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
-HISTORY_EVENTS = 1000           # events that etcd remembers
-BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
-BACKOFF_MAX_S = 1.0             # up to this
-READ_BUFFER_BYTES = 16384       # read from a socket at once
-HEADER_BYTES_MAX = 65536        # of one header; a longer one breaks the connection
-HEADERS_MAX = 100               # of one reply; more break the connection
-REDIRECTS_MAX = 5               # of one read; more raise BadReply
-
 
 _log = logging.getLogger("pyetcd_client")
 
@@ -433,7 +408,7 @@ EtcdLockExpired = LockExpired
 
 
 # ============================================================================
-# transport/results -- Results: frozen values made from the JSON of a reply.
+# transport/results -- Results: frozen values, or the error, made from the JSON of a reply.
 # ----------------------------------------------------------------------------
 # Names are the JSON keys in snake_case; `raw` is the JSON itself.
 # ============================================================================
@@ -468,14 +443,6 @@ class _Reply(NamedTuple):
     def json(self) -> Any:
         """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
-
-
-def _as_reply(answer: Any) -> _Reply:
-    """Return a reply that the program obtained by other means, such as urllib3."""
-    if isinstance(answer, _Reply):
-        return answer
-    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
-    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
 
 
 @dataclass(frozen=True)
@@ -690,10 +657,6 @@ def _parse_object(reply: _Reply) -> "dict[str, Any]":
     return _expect_object(reply.json())
 
 
-def _parse_maybe_object(reply: _Reply) -> "dict[str, Any]":
-    return _parse_object(reply) if reply.body.strip() else {}
-
-
 def _parse_members(reply: _Reply) -> "list[Member]":
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
@@ -702,11 +665,35 @@ def _keep_reply(reply: _Reply) -> _Reply:
     return reply
 
 
-def _parse_version(reply: _Reply) -> "dict[str, str]":
-    text = reply.body.decode("utf-8", "replace").strip()
-    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
-        return {"etcdserver": text[5:]}
-    return {str(name): str(value) for name, value in _parse_object(reply).items()}
+def _describe_reply(reply: _Reply) -> str:
+    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
+    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
+    status = f"HTTP status {reply.status}"
+    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
+
+
+def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
+    """Return the error for an error reply.
+
+    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
+    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
+    the write was applied.
+    """
+    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
+    try:
+        payload = {**_expect_object(reply.json()), "status": reply.status}
+    except (ValueError, RecursionError):
+        payload = {"status": reply.status}
+    # The members and auth APIs refuse a user or password without the header.
+    of_etcd = "message" in payload and (
+        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    if of_etcd or isinstance(payload.get("errorCode"), int):
+        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
+    message = str(payload.get("message", "")) or _describe_reply(reply)
+    if 300 <= reply.status < 400:
+        message = f"redirected to {reply.headers.get('Location')}: not followed"
+    return HttpError(
+        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
 
 
 # ============================================================================
@@ -716,13 +703,16 @@ def _parse_version(reply: _Reply) -> "dict[str, str]":
 # ============================================================================
 
 
+IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is replaced
+READ_BUFFER_BYTES = 16384       # read from a socket at once
+HEADER_BYTES_MAX = 65536        # of one header; a longer one breaks the connection
+HEADERS_MAX = 100               # of one reply; more break the connection
+
 # -- scopes: one deadline and one way to cancel, for all waits
 
 
 class _ThreadContext(threading.local):
-    """The state of the running thread."""
-
-    scope: "Scope | None" = None                   # the innermost scope that it entered
+    scope: "Scope | None" = None                      # the innermost scope that the thread entered
     exchange: "_Exchange"                             # the request that it performs
 
 
@@ -753,7 +743,7 @@ class Scope:
     no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
-    __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
+    __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
 
     def __init__(self, timeout: "float | None" = None, *within: "Scope") -> None:
         if timeout is not None and not timeout >= 0:
@@ -762,16 +752,16 @@ class Scope:
         limit_s = math.inf if timeout is None else timeout or TRY_S
         self.deadline = time.monotonic() + limit_s
         self.cancelled = False
-        self.pid = os.getpid()                      # a forked child must not wake the parent's
         self._within = within
-        self._wakers: dict[Callable[[], object], None] = {}
+        # By process: a forked child must not wake the parent's, which would close its sockets.
+        self._wakers: dict[Callable[[], object], int] = {}
         self._outer: Scope | None = None
 
     def cancel(self) -> None:
         """End every wait below with Cancelled, now and from now on."""
         self.cancelled = True
-        if self.pid == os.getpid():
-            for wake in list(self._wakers):
+        for wake, pid in list(self._wakers.items()):
+            if pid == os.getpid():
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
@@ -800,7 +790,7 @@ class Scope:
 
     def attach(self, wake: Callable[[], object]) -> None:
         """Have `cancel` call `wake`, perhaps twice; at once if the scope is cancelled already."""
-        self._wakers[wake] = None
+        self._wakers[wake] = os.getpid()
         if self.cancelled:
             wake()
 
@@ -826,8 +816,6 @@ class Scope:
 
 
 class _Closeable:
-    """A context manager that closes the object."""
-
     def close(self) -> None:
         raise NotImplementedError
 
@@ -1093,14 +1081,6 @@ class _HttpsConnection(_HttpConnection, HTTPSConnection):
         return sock
 
 
-class _HttpPool(HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection
-
-
 class _ConnectionSettings(NamedTuple):
     """TLS and proxy settings of a client, in the forms that requests takes."""
 
@@ -1137,8 +1117,8 @@ class _Route(NamedTuple):
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
             proxy, proxy_headers=HTTPAdapter().proxy_headers(proxy), **tls)
-        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
         pool = cast(Any, manager.connection_from_url(endpoint))
+        pool.ConnectionCls = _HttpsConnection if pool.scheme == "https" else _HttpConnection
         host = endpoint.partition("//")[2].rpartition("@")[2]
         host = host if host.isascii() else host.encode("idna").decode()
         connection = cast(HTTPConnection, pool._new_conn())
@@ -1179,7 +1159,7 @@ class _Connections:
         self.pid = os.getpid()                      # a forked child must not use these sockets
         self._settings = settings
         self._routes: dict[str, _Route] = {}
-        self._used_at = time.monotonic()
+        self.used_at = time.monotonic()
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: "bytes | None",
@@ -1193,7 +1173,7 @@ class _Connections:
         that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
         is below the usual idle limits (5 s and more).  The price is one round trip.
         """
-        if time.monotonic() - self._used_at > IDLE_CLOSE_S:
+        if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
         route = self._routes.get(endpoint)
         if route is None:
@@ -1216,10 +1196,6 @@ class _Connections:
                 response.close()
             if response is None or body is None or response.will_close:
                 connection.close()                  # the rest of this reply must not be the next
-
-    def used(self) -> None:
-        """Restart the idle time."""
-        self._used_at = time.monotonic()
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -1254,7 +1230,6 @@ def _reason(error: BaseException) -> str:
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> EtcdError:
-    """Return the client's error for an exception of an exchange."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -1264,37 +1239,6 @@ def _transport_error(
     if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
     return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
-
-
-def _describe_reply(reply: _Reply) -> str:
-    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
-    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
-    status = f"HTTP status {reply.status}"
-    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
-
-
-def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
-    """Return the error for an error reply.
-
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
-    """
-    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
-    try:
-        payload = {**_expect_object(reply.json()), "status": reply.status}
-    except (ValueError, RecursionError):
-        payload = {"status": reply.status}
-    # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
-    if of_etcd or isinstance(payload.get("errorCode"), int):
-        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
-    message = str(payload.get("message", "")) or _describe_reply(reply)
-    if 300 <= reply.status < 400:
-        message = f"redirected to {reply.headers.get('Location')}: not followed"
-    return HttpError(
-        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
 
 
 # -- connection states
@@ -1446,16 +1390,14 @@ def _listed_urls(host: "_Address | Sequence[_Address]", port: int, protocol: str
     alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
     for item in cast(Sequence[_Address], [host] if alone else host):
         if isinstance(item, str):
-            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+            for part in item.split(","):
+                url = _base_url(part, protocol)
+                urls.append(url if urlsplit(url).port is not None else _base_url(f"{url}:{port}"))
         else:
             name, number = item
             address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
             urls.append(_base_url(address, protocol))
     return urls
-
-
-def _with_port(url: str, port: int) -> str:
-    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
 
 
 class Endpoints:
@@ -1566,8 +1508,17 @@ def _discover(domain: str, protocol: str, deadline: float) -> "list[str]":
 # ============================================================================
 
 
+CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
+SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
+SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
 _SUCCESS: "frozenset[int]" = frozenset((200, 201, 204))
-_HEALTH_STATUSES: "frozenset[int]" = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
 _REDIRECTS: "frozenset[int]" = frozenset((301, 302, 303, 307, 308))
@@ -1638,31 +1589,6 @@ def _target(path: str, query: "Mapping[str, _Field]") -> str:
     path = path if _PLAIN(path) else quote(path, errors="surrogateescape")
     text = _encode_fields(query)
     return f"{path}?{text}" if text else path
-
-
-def _keys_target(key: str, query: "Mapping[str, _Field]", endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + clean_key(key), query)
-
-
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
-
-
-def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
-                ) -> "dict[str, _Field]":
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
-    fields: dict[str, _Field] = {}
-    if prev_value is None or prev_index is None or prev_exist is None:
-        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
-    if prev_value is not _NOT_GIVEN:
-        fields["prevValue"] = _text(prev_value)
-    if prev_index is not _NOT_GIVEN:
-        # The server ignores prevIndex=0: the write would be unconditional.
-        if isinstance(prev_index, int) and prev_index < 1:
-            raise EtcdValueError("prev_index is a modified index, 1 or more")
-        fields["prevIndex"] = _text(prev_index)
-    if prev_exist is not _NOT_GIVEN:
-        fields["prevExist"] = bool(prev_exist)
-    return fields
 
 
 @dataclass(frozen=True)
@@ -1791,7 +1717,7 @@ class _Caller(_Closeable):
         self._reached = False                       # a request was sent to some server
         self._connection_settings = _ConnectionSettings(
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
-        self._scope = Scope()                       # of all calls under way
+        self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
         # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
         # would wait for that thread.
@@ -1849,19 +1775,12 @@ class _Caller(_Closeable):
         """Path of the keys API; a subclass may override it."""
         return self.version_prefix + "/keys"
 
-    @property
-    def scope(self) -> Scope:
-        """The scope of all calls and watches of this client until `close`."""
-        if self._scope.pid != os.getpid():          # a forked child must not end the parent's waits
-            self._scope = Scope()
-        return self._scope
-
     def close(self) -> None:
         """End every call and watch under way with Cancelled, and close the connections.
 
         This also ends the background work of recipes.  New calls are possible afterwards.
         """
-        scope, self._scope = self._scope, Scope()
+        scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
         _close_all(self._idle)
@@ -2016,7 +1935,6 @@ class _Caller(_Closeable):
         self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
-        """Send one request and read its reply."""
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -2057,7 +1975,7 @@ class _Caller(_Closeable):
         return _Connections(self._connection_settings)
 
     def _return_connections(self, connections: _Connections) -> None:
-        connections.used()
+        connections.used_at = time.monotonic()
         self._idle.append(connections)
         # In a burst keep one for each call under way, or every other call would open a new one.
         while len(self._idle) > max(self._idle_max, self.scope.calls):
@@ -2201,7 +2119,9 @@ class _Users(_Caller):
     ) -> "dict[str, Any]":
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
-        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
+        return self._perform(_Call(
+            method, target, lambda reply: _parse_object(reply) if reply.body.strip() else {}, body,
+            _JSON_TYPE))
 
     def _auth_list(self, entity: str) -> "list[dict[str, Any]]":
         entries = self._auth_call("GET", f"/{entity}s").get(f"{entity}s") or []
@@ -2407,6 +2327,31 @@ class auth:
 # ============================================================================
 # client/verbs -- Verbs of the keys API, except for those that wait.
 # ============================================================================
+
+
+_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+
+
+def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
+                ) -> "dict[str, _Field]":
+    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
+    fields: dict[str, _Field] = {}
+    if prev_value is None or prev_index is None or prev_exist is None:
+        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
+    if prev_value is not _NOT_GIVEN:
+        fields["prevValue"] = _text(prev_value)
+    if prev_index is not _NOT_GIVEN:
+        # The server ignores prevIndex=0: the write would be unconditional.
+        if isinstance(prev_index, int) and prev_index < 1:
+            raise EtcdValueError("prev_index is a modified index, 1 or more")
+        fields["prevIndex"] = _text(prev_index)
+    if prev_exist is not _NOT_GIVEN:
+        fields["prevExist"] = bool(prev_exist)
+    return fields
+
+
+def _keys_target(key: str, query: "Mapping[str, _Field]", endpoint: str) -> str:
+    return _target(endpoint + clean_key(key), query)
 
 
 class _Keys(_Caller):
@@ -2663,6 +2608,14 @@ def _needed(prev_value: "object | None", prev_index: "int | None") -> "dict[str,
 # ============================================================================
 
 
+WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
+WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
+WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
+HISTORY_EVENTS = 1000           # events that etcd remembers
+
+
 class _Step(enum.Enum):
     """The next request of a watch."""
 
@@ -2886,7 +2839,7 @@ class Watch(_Closeable):
         self._state = _WatchState(                  # 0 is "now" too
             self._path, recursive=recursive, index=index or None, relist=relist)
         self._endpoint = ""                         # of the last request
-        self._exchange: _Exchange | None = None  # of the last request
+        self._exchange: _Exchange                   # of the last request
         self._alive = False                         # that server replied to it, or to a probe
         self._asked_at = 0.0                        # time of the request; monotonic seconds
         self._until = math.inf                      # deadline of the present `next`
@@ -2956,11 +2909,7 @@ class Watch(_Closeable):
         asked = self._state.index
         query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
         event = self._send(query, scope, _parse_result, self._on_head)
-        try:
-            self._state.change(event, asked)
-        except BadReply as error:
-            error.endpoint = self._endpoint
-            raise
+        self._state.change(event, asked)
 
     def _list(self, scope: Scope) -> None:
         query = {"recursive": self._recursive or None,
@@ -2987,7 +2936,6 @@ class Watch(_Closeable):
         on_head: "Callable[[_Reply], None] | None" = None, *,
         statuses: "frozenset[int]" = _SUCCESS, below: str = "",
     ) -> _T:
-        """Send one request to the endpoint in use."""
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
@@ -3014,10 +2962,9 @@ class Watch(_Closeable):
         """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
-        if self._exchange is not None:
-            self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
-            silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
-            self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
+        self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
+        silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
+        self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
     def _keeps_waiting(self) -> bool:
         """Return whether to continue waiting for a silent server, after a probe."""
@@ -3052,6 +2999,7 @@ class Watch(_Closeable):
         When etcd clears its watchers (400) the same request is sent again.
         """
         client, self.error = self._client, error
+        error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):
@@ -3107,7 +3055,7 @@ def _is_below(key: str, directory: str) -> bool:
 
 def _difference(
     known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int, index: int,
-) -> Iterator[EtcdResult]:
+) -> "Iterator[EtcdResult]":
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
     After a restore a node may differ although its index is lower than `since`.
@@ -3189,7 +3137,7 @@ class WatchedChange(EtcdResult):
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
         self.__dict__.update(change.__dict__, _later=later)
 
-    def __iter__(self) -> Iterator[EtcdResult]:
+    def __iter__(self) -> "Iterator[EtcdResult]":
         yield self
         with self.__dict__["_later"](self.modified_index + 1) as later:
             yield from later
@@ -3253,7 +3201,7 @@ class _Watching(_Keys):
 
     def eternal_watch(
         self, key: str, index: "int | None" = None, recursive: "bool | None" = None,
-    ) -> Iterator[EtcdResult]:
+    ) -> "Iterator[EtcdResult]":
         """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)
@@ -3266,6 +3214,24 @@ class _Watching(_Keys):
 # ============================================================================
 # client/client -- The Client class: members, status, and requests without a verb of their own.
 # ============================================================================
+
+
+_HEALTH_STATUSES: "frozenset[int]" = frozenset((200, 503))    # /health, /v2/members/leader
+
+
+def _as_reply(answer: Any) -> _Reply:
+    """Return a reply that the program obtained by other means, such as urllib3."""
+    if isinstance(answer, _Reply):
+        return answer
+    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
+    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
+
+
+def _parse_version(reply: _Reply) -> "dict[str, str]":
+    text = reply.body.decode("utf-8", "replace").strip()
+    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
+        return {"etcdserver": text[5:]}
+    return {str(name): str(value) for name, value in _parse_object(reply).items()}
 
 
 class _Cluster(_Caller):
@@ -3421,19 +3387,20 @@ class _Cluster(_Caller):
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
         if method in ("GET", "DELETE"):
-            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
+            return self._execute(path, method, timeout, query=given)
+        return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: "float | None" = None,
     ) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
-        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+        return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
     def _execute(
-        self, path: str, method: str, query: "Mapping[str, _Field]", body: "bytes | None",
-        content_type: str, timeout: "float | None",
+        self, path: str, method: str, timeout: "float | None", *,
+        query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
+        content_type: str = _Call.content_type,
     ) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
@@ -3522,13 +3489,11 @@ class Client(_Watching, _Cluster, _Users):
 
 
 LEASE_TTL_S = 30
-EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
 CREATE_TRIES = 5                # of a file that expires each time before it is read
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe retries while no server replies
 WAIT_SLICE_S = 20.0             # a waiter reads again after this time without an event
 TIDY_S = 0.5                    # for the cleanup after a call without success
-LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _LostCallback = Optional[Callable[[], object]]
 
@@ -3669,8 +3634,9 @@ class _CallScope(Scope):
 class _Recipe:
     """A recipe whose calls wait; `cancel` ends the present ones."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
+        self.path = path
         self._scopes: dict[_CallScope, None] = {}   # of the present calls
         _inherited[id(self)] = self
 
@@ -3698,11 +3664,11 @@ class _Recipe:
 
 
 @contextlib.contextmanager
-def _cleanup_scope(timeout_s: float) -> Iterator[None]:
-    """Give a cleanup a time limit of its own, even when that of the call is over."""
+def _cleanup_scope() -> "Iterator[None]":
+    """Give a cleanup TIDY_S seconds of its own, even when the time of the call is over."""
     outer, _context.scope = _context.scope, None
     try:
-        with Scope(timeout_s):
+        with Scope(TIDY_S):
             yield
     finally:
         _context.scope = outer
@@ -3751,7 +3717,6 @@ def retry(client: Client, function: Callable[[], _T], *, timeout: "float | None"
 
 
 def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
-    """Read `key` by quorum."""
     return _with_retries(client, lambda: client.get(key, recursive=recursive, quorum=True))
 
 
@@ -3790,10 +3755,6 @@ def _number(node: Node) -> int:
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
-
-
-def _is_removal(event: Result) -> bool:
-    return event.action in _REMOVALS
 
 
 # -- writing
@@ -3857,6 +3818,9 @@ def _remove(client: Client, key: str, value: str) -> None:
 # recipes/leases -- Leases: keys that live as long as their owner.
 # ============================================================================
 
+
+EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
 _GONE = (KeyNotFound, CompareFailed, NotFile, NotDir)   # replies to a renewal of a lost file
@@ -3963,7 +3927,7 @@ class Heartbeat:
         outer = _context.scope                      # its end must not leave the file behind
         over = outer is not None and (
             outer.cancelled or time.monotonic() + TIDY_S >= outer.deadline)
-        with _cleanup_scope(TIDY_S) if over else Scope(LEAVE_S):
+        with _cleanup_scope() if over else Scope(LEAVE_S):
             self._remove_file()
         return held
 
@@ -4001,7 +3965,6 @@ class Heartbeat:
         self._due_at = sent_at + self.ttl / 3
 
     def _lose(self) -> None:
-        """Mark the file as lost, and wake the thread."""
         with self._lock:
             self._over = True
         self._wake.set()
@@ -4049,8 +4012,7 @@ class Heartbeat:
                     raise
                 except EtcdError:                   # retried until it expires
                     self._due_at = _clock() + min(0.5, self.ttl / 10)
-        with self._lock:
-            self._over = True
+        self._lose()
         return not self._stopped
 
     def _renew(self) -> None:
@@ -4066,7 +4028,7 @@ class Heartbeat:
             self._due_at = sent_at + self.ttl / 3
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> "Iterator[None]":
         """Exclude other renewals, which would change the index that this one compares."""
         if not self._renewing.acquire(timeout=CALL_TIMEOUT_S):
             raise RequestTimeout("another renewal is under way", endpoint="")
@@ -4176,7 +4138,7 @@ class _Entry(Lease):
             super()._acquire_file()
         except BaseException:                       # the file may exist nevertheless
             self._sure = False
-            with _cleanup_scope(TIDY_S):
+            with _cleanup_scope():
                 self._remove_file()
             raise
 
@@ -4221,8 +4183,7 @@ class Barrier(_Recipe):
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
 
     def create(self, ttl: "int | None" = None) -> bool:
         """Close the barrier, for at most `ttl` seconds; False if it was closed."""
@@ -4247,10 +4208,7 @@ class Barrier(_Recipe):
         return True
 
     def wait(self, timeout: "float | None" = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait until it is open; False after `timeout` seconds (None: no limit) or `cancel`."""
         def read() -> "tuple[bool | None, _Wait]":
             try:
                 return None, _Wait(self.path, _read(self.client, self.path).etcd_index)
@@ -4282,18 +4240,14 @@ class DoubleBarrier(_Recipe):
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.size = size
         self.ttl = _checked_ttl(ttl)
         self._entry: _Entry | None = None
         self._round = 0                             # index at which the present round began
 
     def enter(self, timeout: "float | None" = None) -> bool:
-        """Wait for the others; False, and not inside, after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait for the others; False, and not inside, after `timeout` seconds or `cancel`."""
         entry, self._round = _Entry(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
             with self._call_scope(timeout) as scope:
@@ -4303,7 +4257,7 @@ class DoubleBarrier(_Recipe):
                     scope, lambda: self._read_round(entry), min(WAIT_SLICE_S, self.ttl)) or 0
         finally:
             if not self._round:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     entry.stop()
         self._entry = entry
         return self._round > 0
@@ -4385,11 +4339,10 @@ class Counter(_Recipe):
     Thread: any; threads that share the object take turns.
     """
 
-    _turn: "_CallScope | None"
+    _turn: "_CallScope | None"                        # guarded by _changed
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.initial = initial
         self._after_fork()
 
@@ -4408,9 +4361,8 @@ class Counter(_Recipe):
         """
         with _CallScope(self, timeout, quiet=False) as scope:
             try:
-                while not self._take_turn(scope):
-                    if not scope.wait_for(self._changed, lambda: self._turn is None):
-                        raise RequestTimeout("another thread changes this counter", endpoint="")
+                if not scope.wait_for(self._changed, lambda: self._take_turn(scope)):
+                    raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
                 return self._add(amount, f"{self._writer}.{self._serial}", scope)
             finally:
@@ -4418,9 +4370,8 @@ class Counter(_Recipe):
         raise AssertionError("unreachable")         # the scope is not quiet
 
     def _take_turn(self, scope: _CallScope) -> bool:
-        with self._changed:
-            self._turn = self._turn or scope
-            return self._turn is scope
+        self._turn = self._turn or scope
+        return self._turn is scope
 
     def _end_turn(self, scope: _CallScope) -> None:
         with self._changed:
@@ -4515,8 +4466,7 @@ class Contender(_Recipe):
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(line)
+        super().__init__(client, _recipe_key(line))
         self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._blocks = threading.local()            # .entries: of the `with` blocks of a thread
@@ -4558,7 +4508,7 @@ class Contender(_Recipe):
         """
         if blocking and timeout is None and self._waits_for_itself():
             return self.renew(lock_ttl)
-        return self._acquire(blocking, lock_ttl, timeout) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: "int | None" = None) -> bool:
         """Renew the entry now, before the heartbeat does; return whether it is held.
@@ -4599,7 +4549,7 @@ class Contender(_Recipe):
     def __enter__(self: _ContenderType) -> _ContenderType:
         if self._waits_for_itself():
             raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
-        entry = self._acquire(True, None, None)
+        entry = self._acquire(None, None)
         if entry is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
         self._blocks.entries = [*self._entered(), entry]
@@ -4620,10 +4570,9 @@ class Contender(_Recipe):
     def _entered(self) -> "list[_Entry]":
         return getattr(self._blocks, "entries", [])
 
-    def _acquire(self, blocking: bool, lock_ttl: "int | None",
-                 timeout: "float | None") -> "_Entry | None":
+    def _acquire(self, lock_ttl: "int | None", timeout: "float | None") -> "_Entry | None":
         ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
-        with self._call_scope(timeout if blocking else 0) as scope:
+        with self._call_scope(timeout) as scope:
             lost = self._take_turn(scope)
             if lost is None:
                 return None
@@ -4697,10 +4646,7 @@ class Contender(_Recipe):
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> "_Entry | None":
-        """Keep an entry in the line until admitted; None when the time is over.
-
-        Raises Cancelled.
-        """
+        """Keep an entry in the line until admitted; None at the deadline.  Raises Cancelled."""
         entry: _Entry | None = None
         client_scope = self.client.scope
         try:
@@ -4719,7 +4665,7 @@ class Contender(_Recipe):
             if entry is not None and self._held is not entry:
                 entry._end()
                 if not client_scope.cancelled:
-                    with _cleanup_scope(TIDY_S):
+                    with _cleanup_scope():
                         entry._remove_file()
 
     def _enter(self, old: "_Entry | None", ttl: int) -> _Entry:
@@ -4763,9 +4709,9 @@ class Contender(_Recipe):
             entry._scope.attach(waiting.cancel)
             try:
                 if blocker and entry.is_held:
-                    scope.wait_for_event(self.client, _Wait(
-                        blocker, index, _is_removal if blocker == self.path else None),
-                        min(WAIT_SLICE_S, entry.ttl))
+                    removed = (lambda event: event.action in _REMOVALS)
+                    wait = _Wait(blocker, index, removed if blocker == self.path else None)
+                    scope.wait_for_event(self.client, wait, min(WAIT_SLICE_S, entry.ttl))
             finally:
                 entry._scope.detach(waiting.cancel)
         return scope.wait_s() > 0
@@ -4846,7 +4792,7 @@ class RLock(Lock):
     def acquire(self, blocking: bool = True, lock_ttl: "int | None" = None,
                 timeout: "float | None" = None, *, holder: object = None) -> bool:
         """Acquire as Lock does, or once more; `lock_ttl` then renews.  See Lock."""
-        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0, holder) is not None
 
     def _waits_for_itself(self) -> bool:
         return False
@@ -4864,7 +4810,7 @@ class RLock(Lock):
         super()._after_fork()
         self._holder, self._depth = None, 0
 
-    def _acquire(self, blocking: bool, lock_ttl: "int | None", timeout: "float | None",
+    def _acquire(self, lock_ttl: "int | None", timeout: "float | None",
                  holder: object = None) -> "_Entry | None":
         holder = threading.current_thread() if holder is None else holder
         with self._changed:
@@ -4875,7 +4821,7 @@ class RLock(Lock):
                 with contextlib.suppress(EtcdError):    # the heartbeat retries
                     held.renew(lock_ttl)
             return held if held.is_held else None
-        entry = super()._acquire(blocking, lock_ttl, timeout)
+        entry = super()._acquire(lock_ttl, timeout)
         if entry is not None:
             self._holder, self._depth = holder, 1
         return entry
@@ -5073,12 +5019,7 @@ class Election(Contender):
         return self._first(self._line()[0])
 
     def observe(self, timeout: "float | None" = None) -> "Observed[Leader | None]":
-        """Return an iterator over the leader, now and after each change; None: no leader.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-
-        An intermediate leader may be missed, the last one is not.
-        """
+        """Return an iterator over the leader, now and after each change; None: no leader."""
         def read() -> "tuple[Leader | None, _Wait]":
             entries, index = self._line()
             wait = _Wait(self.path, index, lambda event: event.action == "create")
@@ -5130,8 +5071,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     _scope: Scope
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        super().__init__(client)
-        self.path = clean_key(path)
+        super().__init__(client, clean_key(path))
         self._on_change = on_change
         self._nodes: dict[str, Node] = {}
         self._index = 0
@@ -5170,9 +5110,8 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def close(self) -> None:
         """Stop following; the copy remains."""
         self._scope.cancel()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def snapshot(self) -> "dict[str, Node]":
         """Return the copy in its present state."""
@@ -5209,7 +5148,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         with self._changed:
             return self._nodes[clean_key(key)]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         return iter(self.snapshot())
 
     def __len__(self) -> int:
@@ -5327,9 +5266,8 @@ class _Follower(_Closeable, Generic[_T, _Called]):
     def close(self) -> None:
         """Stop calling the function."""
         self._observed.close()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _read_state(self) -> "tuple[_T, _Wait]":
         raise NotImplementedError
@@ -5339,19 +5277,15 @@ class _Follower(_Closeable, Generic[_T, _Called]):
 
     def _run(self, function: Callable[..., Any]) -> None:
         with contextlib.suppress(Cancelled, StopIteration), Scope(None, self.client.scope) as scope:
-            while self._call_function(function, self._next(scope)):
-                pass
-
-    def _next(self, scope: Scope) -> _T:
-        """Return the next state.  Raises StopIteration, Cancelled."""
-        while True:
-            try:
-                return next(self._observed)
-            except Cancelled:
-                raise
-            except EtcdError as error:              # retried until a server replies
-                _log.warning("%s cannot be watched: %s", self.path, error)
-                scope.wait(1.0)
+            wanted = True
+            while wanted:
+                try:
+                    wanted = self._call_function(function, next(self._observed))
+                except Cancelled:
+                    raise
+                except EtcdError as error:          # retried until a server replies
+                    _log.warning("%s cannot be watched: %s", self.path, error)
+                    scope.wait(1.0)
 
 
 class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
@@ -5499,8 +5433,7 @@ class Queue(_Recipe):
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.ttl = _checked_ttl(ttl)
         self._items = f"{self.path}/items"
         self._after_fork()
@@ -5525,25 +5458,21 @@ class Queue(_Recipe):
         return [self.put(value, priority) for value in values]
 
     def get(self, timeout: "float | None" = None) -> "str | None":
-        """Remove the first item and return its value; None after `timeout` seconds.
+        """Remove the first item and return its value; None after the timeout, or `cancel`.
 
-        timeout  None: no limit; 0: do not wait
-
-        None after `cancel`, too.
+        timeout  seconds; None: no limit; 0: do not wait
         """
-        item = self._first(timeout, self._remove)
-        return None if item is None else item.value
+        return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: "float | None" = None) -> QueueItem:
         """Return the first item that no other consumer works on.
 
         Raises WatchTimeout in place of None, since a `with` needs an item.
         """
-        leases: list[Lease] = []
-        item = self._first(timeout, lambda item: self._claim(item, leases))
+        item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, item, leases[0])
+        return item
 
     def __len__(self) -> int:
         """Return the number of items, including those that consumers work on."""
@@ -5576,19 +5505,22 @@ class Queue(_Recipe):
         free = [item for item in items if item.uid not in claims]
         return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: "float | None", obtain: Callable[[_Item], bool]) -> "_Item | None":
-        """Return the first item that `obtain` accepts; None after the timeout, or `cancel`."""
+    def _first(self, timeout: "float | None", obtain: "Callable[[_Item], _T | None]") -> "_T | None":
+        """Return what `obtain` makes of the first item that it accepts (None: it does not).
+
+        None after the timeout, or `cancel`.
+        """
         with self._call_scope(timeout) as scope:
-            item, _ = self._try(obtain)
-            if item is not None or not scope.wait_s():
-                return item
+            found, _ = self._try(obtain)
+            if found is not None or not scope.wait_s():
+                return found
             line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
             if not line.acquire():
                 return None
             try:
                 return self._poll(scope, lambda: self._try(obtain), min(WAIT_SLICE_S, self.ttl))
             finally:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     line.release()
         return None
 
@@ -5598,19 +5530,20 @@ class Queue(_Recipe):
             return event.action in _REMOVALS
         return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[_Item], bool]) -> "tuple[_Item | None, _Wait]":
+    def _try(self, obtain: "Callable[[_Item], _T | None]") -> "tuple[_T | None, _Wait]":
         """Try the items of the last listing, then those of a new one."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
-                item = self._seen.popleft()
-                if obtain(item):
-                    return item, _Wait(self.path, 0)
+                found = obtain(self._seen.popleft())
+                if found is not None:
+                    return found, _Wait(self.path, 0)
         free, _, index = self._list()
         wait = _Wait(self.path, index, self._is_arrival)
         for position, item in enumerate(free):
-            if obtain(item):
+            found = obtain(item)
+            if found is not None:
                 self._seen.extend(free[position + 1:])
-                return item, wait
+                return found, wait
         return None, wait
 
     def _remove(self, item: _Item) -> bool:
@@ -5628,7 +5561,7 @@ class Queue(_Recipe):
 
     def _unmark(self, item: _Item) -> None:
         """Let other consumers have an item that this one could not take."""
-        with _cleanup_scope(TIDY_S):
+        with _cleanup_scope():
             _remove(self.client, self._mark_of(item.uid), item.mark)
 
     def _is_taken(self, item: _Item) -> bool:
@@ -5667,25 +5600,25 @@ class Queue(_Recipe):
                 self._unmark(item)
             raise
 
-    def _claim(self, item: _Item, leases: "list[Lease]") -> bool:
+    def _claim(self, item: _Item) -> "QueueItem | None":
         lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
-        ours = True
+        claimed, ours = None, True
         try:
             lease.start()
             # Another consumer may have claimed and finished the item since the listing.
             index = _read(self.client, item.node.key).node.modified_index
             if index == item.node.modified_index and not self._is_taken(item):
-                leases.append(lease)
+                claimed = QueueItem(self, item, lease)
         except (NodeExists, LockExpired):
             ours = False
         except KeyNotFound:
             pass
         finally:
-            if ours and not leases:
-                with _cleanup_scope(TIDY_S):
+            if ours and claimed is None:
+                with _cleanup_scope():
                     lease._end()
                     lease._remove_file()
-        return bool(leases)
+        return claimed
 
 
 # ============================================================================
@@ -5702,7 +5635,7 @@ class Instance:
     metadata: "Mapping[str, Any]" = field(default_factory=dict, hash=False)
     tags: "tuple[str, ...]" = ()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         return iter((self.id, self.address))
 
     @classmethod
@@ -5792,18 +5725,12 @@ class ServiceRegistry:
                             self.ttl, on_lost=on_lost).start()
 
     def resolve(self, service: str, tag: "str | None" = None) -> "list[Instance]":
-        """Return the instances of `service`, oldest first.
-
-        tag  only instances with this tag
-        """
+        """Return the instances of `service` (with this tag, if given), oldest first."""
         return self._instances(_children(self.client, self.path(service))[0], tag)
 
     def watch(self, service: str, timeout: "float | None" = None,
               tag: "str | None" = None) -> "Observed[list[Instance]]":
-        """Return an iterator over the instances of `service`, now and after each change.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-        """
+        """Return an iterator over the instances of `service`, now and after each change."""
         path = self.path(service)
 
         def read() -> "tuple[list[Instance], _Wait]":
@@ -5856,7 +5783,7 @@ class Party:
         if member is not None:
             member.stop()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> "Iterator[str]":
         """Return an iterator over the names of the members, oldest first."""
         nodes, _ = _children(self.client, self.path)
         return iter([node.value or "" for node in nodes if not node.dir])
@@ -5874,48 +5801,35 @@ class Party:
 
 # ============================================================================
 # ctl/output -- Output of the command line in the formats of etcdctl 2.3.
-# ----------------------------------------------------------------------------
-# Uses public names of the client only.
 # ============================================================================
 
 
-CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
-CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
-
-EXIT_OK = 0
-EXIT_BAD_ARGS = 1
-EXIT_BAD_CONNECTION = 2
-EXIT_SERVER_ERROR = 4
-EXIT_UNHEALTHY = 5
-EXIT_INTERRUPTED = 130                              # 128 + SIGINT
-EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
-EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
-_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
-}
+
+
+class Exit(enum.IntEnum):
+    """Exit codes; see `main`."""
+
+    OK = 0
+    BAD_ARGS = 1
+    BAD_CONNECTION = 2
+    SERVER_ERROR = 4
+    UNHEALTHY = 5
+    INTERRUPTED = 130                               # 128 + SIGINT
+    BROKEN_PIPE = 141                               # 128 + SIGPIPE
+    MISUSE = OK         # unknown command or option: etcdctl 2.3 prints help, exits with 0
 
 
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
+    def __init__(self, line: str, code: int = Exit.BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code
-
-
-def _did_you_mean(word: str, known: "Iterable[str]", show: Callable[[str], str] = str) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- output
@@ -5952,7 +5866,7 @@ def _coloured(text: str, colour: str) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> Iterator[str]:
+def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> "Iterator[str]":
     """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
@@ -6044,6 +5958,19 @@ def _result_json(result: Result) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
 
 
+def _print_result(result: Result, form: str) -> None:
+    if form == "json":
+        _print(_result_json(result))
+    elif form == "extended":
+        _print(_result_extended(result))
+    elif form != "simple":
+        _print_error(f"Unsupported output format: {form}")
+    elif result.action == "delete":
+        _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
+    else:
+        _print(_value_text(result.node))
+
+
 # -- errors
 
 
@@ -6059,11 +5986,8 @@ def _failure_line(error: EtcdError) -> str:
         return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
-    phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
+    phrase = http.client.responses.get(error.status, "")
     return f"client: etcd member {error.endpoint} returns server error [{phrase}]"
-
-
-_HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 
 def _error_lines(error: EtcdError) -> str:
@@ -6080,6 +6004,15 @@ def _error_lines(error: EtcdError) -> str:
 # ============================================================================
 # ctl/program -- The program: options, clients of commands, help, errors and exit codes.
 # ============================================================================
+
+
+CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
+CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
+_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -6237,6 +6170,13 @@ def _about_unknown(word: str, name: str, known: "Sequence[str]", args: "Sequence
     return text + (_did_you_mean(name, known, _dashed) or hint)
 
 
+def _did_you_mean(word: str, known: "Iterable[str]", show: Callable[[str], str] = str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {show(found[0])}?" if found else ""
+
+
 # -- the client of a command
 
 
@@ -6278,13 +6218,6 @@ def _cluster_asked(settings: _Options) -> "dict[str, Any]":
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
-def _check_readable(path: str) -> None:
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
-
-
 class _Access(NamedTuple):
     """Credentials and time limits for the members of a cluster."""
 
@@ -6303,7 +6236,10 @@ class _Access(NamedTuple):
             flag = "--cert-file" if environment else "--dest-cert"
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
-            _check_readable(path)                   # also for http, which would not read it
+            try:                                    # also for http, which would not read it
+                open(path, "rb").close()
+            except OSError as error:
+                raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -6355,7 +6291,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = Exit.BAD_CONNECTION if is_endpoint_failure(error) else Exit.SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
@@ -6363,7 +6299,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
         raise _ExitError(
             "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
             f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
+            "available", Exit.SERVER_ERROR)
     random.shuffle(urls)
     client.endpoints = Endpoints(urls)
     if debug:
@@ -6383,14 +6319,11 @@ class _Run:
         self.args = args                            # all arguments
         self.behind = behind                        # the arguments behind `--`, if there is one
         self.output = settings.text("output") or "simple"
-        self._access: _Access | None = None      # created on first use, as is the next
-        self._client: Client | None = None
+        self._client: Client | None = None      # created on first use
 
-    @property
+    @functools.cached_property
     def access(self) -> _Access:
-        if self._access is None:
-            self._access = _Access.from_settings(self.settings)
-        return self._access
+        return _Access.from_settings(self.settings)
 
     @property
     def client(self) -> Client:
@@ -6437,16 +6370,7 @@ class _Run:
 
     def print_result(self, result: Result) -> None:
         """Print a result in the chosen format."""
-        if self.output == "json":
-            _print(_result_json(result))
-        elif self.output == "extended":
-            _print(_result_extended(result))
-        elif self.output != "simple":
-            _print_error(f"Unsupported output format: {self.output}")
-        elif result.action == "delete":
-            _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _print(_value_text(result.node))
+        _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
         """Print a result; in simple format, nothing for a directory."""
@@ -6457,7 +6381,7 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
-_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: Exit.OK
 _FORMATS = ("simple", "extended", "json")
 
 
@@ -6548,7 +6472,6 @@ def _command_names(group: str = "") -> "list[tuple[str, str]]":
 
 
 def _print_help(group: str = "") -> None:
-    """Print the commands of the program, or of a group."""
     name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
@@ -6561,15 +6484,6 @@ def _print_command_help(name: str) -> None:
     lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
              f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
     _print("\n".join(lines))
-
-
-def _split_command(words: "Sequence[str]") -> "tuple[str, list[str]]":
-    """Return the name of the command (one or two words, "" for none), and the rest."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
 
 
 def _run_command(name: str, words: "Sequence[str]", settings: _Options) -> int:
@@ -6586,14 +6500,14 @@ def _run_command(name: str, words: "Sequence[str]", settings: _Options) -> int:
         _print("Incorrect Usage.\n")
         _print_command_help(name)
         _print_error(f"pyetcdctl {name}: {error}")
-        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
+        return Exit.BAD_ARGS if command.own else Exit.MISUSE
     if options.on("help"):
         _print_command_help(name)
-        return EXIT_OK
+        return Exit.OK
     run = _Run(settings, options, args + (behind or []), behind)
     _check_line(name, command, run)
     with contextlib.closing(run):
-        return command.run(run) or EXIT_OK
+        return command.run(run) or Exit.OK
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
@@ -6630,7 +6544,7 @@ def _dispatch(argv: "Sequence[str]") -> int:
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
-        return EXIT_OK
+        return Exit.OK
     asks_help, group = settings.on("help"), ""
     while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
         word, *words = words
@@ -6649,7 +6563,7 @@ def _dispatch(argv: "Sequence[str]") -> int:
         raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
     else:
         _print_command_help(name)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _unknown_command(group: str, word: str) -> int:
@@ -6660,7 +6574,7 @@ def _unknown_command(group: str, word: str) -> int:
     if word in ("true", "false"):
         hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
-    return EXIT_MISUSE
+    return Exit.MISUSE
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
@@ -6678,28 +6592,22 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         _print("Incorrect Usage.\n")
         _print_help()
         _print_error(f"pyetcdctl: {error}")
-        return EXIT_MISUSE
+        return Exit.MISUSE
     except _ExitError as error:
         _print_error(error.line)
         return error.code
     except EtcdError as error:
         _print_error(_error_lines(error))
-        return EXIT_SERVER_ERROR
+        return Exit.SERVER_ERROR
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-
-
-def _exit() -> NoReturn:
-    sys.exit(main())
+        return Exit.BROKEN_PIPE
 
 
 # ============================================================================
-# ctl/etcdctl -- The commands of etcdctl 2.3.
-# ----------------------------------------------------------------------------
-# Source: etcdctl 2.3.8.
+# ctl/etcdctl -- The commands of etcdctl 2.3.8.
 # ============================================================================
 
 
@@ -6859,7 +6767,7 @@ def _start_for(change: Result, command: "Sequence[str]") -> "subprocess.Popen[by
 
 
 @contextlib.contextmanager
-def _one_line_errors(prefix: str = "", shown: "Container[int] | None" = None) -> Iterator[None]:
+def _one_line_errors(prefix: str = "", shown: "Container[int] | None" = None) -> "Iterator[None]":
     """Turn errors of the members and auth APIs into one line without "Error:", and exit code 1.
 
     shown  HTTP statuses whose message etcdctl prints, in place of the number; None: all
@@ -6964,7 +6872,7 @@ def _cmd_cluster_health(run: _Run) -> int:
             _check_health(run.connect(_given_client))
             _print("\nnext check after 10 second...\n")
             time.sleep(_HEALTH_EVERY_S)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _check_health(client: Client) -> int:
@@ -6977,7 +6885,7 @@ def _check_health(client: Client) -> int:
     healthy = [_member_is_healthy(client, member, width) for member in members]
     _print("cluster is " + (_coloured("healthy", _GREEN) if any(healthy)
                            else _coloured("unhealthy", _RED)))
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+    return Exit.OK if any(healthy) else Exit.UNHEALTHY
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
@@ -7027,9 +6935,12 @@ def _cmd_backup(run: _Run) -> None:
 
 
 def _run_parallel(
-    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], progress: _Progress,
+    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], title: str,
 ) -> None:
-    """Call `work` for every item on `workers` threads; an exception ends them all."""
+    """Call `work` for every item on `workers` threads, with a _Progress under this title.
+
+    An exception ends them all.
+    """
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -7044,7 +6955,8 @@ def _run_parallel(
         finally:
             stop.set()
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+    with _Progress(title, len(items)) as progress, concurrent.futures.ThreadPoolExecutor(
+            max(1, workers), "pyetcdctl") as pool:
         try:
             with lock:                              # the pool does not wait for a worker whose
                 stop.set()                          # start Ctrl-C interrupted: it gets no item
@@ -7114,10 +7026,9 @@ def _import_snapshot_04(run: _Run) -> int:
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
     _print(f"starting to import snapshot {path} with {workers} clients")
-    with _Progress("import", len(files)) as progress:
-        _run_parallel(files, workers, write, progress)
+    _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- users, roles, auth
@@ -7303,7 +7214,7 @@ def _cmd_machines(run: _Run) -> None:
         print(line.encode("utf-8", "replace").decode())
 
 
-def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]]:
+def _machine_rows(listing: Node, *, full: bool) -> "Iterator[tuple[str, str, str]]":
     """Yield id, address and metadata of each machine; tell of what is none on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
@@ -7312,17 +7223,13 @@ def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]
             try:
                 state = json.loads(node.value or "")
                 id = _escape(state.get("ID") or directory.key.rpartition("/")[2])
-                metadata = _metadata_text(state.get("Metadata") or {})
+                pairs = sorted((state.get("Metadata") or {}).items())
+                metadata = _escape(",".join(f"{name}={value}" for name, value in pairs))
                 address = _escape(state.get("PublicIP") or "-")
             except (ValueError, TypeError, AttributeError, LookupError):
                 print(f"pyetcdctl: {_escape(node.key)} is no machine of fleet", file=sys.stderr)
                 continue
             yield id if full else id[:_SHORT_ID_LENGTH] + "...", address, metadata or "-"
-
-
-def _metadata_text(metadata: Dict[str, str]) -> str:
-    pairs = (f"{name}={metadata[name]}" for name in sorted(metadata))
-    return _escape(",".join(pairs))
 
 
 # ============================================================================
@@ -7441,8 +7348,8 @@ def _rebased(key: str, prefix: str, dest_prefix: str) -> "str | None":
     return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
 
 
-def _prefixes(options: _Options, prefix: str = "") -> "tuple[str, str]":
-    prefix = clean_key(prefix or options.text("prefix"))
+def _prefixes(options: _Options) -> "tuple[str, str]":
+    prefix = clean_key(options.text("prefix"))
     return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
@@ -7473,7 +7380,7 @@ def _cmd_export(run: _Run) -> None:
             [] if form == "text" else ["]}"]))
 
 
-def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> Iterator[str]:
+def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "Iterator[str]":
     """Yield the texts, all but the last with the separator."""
     previous: str | None = None
     for number, text in enumerate(texts):
@@ -7501,8 +7408,7 @@ class _Import:
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
-        with _Progress("import", len(files)) as progress:
-            _run_parallel(files, self._workers, self._write_one, progress)
+        _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> "int | None":
         """Return the new ttl of a record; None: permanent; 0 or less: expired."""
@@ -7561,7 +7467,7 @@ def _cmd_import(run: _Run) -> int:
     run.options.refuse("without --snap", "hidden")
     if not run.args:
         _print("no snapshot file provided (use --snap)")
-        return EXIT_BAD_ARGS
+        return Exit.BAD_ARGS
     prefixes = _prefixes(run.options)
     found = [(record, _rebased(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
@@ -7571,7 +7477,7 @@ def _cmd_import(run: _Run) -> int:
     if run.options.on("dry-run"):
         _print_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
-        return EXIT_OK
+        return Exit.OK
     importing.write(alive)
     files = sum(record.value is not None for record in alive)
     notes = [(importing.kept, "existed and were kept"),
@@ -7579,7 +7485,7 @@ def _cmd_import(run: _Run) -> int:
              (len(found) - len(records), "lie elsewhere and were left out")]
     _print("; ".join([f"imported {files - importing.kept} keys",
                      *(f"{count} {note}" for count, note in notes if count)]))
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- mirror
@@ -7637,10 +7543,9 @@ class _Mirror:
         index, wanted = self._listing(self._source, self._prefix)
         _, present = self._listing(self._target, self._dest_prefix)
         deletions, dirs, files = self._difference(wanted, present)
-        with _Progress("mirror", len(files)) as progress:
-            for change in (*deletions, *dirs):
-                self._do(change)
-            _run_parallel(files, self._workers, self._do, progress)
+        for change in (*deletions, *dirs):
+            self._do(change)
+        _run_parallel(files, self._workers, self._do, "mirror")
         _print(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
               f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
               f"source index {index}")
@@ -7752,7 +7657,6 @@ def _cmd_mirror(run: _Run) -> None:
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return
 
 
 # ============================================================================
@@ -7785,8 +7689,7 @@ def _cmd_tree(run: _Run) -> None:
     _print(f"\n{dirs} directories, {len(below) - dirs} keys")
 
 
-def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") -> Iterator[str]:
-    """Yield a line for each node below `node`."""
+def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") -> "Iterator[str]":
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
@@ -7815,8 +7718,6 @@ _TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATC
 
 
 class _Sample(NamedTuple):
-    """Statistics of one member."""
-
     taken_at: float                                 # monotonic seconds
     self_stats: "Mapping[str, Any]"
     store: "Mapping[str, int]"
@@ -7883,7 +7784,7 @@ class _Top:
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[Callable[[float], bool]]:
+def _screen() -> "Iterator[Callable[[float], bool]]":
     """Take over the terminal; yield a function that waits and returns whether q was pressed.
 
     The terminal is restored afterwards, also after Ctrl-C and SIGTERM.
@@ -7953,16 +7854,13 @@ class _Bench:
         """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
-            with _Progress("bench: preparing", len(keys)) as progress:
-                _run_parallel(keys, self.connections, lambda key: self._put(key), progress)
+            _run_parallel(keys, self.connections, self._put, "bench: preparing")
 
     def run(self) -> float:
         """Send all requests; return the duration in seconds."""
-        numbers = range(self.total)
-        with _Progress("bench", self.total) as progress:
-            started_at = time.monotonic()
-            _run_parallel(numbers, self.connections, self._one, progress)
-            return time.monotonic() - started_at
+        started_at = time.monotonic()
+        _run_parallel(range(self.total), self.connections, self._one, "bench")
+        return time.monotonic() - started_at
 
     def clean_up(self) -> None:
         """Remove the keys and all directories that this run created."""
@@ -7975,7 +7873,7 @@ class _Bench:
         except EtcdError as error:
             _print_error(f"pyetcdctl bench: {self.directory} is still there: {error}")
 
-    def _missing(self, directory: str) -> Iterator[str]:
+    def _missing(self, directory: str) -> "Iterator[str]":
         """Yield the missing directories, the inner ones first."""
         while directory:
             try:
@@ -8040,7 +7938,7 @@ def _cmd_bench(run: _Run) -> int:
                 ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
     if bench.failures:
         _print(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
-    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+    return Exit.SERVER_ERROR if bench.failures else Exit.OK
 
 
 # -- completion
@@ -8097,6 +7995,15 @@ def _cmd_completion(run: _Run) -> None:
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _print(_COMPLETIONS[run.args[0]].rstrip("\n"))
+
+
+def _split_command(words: "Sequence[str]") -> "tuple[str, list[str]]":
+    """Return the name of the command (one or two words, "" for none), and the rest."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
 
 
 def _candidates(words: "Sequence[str]") -> "list[tuple[str, str]]":
@@ -8157,4 +8064,4 @@ def _keys_like(settings: _Options, current: str) -> "list[tuple[str, str]]":
 
 
 if __name__ == "__main__":
-    _exit()
+    sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .ctl.program import _exit
+import sys
+
+from .ctl.program import main
 
 if __name__ == "__main__":
-    _exit()
+    sys.exit(main())

@@ -1459,9 +1459,8 @@ def test_ctl_bench_interrupted_at_its_start_sends_nothing(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
-    progress = pyetcd_client._Progress("bench", 9)
     with pytest.raises(KeyboardInterrupt):
-        pyetcd_client._run_parallel(range(9), 4, lambda item: taken.set(), progress)
+        pyetcd_client._run_parallel(range(9), 4, lambda item: taken.set(), "bench")
     for thread in started:
         thread.join(_CLIENT_WAIT_S)
     assert not taken.is_set()

@@ -5,35 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Callable
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from ..transport.calls import (
-    _FORM_TYPE,
-    _HEALTH_STATUSES,
-    _JSON_TYPE,
-    _Call,
-    _Caller,
-    _encode_fields,
-    _Field,
-    _target,
-    _text,
-)
+from requests.structures import CaseInsensitiveDict
+
+from ..transport.calls import _JSON_TYPE, _Call, _Caller, _encode_fields, _Field, _target, _text
 from ..transport.connections import Scope
 from ..transport.endpoints import _base_url
 from ..transport.errors import EtcdValueError, LeaderElectionInProgress
-from ..transport.results import (
-    _T,
-    Member,
-    _as_reply,
-    _keep_reply,
-    _parse_members,
-    _parse_object,
-    _parse_version,
-    _Reply,
-)
+from ..transport.results import _T, Member, _keep_reply, _parse_members, _parse_object, _Reply
 from .users import _Users
 from .watching import _Watching
+
+_HEALTH_STATUSES: frozenset[int] = frozenset((200, 503))    # /health, /v2/members/leader
+
+
+def _as_reply(answer: Any) -> _Reply:
+    """Return a reply that the program obtained by other means, such as urllib3."""
+    if isinstance(answer, _Reply):
+        return answer
+    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
+    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
+
+
+def _parse_version(reply: _Reply) -> dict[str, str]:
+    text = reply.body.decode("utf-8", "replace").strip()
+    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
+        return {"etcdserver": text[5:]}
+    return {str(name): str(value) for name, value in _parse_object(reply).items()}
 
 
 class _Cluster(_Caller):
@@ -189,19 +190,20 @@ class _Cluster(_Caller):
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
         if method in ("GET", "DELETE"):
-            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
+            return self._execute(path, method, timeout, query=given)
+        return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: float | None = None,
     ) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
-        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+        return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
     def _execute(
-        self, path: str, method: str, query: Mapping[str, _Field], body: bytes | None,
-        content_type: str, timeout: float | None,
+        self, path: str, method: str, timeout: float | None, *,
+        query: Mapping[str, _Field] = MappingProxyType({}), body: bytes | None = None,
+        content_type: str = _Call.content_type,
     ) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")

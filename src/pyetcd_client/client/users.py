@@ -9,7 +9,7 @@ from typing import Any
 
 from ..transport.calls import _JSON_TYPE, _Call, _Caller, _target
 from ..transport.errors import EtcdValueError, HttpError, KeyNotFound, NodeExists
-from ..transport.results import _parse_maybe_object
+from ..transport.results import _parse_object
 
 _PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "write")}
 
@@ -121,7 +121,9 @@ class _Users(_Caller):
     ) -> dict[str, Any]:
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
-        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
+        return self._perform(_Call(
+            method, target, lambda reply: _parse_object(reply) if reply.body.strip() else {}, body,
+            _JSON_TYPE))
 
     def _auth_list(self, entity: str) -> list[dict[str, Any]]:
         entries = self._auth_call("GET", f"/{entity}s").get(f"{entity}s") or []

@@ -6,18 +6,33 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, overload
 
-from ..transport.calls import (
-    _NOT_GIVEN,
-    _Call,
-    _Caller,
-    _conditions,
-    _encode_fields,
-    _Field,
-    _keys_target,
-    _text,
-)
+from ..transport.calls import _Call, _Caller, _encode_fields, _Field, _target, _text, clean_key
 from ..transport.errors import EtcdValueError, KeyNotFound, NotFile
 from ..transport.results import _T, EtcdResult, Node, _parse_result
+
+_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+
+
+def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
+                ) -> dict[str, _Field]:
+    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
+    fields: dict[str, _Field] = {}
+    if prev_value is None or prev_index is None or prev_exist is None:
+        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
+    if prev_value is not _NOT_GIVEN:
+        fields["prevValue"] = _text(prev_value)
+    if prev_index is not _NOT_GIVEN:
+        # The server ignores prevIndex=0: the write would be unconditional.
+        if isinstance(prev_index, int) and prev_index < 1:
+            raise EtcdValueError("prev_index is a modified index, 1 or more")
+        fields["prevIndex"] = _text(prev_index)
+    if prev_exist is not _NOT_GIVEN:
+        fields["prevExist"] = bool(prev_exist)
+    return fields
+
+
+def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str) -> str:
+    return _target(endpoint + clean_key(key), query)
 
 
 class _Keys(_Caller):

@@ -11,24 +11,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Callable, ClassVar, cast
 
-from ..transport.calls import (
-    _SUCCESS,
-    _backoff_s,
-    _Call,
-    _Field,
-    _keys_target,
-    clean_key,
-    is_endpoint_failure,
-)
+from ..transport.calls import _SUCCESS, _backoff_s, _Call, _Field, clean_key, is_endpoint_failure
 from ..transport.connections import Scope, _Closeable, _Exchange, _start_thread
-from ..transport.defaults import (
-    HISTORY_EVENTS,
-    WATCH_HEAD_S,
-    WATCH_LOOK_S,
-    WATCH_POLL_S,
-    WATCH_PROBE_S,
-    WATCH_SETTLE_S,
-)
 from ..transport.errors import (
     BadReply,
     Cancelled,
@@ -42,7 +26,14 @@ from ..transport.errors import (
     WatchTimeout,
 )
 from ..transport.results import _T, EtcdResult, Node, _keep_reply, _parse_result, _Reply
-from .verbs import _Keys
+from .verbs import _Keys, _keys_target
+
+WATCH_POLL_S = 60.0             # a silent watch is sent again, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch probes whether the server is alive
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then probe; doubled after failures
+WATCH_SETTLE_S = 1.0            # silence after a head that proves an empty history
+WATCH_LOOK_S = 0.2              # with timeout=0: wait for an event right after the head
+HISTORY_EVENTS = 1000           # events that etcd remembers
 
 
 class _Step(enum.Enum):
@@ -268,7 +259,7 @@ class Watch(_Closeable):
         self._state = _WatchState(                  # 0 is "now" too
             self._path, recursive=recursive, index=index or None, relist=relist)
         self._endpoint = ""                         # of the last request
-        self._exchange: _Exchange | None = None  # of the last request
+        self._exchange: _Exchange                   # of the last request
         self._alive = False                         # that server replied to it, or to a probe
         self._asked_at = 0.0                        # time of the request; monotonic seconds
         self._until = math.inf                      # deadline of the present `next`
@@ -338,11 +329,7 @@ class Watch(_Closeable):
         asked = self._state.index
         query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
         event = self._send(query, scope, _parse_result, self._on_head)
-        try:
-            self._state.change(event, asked)
-        except BadReply as error:
-            error.endpoint = self._endpoint
-            raise
+        self._state.change(event, asked)
 
     def _list(self, scope: Scope) -> None:
         query = {"recursive": self._recursive or None,
@@ -369,7 +356,6 @@ class Watch(_Closeable):
         on_head: Callable[[_Reply], None] | None = None, *,
         statuses: frozenset[int] = _SUCCESS, below: str = "",
     ) -> _T:
-        """Send one request to the endpoint in use."""
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
@@ -396,10 +382,9 @@ class Watch(_Closeable):
         """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
-        if self._exchange is not None:
-            self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
-            silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
-            self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
+        self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
+        silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
+        self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
     def _keeps_waiting(self) -> bool:
         """Return whether to continue waiting for a silent server, after a probe."""
@@ -434,6 +419,7 @@ class Watch(_Closeable):
         When etcd clears its watchers (400) the same request is sent again.
         """
         client, self.error = self._client, error
+        error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):

@@ -1,7 +1,4 @@
-"""The commands of etcdctl 2.3.
-
-Source: etcdctl 2.3.8.
-"""
+"""The commands of etcdctl 2.3.8."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import concurrent.futures
 import contextlib
 import datetime
 import http
-import http.client
 import importlib
 import json
 import math
@@ -34,8 +30,7 @@ from .output import (
     _GREEN,
     _RED,
     _UNAVAILABLE,
-    EXIT_OK,
-    EXIT_UNHEALTHY,
+    Exit,
     _coloured,
     _escape,
     _ExitError,
@@ -309,7 +304,7 @@ def _cmd_cluster_health(run: _Run) -> int:
             _check_health(run.connect(_given_client))
             _print("\nnext check after 10 second...\n")
             time.sleep(_HEALTH_EVERY_S)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _check_health(client: Client) -> int:
@@ -322,7 +317,7 @@ def _check_health(client: Client) -> int:
     healthy = [_member_is_healthy(client, member, width) for member in members]
     _print("cluster is " + (_coloured("healthy", _GREEN) if any(healthy)
                            else _coloured("unhealthy", _RED)))
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+    return Exit.OK if any(healthy) else Exit.UNHEALTHY
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
@@ -372,9 +367,12 @@ def _cmd_backup(run: _Run) -> None:
 
 
 def _run_parallel(
-    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], progress: _Progress,
+    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], title: str,
 ) -> None:
-    """Call `work` for every item on `workers` threads; an exception ends them all."""
+    """Call `work` for every item on `workers` threads, with a _Progress under this title.
+
+    An exception ends them all.
+    """
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -389,7 +387,8 @@ def _run_parallel(
         finally:
             stop.set()
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+    with _Progress(title, len(items)) as progress, concurrent.futures.ThreadPoolExecutor(
+            max(1, workers), "pyetcdctl") as pool:
         try:
             with lock:                              # the pool does not wait for a worker whose
                 stop.set()                          # start Ctrl-C interrupted: it gets no item
@@ -459,10 +458,9 @@ def _import_snapshot_04(run: _Run) -> int:
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
     _print(f"starting to import snapshot {path} with {workers} clients")
-    with _Progress("import", len(files)) as progress:
-        _run_parallel(files, workers, write, progress)
+    _run_parallel(files, workers, write, "import")
     _print(f"finished importing {len(files)} keys")
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- users, roles, auth

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Dict, Iterator, Tuple
+from collections.abc import Iterator
 
 from ..transport.errors import KeyNotFound
 from ..transport.results import Node
@@ -36,7 +36,7 @@ def _cmd_machines(run: _Run) -> None:
         print(line.encode("utf-8", "replace").decode())
 
 
-def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]]:
+def _machine_rows(listing: Node, *, full: bool) -> Iterator[tuple[str, str, str]]:
     """Yield id, address and metadata of each machine; tell of what is none on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
@@ -45,14 +45,10 @@ def _machine_rows(listing: Node, *, full: bool) -> Iterator[Tuple[str, str, str]
             try:
                 state = json.loads(node.value or "")
                 id = _escape(state.get("ID") or directory.key.rpartition("/")[2])
-                metadata = _metadata_text(state.get("Metadata") or {})
+                pairs = sorted((state.get("Metadata") or {}).items())
+                metadata = _escape(",".join(f"{name}={value}" for name, value in pairs))
                 address = _escape(state.get("PublicIP") or "-")
             except (ValueError, TypeError, AttributeError, LookupError):
                 print(f"pyetcdctl: {_escape(node.key)} is no machine of fleet", file=sys.stderr)
                 continue
             yield id if full else id[:_SHORT_ID_LENGTH] + "...", address, metadata or "-"
-
-
-def _metadata_text(metadata: Dict[str, str]) -> str:
-    pairs = (f"{name}={metadata[name]}" for name in sorted(metadata))
-    return _escape(",".join(pairs))

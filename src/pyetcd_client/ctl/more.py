@@ -19,18 +19,7 @@ from ..transport.calls import clean_key
 from ..transport.errors import DirNotEmpty, EtcdError, KeyNotFound
 from ..transport.results import Member, Node
 from .etcdctl import _QUORUM, _run_parallel
-from .output import (
-    _BLUE,
-    EXIT_OK,
-    EXIT_SERVER_ERROR,
-    _coloured,
-    _escape,
-    _ExitError,
-    _print,
-    _print_error,
-    _print_lines,
-    _Progress,
-)
+from .output import _BLUE, Exit, _coloured, _escape, _ExitError, _print, _print_error, _print_lines
 from .program import (
     _COMMANDS,
     _GLOBAL_FLAGS,
@@ -45,7 +34,6 @@ from .program import (
     _Options,
     _parse_flags,
     _Run,
-    _split_command,
 )
 from .transfer import _with_long_timeouts
 
@@ -75,7 +63,6 @@ def _cmd_tree(run: _Run) -> None:
 
 
 def _tree_lines(node: Node, options: _Options, strokes: tuple[str, str, str]) -> Iterator[str]:
-    """Yield a line for each node below `node`."""
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
@@ -104,8 +91,6 @@ _TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATC
 
 
 class _Sample(NamedTuple):
-    """Statistics of one member."""
-
     taken_at: float                                 # monotonic seconds
     self_stats: Mapping[str, Any]
     store: Mapping[str, int]
@@ -242,16 +227,13 @@ class _Bench:
         """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
-            with _Progress("bench: preparing", len(keys)) as progress:
-                _run_parallel(keys, self.connections, lambda key: self._put(key), progress)
+            _run_parallel(keys, self.connections, self._put, "bench: preparing")
 
     def run(self) -> float:
         """Send all requests; return the duration in seconds."""
-        numbers = range(self.total)
-        with _Progress("bench", self.total) as progress:
-            started_at = time.monotonic()
-            _run_parallel(numbers, self.connections, self._one, progress)
-            return time.monotonic() - started_at
+        started_at = time.monotonic()
+        _run_parallel(range(self.total), self.connections, self._one, "bench")
+        return time.monotonic() - started_at
 
     def clean_up(self) -> None:
         """Remove the keys and all directories that this run created."""
@@ -329,7 +311,7 @@ def _cmd_bench(run: _Run) -> int:
                 ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
     if bench.failures:
         _print(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
-    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+    return Exit.SERVER_ERROR if bench.failures else Exit.OK
 
 
 # -- completion
@@ -386,6 +368,15 @@ def _cmd_completion(run: _Run) -> None:
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _print(_COMPLETIONS[run.args[0]].rstrip("\n"))
+
+
+def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the command (one or two words, "" for none), and the rest."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
 
 
 def _candidates(words: Sequence[str]) -> list[tuple[str, str]]:

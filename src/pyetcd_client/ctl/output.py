@@ -1,11 +1,8 @@
-"""Output of the command line in the formats of etcdctl 2.3.
-
-Uses public names of the client only.
-"""
+"""Output of the command line in the formats of etcdctl 2.3."""
 
 from __future__ import annotations
 
-import http
+import enum
 import http.client
 import itertools
 import json
@@ -15,50 +12,39 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from re import Match
-from typing import Any, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..transport.calls import is_endpoint_failure
 from ..transport.errors import ConnectionFailed, EtcdError, RequestTimeout, TransportError
 from ..transport.results import Node, Result
 
-CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
-CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
-
-EXIT_OK = 0
-EXIT_BAD_ARGS = 1
-EXIT_BAD_CONNECTION = 2
-EXIT_SERVER_ERROR = 4
-EXIT_UNHEALTHY = 5
-EXIT_INTERRUPTED = 130                              # 128 + SIGINT
-EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
-EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
-
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # interval between two updates of the progress line
-_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
-}
+
+
+class Exit(enum.IntEnum):
+    """Exit codes; see `main`."""
+
+    OK = 0
+    BAD_ARGS = 1
+    BAD_CONNECTION = 2
+    SERVER_ERROR = 4
+    UNHEALTHY = 5
+    INTERRUPTED = 130                               # 128 + SIGINT
+    BROKEN_PIPE = 141                               # 128 + SIGPIPE
+    MISUSE = OK         # unknown command or option: etcdctl 2.3 prints help, exits with 0
 
 
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
+    def __init__(self, line: str, code: int = Exit.BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code
-
-
-def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- output
@@ -187,6 +173,19 @@ def _result_json(result: Result) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
 
 
+def _print_result(result: Result, form: str) -> None:
+    if form == "json":
+        _print(_result_json(result))
+    elif form == "extended":
+        _print(_result_extended(result))
+    elif form != "simple":
+        _print_error(f"Unsupported output format: {form}")
+    elif result.action == "delete":
+        _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
+    else:
+        _print(_value_text(result.node))
+
+
 # -- errors
 
 
@@ -202,11 +201,8 @@ def _failure_line(error: EtcdError) -> str:
         return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
-    phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
+    phrase = http.client.responses.get(error.status, "")
     return f"client: etcd member {error.endpoint} returns server error [{phrase}]"
-
-
-_HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 
 def _error_lines(error: EtcdError) -> str:

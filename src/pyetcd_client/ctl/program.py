@@ -10,8 +10,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, NoReturn, Optional
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..client.client import Client
 from ..transport.calls import is_endpoint_failure
@@ -20,27 +20,15 @@ from ..transport.defaults import __version__
 from ..transport.endpoints import Endpoints
 from ..transport.errors import EtcdError
 from ..transport.results import Result
-from .output import (
-    _BOOLEANS,
-    _NOT_TEXT,
-    CLI_ENDPOINTS,
-    CLI_VERSION,
-    EXIT_BAD_ARGS,
-    EXIT_BAD_CONNECTION,
-    EXIT_BROKEN_PIPE,
-    EXIT_INTERRUPTED,
-    EXIT_MISUSE,
-    EXIT_OK,
-    EXIT_SERVER_ERROR,
-    _did_you_mean,
-    _error_lines,
-    _ExitError,
-    _print,
-    _print_error,
-    _result_extended,
-    _result_json,
-    _value_text,
-)
+from .output import Exit, _error_lines, _ExitError, _print, _print_error, _print_result
+
+CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
+CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
+_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -198,6 +186,13 @@ def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[st
     return text + (_did_you_mean(name, known, _dashed) or hint)
 
 
+def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {show(found[0])}?" if found else ""
+
+
 # -- the client of a command
 
 
@@ -239,13 +234,6 @@ def _cluster_asked(settings: _Options) -> dict[str, Any]:
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
-def _check_readable(path: str) -> None:
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
-
-
 class _Access(NamedTuple):
     """Credentials and time limits for the members of a cluster."""
 
@@ -264,7 +252,10 @@ class _Access(NamedTuple):
             flag = "--cert-file" if environment else "--dest-cert"
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without {flag}")
         for path in filter(None, (certificate, key, authorities)):
-            _check_readable(path)                   # also for http, which would not read it
+            try:                                    # also for http, which would not read it
+                open(path, "rb").close()
+            except OSError as error:
+                raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -316,7 +307,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = Exit.BAD_CONNECTION if is_endpoint_failure(error) else Exit.SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
@@ -324,7 +315,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
         raise _ExitError(
             "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
             f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
+            "available", Exit.SERVER_ERROR)
     random.shuffle(urls)
     client.endpoints = Endpoints(urls)
     if debug:
@@ -344,14 +335,11 @@ class _Run:
         self.args = args                            # all arguments
         self.behind = behind                        # the arguments behind `--`, if there is one
         self.output = settings.text("output") or "simple"
-        self._access: _Access | None = None      # created on first use, as is the next
-        self._client: Client | None = None
+        self._client: Client | None = None      # created on first use
 
-    @property
+    @functools.cached_property
     def access(self) -> _Access:
-        if self._access is None:
-            self._access = _Access.from_settings(self.settings)
-        return self._access
+        return _Access.from_settings(self.settings)
 
     @property
     def client(self) -> Client:
@@ -398,16 +386,7 @@ class _Run:
 
     def print_result(self, result: Result) -> None:
         """Print a result in the chosen format."""
-        if self.output == "json":
-            _print(_result_json(result))
-        elif self.output == "extended":
-            _print(_result_extended(result))
-        elif self.output != "simple":
-            _print_error(f"Unsupported output format: {self.output}")
-        elif result.action == "delete":
-            _print(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _print(_value_text(result.node))
+        _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
         """Print a result; in simple format, nothing for a directory."""
@@ -418,7 +397,7 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
-_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: Exit.OK
 _FORMATS = ("simple", "extended", "json")
 
 
@@ -509,7 +488,6 @@ def _command_names(group: str = "") -> list[tuple[str, str]]:
 
 
 def _print_help(group: str = "") -> None:
-    """Print the commands of the program, or of a group."""
     name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
@@ -522,15 +500,6 @@ def _print_command_help(name: str) -> None:
     lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
              f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
     _print("\n".join(lines))
-
-
-def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the name of the command (one or two words, "" for none), and the rest."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
 
 
 def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
@@ -547,14 +516,14 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
         _print("Incorrect Usage.\n")
         _print_command_help(name)
         _print_error(f"pyetcdctl {name}: {error}")
-        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
+        return Exit.BAD_ARGS if command.own else Exit.MISUSE
     if options.on("help"):
         _print_command_help(name)
-        return EXIT_OK
+        return Exit.OK
     run = _Run(settings, options, args + (behind or []), behind)
     _check_line(name, command, run)
     with contextlib.closing(run):
-        return command.run(run) or EXIT_OK
+        return command.run(run) or Exit.OK
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
@@ -591,7 +560,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
-        return EXIT_OK
+        return Exit.OK
     asks_help, group = settings.on("help"), ""
     while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
         word, *words = words
@@ -610,7 +579,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
     else:
         _print_command_help(name)
-    return EXIT_OK
+    return Exit.OK
 
 
 def _unknown_command(group: str, word: str) -> int:
@@ -621,7 +590,7 @@ def _unknown_command(group: str, word: str) -> int:
     if word in ("true", "false"):
         hint = f"; a switch takes {word} behind ="
     _print_error(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
-    return EXIT_MISUSE
+    return Exit.MISUSE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -639,19 +608,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print("Incorrect Usage.\n")
         _print_help()
         _print_error(f"pyetcdctl: {error}")
-        return EXIT_MISUSE
+        return Exit.MISUSE
     except _ExitError as error:
         _print_error(error.line)
         return error.code
     except EtcdError as error:
         _print_error(_error_lines(error))
-        return EXIT_SERVER_ERROR
+        return Exit.SERVER_ERROR
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:                         # `ls | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-
-
-def _exit() -> NoReturn:
-    sys.exit(main())
+        return Exit.BROKEN_PIPE

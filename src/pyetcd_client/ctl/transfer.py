@@ -27,8 +27,7 @@ from ..transport.errors import (
 from ..transport.results import Node, Result
 from .etcdctl import _Answer, _import_snapshot_04, _run_parallel, _seconds_left, _set_dir
 from .output import (
-    EXIT_BAD_ARGS,
-    EXIT_OK,
+    Exit,
     _escape,
     _ExitError,
     _print,
@@ -150,8 +149,8 @@ def _rebased(key: str, prefix: str, dest_prefix: str) -> str | None:
     return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
 
 
-def _prefixes(options: _Options, prefix: str = "") -> tuple[str, str]:
-    prefix = clean_key(prefix or options.text("prefix"))
+def _prefixes(options: _Options) -> tuple[str, str]:
+    prefix = clean_key(options.text("prefix"))
     return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
@@ -210,8 +209,7 @@ class _Import:
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
-        with _Progress("import", len(files)) as progress:
-            _run_parallel(files, self._workers, self._write_one, progress)
+        _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> int | None:
         """Return the new ttl of a record; None: permanent; 0 or less: expired."""
@@ -270,7 +268,7 @@ def _cmd_import(run: _Run) -> int:
     run.options.refuse("without --snap", "hidden")
     if not run.args:
         _print("no snapshot file provided (use --snap)")
-        return EXIT_BAD_ARGS
+        return Exit.BAD_ARGS
     prefixes = _prefixes(run.options)
     found = [(record, _rebased(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
@@ -280,7 +278,7 @@ def _cmd_import(run: _Run) -> int:
     if run.options.on("dry-run"):
         _print_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
-        return EXIT_OK
+        return Exit.OK
     importing.write(alive)
     files = sum(record.value is not None for record in alive)
     notes = [(importing.kept, "existed and were kept"),
@@ -288,7 +286,7 @@ def _cmd_import(run: _Run) -> int:
              (len(found) - len(records), "lie elsewhere and were left out")]
     _print("; ".join([f"imported {files - importing.kept} keys",
                      *(f"{count} {note}" for count, note in notes if count)]))
-    return EXIT_OK
+    return Exit.OK
 
 
 # -- mirror
@@ -346,10 +344,9 @@ class _Mirror:
         index, wanted = self._listing(self._source, self._prefix)
         _, present = self._listing(self._target, self._dest_prefix)
         deletions, dirs, files = self._difference(wanted, present)
-        with _Progress("mirror", len(files)) as progress:
-            for change in (*deletions, *dirs):
-                self._do(change)
-            _run_parallel(files, self._workers, self._do, progress)
+        for change in (*deletions, *dirs):
+            self._do(change)
+        _run_parallel(files, self._workers, self._do, "mirror")
         _print(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
               f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
               f"source index {index}")
@@ -461,4 +458,3 @@ def _cmd_mirror(run: _Run) -> None:
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return

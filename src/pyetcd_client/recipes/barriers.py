@@ -24,7 +24,6 @@ from .basics import (
     CALL_TIMEOUT_S,
     LEASE_TTL_S,
     OUTAGE_S,
-    TIDY_S,
     WAIT_SLICE_S,
     _CallScope,
     _checked_ttl,
@@ -58,8 +57,7 @@ class Barrier(_Recipe):
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
 
     def create(self, ttl: int | None = None) -> bool:
         """Close the barrier, for at most `ttl` seconds; False if it was closed."""
@@ -84,10 +82,7 @@ class Barrier(_Recipe):
         return True
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait until it is open; False after `timeout` seconds (None: no limit) or `cancel`."""
         def read() -> tuple[bool | None, _Wait]:
             try:
                 return None, _Wait(self.path, _read(self.client, self.path).etcd_index)
@@ -119,18 +114,14 @@ class DoubleBarrier(_Recipe):
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.size = size
         self.ttl = _checked_ttl(ttl)
         self._entry: _Entry | None = None
         self._round = 0                             # index at which the present round began
 
     def enter(self, timeout: float | None = None) -> bool:
-        """Wait for the others; False, and not inside, after `timeout` seconds (None: no limit).
-
-        False after `cancel`, too.
-        """
+        """Wait for the others; False, and not inside, after `timeout` seconds or `cancel`."""
         entry, self._round = _Entry(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
             with self._call_scope(timeout) as scope:
@@ -140,7 +131,7 @@ class DoubleBarrier(_Recipe):
                     scope, lambda: self._read_round(entry), min(WAIT_SLICE_S, self.ttl)) or 0
         finally:
             if not self._round:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     entry.stop()
         self._entry = entry
         return self._round > 0
@@ -222,11 +213,10 @@ class Counter(_Recipe):
     Thread: any; threads that share the object take turns.
     """
 
-    _turn: _CallScope | None
+    _turn: _CallScope | None                        # guarded by _changed
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.initial = initial
         self._after_fork()
 
@@ -245,9 +235,8 @@ class Counter(_Recipe):
         """
         with _CallScope(self, timeout, quiet=False) as scope:
             try:
-                while not self._take_turn(scope):
-                    if not scope.wait_for(self._changed, lambda: self._turn is None):
-                        raise RequestTimeout("another thread changes this counter", endpoint="")
+                if not scope.wait_for(self._changed, lambda: self._take_turn(scope)):
+                    raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
                 return self._add(amount, f"{self._writer}.{self._serial}", scope)
             finally:
@@ -255,9 +244,8 @@ class Counter(_Recipe):
         raise AssertionError("unreachable")         # the scope is not quiet
 
     def _take_turn(self, scope: _CallScope) -> bool:
-        with self._changed:
-            self._turn = self._turn or scope
-            return self._turn is scope
+        self._turn = self._turn or scope
+        return self._turn is scope
 
     def _end_turn(self, scope: _CallScope) -> None:
         with self._changed:

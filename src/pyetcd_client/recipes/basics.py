@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
 from ..client.client import Client
-from ..client.watching import _REMOVALS
 from ..transport.calls import clean_key, is_endpoint_failure
 from ..transport.connections import Scope, _call_back, _context
 from ..transport.defaults import WAIT_MAX_S, _log
@@ -34,13 +33,11 @@ from ..transport.errors import (
 from ..transport.results import _T, Node, Result
 
 LEASE_TTL_S = 30
-EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
 CREATE_TRIES = 5                # of a file that expires each time before it is read
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe retries while no server replies
 WAIT_SLICE_S = 20.0             # a waiter reads again after this time without an event
 TIDY_S = 0.5                    # for the cleanup after a call without success
-LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _LostCallback = Optional[Callable[[], object]]
 
@@ -181,8 +178,9 @@ class _CallScope(Scope):
 class _Recipe:
     """A recipe whose calls wait; `cancel` ends the present ones."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
+        self.path = path
         self._scopes: dict[_CallScope, None] = {}   # of the present calls
         _inherited[id(self)] = self
 
@@ -210,11 +208,11 @@ class _Recipe:
 
 
 @contextlib.contextmanager
-def _cleanup_scope(timeout_s: float) -> Iterator[None]:
-    """Give a cleanup a time limit of its own, even when that of the call is over."""
+def _cleanup_scope() -> Iterator[None]:
+    """Give a cleanup TIDY_S seconds of its own, even when the time of the call is over."""
     outer, _context.scope = _context.scope, None
     try:
-        with Scope(timeout_s):
+        with Scope(TIDY_S):
             yield
     finally:
         _context.scope = outer
@@ -263,7 +261,6 @@ def retry(client: Client, function: Callable[[], _T], *, timeout: float | None =
 
 
 def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
-    """Read `key` by quorum."""
     return _with_retries(client, lambda: client.get(key, recursive=recursive, quorum=True))
 
 
@@ -302,10 +299,6 @@ def _number(node: Node) -> int:
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
-
-
-def _is_removal(event: Result) -> bool:
-    return event.action in _REMOVALS
 
 
 # -- writing

@@ -50,8 +50,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     _scope: Scope
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        super().__init__(client)
-        self.path = clean_key(path)
+        super().__init__(client, clean_key(path))
         self._on_change = on_change
         self._nodes: dict[str, Node] = {}
         self._index = 0
@@ -90,9 +89,8 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def close(self) -> None:
         """Stop following; the copy remains."""
         self._scope.cancel()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def snapshot(self) -> dict[str, Node]:
         """Return the copy in its present state."""
@@ -247,9 +245,8 @@ class _Follower(_Closeable, Generic[_T, _Called]):
     def close(self) -> None:
         """Stop calling the function."""
         self._observed.close()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _read_state(self) -> tuple[_T, _Wait]:
         raise NotImplementedError
@@ -259,19 +256,15 @@ class _Follower(_Closeable, Generic[_T, _Called]):
 
     def _run(self, function: Callable[..., Any]) -> None:
         with contextlib.suppress(Cancelled, StopIteration), Scope(None, self.client.scope) as scope:
-            while self._call_function(function, self._next(scope)):
-                pass
-
-    def _next(self, scope: Scope) -> _T:
-        """Return the next state.  Raises StopIteration, Cancelled."""
-        while True:
-            try:
-                return next(self._observed)
-            except Cancelled:
-                raise
-            except EtcdError as error:              # retried until a server replies
-                _log.warning("%s cannot be watched: %s", self.path, error)
-                scope.wait(1.0)
+            wanted = True
+            while wanted:
+                try:
+                    wanted = self._call_function(function, next(self._observed))
+                except Cancelled:
+                    raise
+                except EtcdError as error:          # retried until a server replies
+                    _log.warning("%s cannot be watched: %s", self.path, error)
+                    scope.wait(1.0)
 
 
 class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):

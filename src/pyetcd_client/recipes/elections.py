@@ -119,12 +119,7 @@ class Election(Contender):
         return self._first(self._line()[0])
 
     def observe(self, timeout: float | None = None) -> Observed[Leader | None]:
-        """Return an iterator over the leader, now and after each change; None: no leader.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-
-        An intermediate leader may be missed, the last one is not.
-        """
+        """Return an iterator over the leader, now and after each change; None: no leader."""
         def read() -> tuple[Leader | None, _Wait]:
             entries, index = self._line()
             wait = _Wait(self.path, index, lambda event: event.action == "create")

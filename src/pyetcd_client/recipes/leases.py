@@ -27,9 +27,7 @@ from ..transport.errors import (
 from ..transport.results import Node, Result
 from .basics import (
     CALL_TIMEOUT_S,
-    EXPIRY_MARGIN,
     LEASE_TTL_S,
-    LEAVE_S,
     TIDY_S,
     _append_once,
     _call_back_in_background,
@@ -45,6 +43,9 @@ from .basics import (
     _remove,
     _with_retries,
 )
+
+EXPIRY_MARGIN = 0.1             # share of a ttl by which a lease ends early on the local clock
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
 _GONE = (KeyNotFound, CompareFailed, NotFile, NotDir)   # replies to a renewal of a lost file
@@ -151,7 +152,7 @@ class Heartbeat:
         outer = _context.scope                      # its end must not leave the file behind
         over = outer is not None and (
             outer.cancelled or time.monotonic() + TIDY_S >= outer.deadline)
-        with _cleanup_scope(TIDY_S) if over else Scope(LEAVE_S):
+        with _cleanup_scope() if over else Scope(LEAVE_S):
             self._remove_file()
         return held
 
@@ -189,7 +190,6 @@ class Heartbeat:
         self._due_at = sent_at + self.ttl / 3
 
     def _lose(self) -> None:
-        """Mark the file as lost, and wake the thread."""
         with self._lock:
             self._over = True
         self._wake.set()
@@ -237,8 +237,7 @@ class Heartbeat:
                     raise
                 except EtcdError:                   # retried until it expires
                     self._due_at = _clock() + min(0.5, self.ttl / 10)
-        with self._lock:
-            self._over = True
+        self._lose()
         return not self._stopped
 
     def _renew(self) -> None:
@@ -364,7 +363,7 @@ class _Entry(Lease):
             super()._acquire_file()
         except BaseException:                       # the file may exist nevertheless
             self._sure = False
-            with _cleanup_scope(TIDY_S):
+            with _cleanup_scope():
                 self._remove_file()
             raise
 

@@ -9,6 +9,7 @@ import threading
 from typing import Callable, TypeVar
 
 from ..client.client import Client
+from ..client.watching import _REMOVALS
 from ..transport.connections import Scope
 from ..transport.defaults import _log
 from ..transport.errors import Cancelled, EtcdError, EtcdValueError, LockExpired
@@ -21,7 +22,6 @@ from .basics import (
     _checked_ttl,
     _cleanup_scope,
     _entries,
-    _is_removal,
     _LostCallback,
     _Recipe,
     _recipe_key,
@@ -50,8 +50,7 @@ class Contender(_Recipe):
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(line)
+        super().__init__(client, _recipe_key(line))
         self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._blocks = threading.local()            # .entries: of the `with` blocks of a thread
@@ -93,7 +92,7 @@ class Contender(_Recipe):
         """
         if blocking and timeout is None and self._waits_for_itself():
             return self.renew(lock_ttl)
-        return self._acquire(blocking, lock_ttl, timeout) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: int | None = None) -> bool:
         """Renew the entry now, before the heartbeat does; return whether it is held.
@@ -134,7 +133,7 @@ class Contender(_Recipe):
     def __enter__(self: _ContenderType) -> _ContenderType:
         if self._waits_for_itself():
             raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
-        entry = self._acquire(True, None, None)
+        entry = self._acquire(None, None)
         if entry is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
         self._blocks.entries = [*self._entered(), entry]
@@ -155,10 +154,9 @@ class Contender(_Recipe):
     def _entered(self) -> list[_Entry]:
         return getattr(self._blocks, "entries", [])
 
-    def _acquire(self, blocking: bool, lock_ttl: int | None,
-                 timeout: float | None) -> _Entry | None:
+    def _acquire(self, lock_ttl: int | None, timeout: float | None) -> _Entry | None:
         ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
-        with self._call_scope(timeout if blocking else 0) as scope:
+        with self._call_scope(timeout) as scope:
             lost = self._take_turn(scope)
             if lost is None:
                 return None
@@ -232,10 +230,7 @@ class Contender(_Recipe):
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> _Entry | None:
-        """Keep an entry in the line until admitted; None when the time is over.
-
-        Raises Cancelled.
-        """
+        """Keep an entry in the line until admitted; None at the deadline.  Raises Cancelled."""
         entry: _Entry | None = None
         client_scope = self.client.scope
         try:
@@ -254,7 +249,7 @@ class Contender(_Recipe):
             if entry is not None and self._held is not entry:
                 entry._end()
                 if not client_scope.cancelled:
-                    with _cleanup_scope(TIDY_S):
+                    with _cleanup_scope():
                         entry._remove_file()
 
     def _enter(self, old: _Entry | None, ttl: int) -> _Entry:
@@ -298,9 +293,9 @@ class Contender(_Recipe):
             entry._scope.attach(waiting.cancel)
             try:
                 if blocker and entry.is_held:
-                    scope.wait_for_event(self.client, _Wait(
-                        blocker, index, _is_removal if blocker == self.path else None),
-                        min(WAIT_SLICE_S, entry.ttl))
+                    removed = (lambda event: event.action in _REMOVALS)
+                    wait = _Wait(blocker, index, removed if blocker == self.path else None)
+                    scope.wait_for_event(self.client, wait, min(WAIT_SLICE_S, entry.ttl))
             finally:
                 entry._scope.detach(waiting.cancel)
         return scope.wait_s() > 0
@@ -381,7 +376,7 @@ class RLock(Lock):
     def acquire(self, blocking: bool = True, lock_ttl: int | None = None,
                 timeout: float | None = None, *, holder: object = None) -> bool:
         """Acquire as Lock does, or once more; `lock_ttl` then renews.  See Lock."""
-        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
+        return self._acquire(lock_ttl, timeout if blocking else 0, holder) is not None
 
     def _waits_for_itself(self) -> bool:
         return False
@@ -399,7 +394,7 @@ class RLock(Lock):
         super()._after_fork()
         self._holder, self._depth = None, 0
 
-    def _acquire(self, blocking: bool, lock_ttl: int | None, timeout: float | None,
+    def _acquire(self, lock_ttl: int | None, timeout: float | None,
                  holder: object = None) -> _Entry | None:
         holder = threading.current_thread() if holder is None else holder
         with self._changed:
@@ -410,7 +405,7 @@ class RLock(Lock):
                 with contextlib.suppress(EtcdError):    # the heartbeat retries
                     held.renew(lock_ttl)
             return held if held.is_held else None
-        entry = super()._acquire(blocking, lock_ttl, timeout)
+        entry = super()._acquire(lock_ttl, timeout)
         if entry is not None:
             self._holder, self._depth = holder, 1
         return entry

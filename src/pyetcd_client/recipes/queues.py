@@ -20,10 +20,9 @@ from ..transport.errors import (
     NodeExists,
     WatchTimeout,
 )
-from ..transport.results import Node, Result
+from ..transport.results import _T, Node, Result
 from .basics import (
     LEASE_TTL_S,
-    TIDY_S,
     WAIT_SLICE_S,
     _append_once,
     _checked_ttl,
@@ -145,8 +144,7 @@ class Queue(_Recipe):
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
+        super().__init__(client, _recipe_key(key))
         self.ttl = _checked_ttl(ttl)
         self._items = f"{self.path}/items"
         self._after_fork()
@@ -171,25 +169,21 @@ class Queue(_Recipe):
         return [self.put(value, priority) for value in values]
 
     def get(self, timeout: float | None = None) -> str | None:
-        """Remove the first item and return its value; None after `timeout` seconds.
+        """Remove the first item and return its value; None after the timeout, or `cancel`.
 
-        timeout  None: no limit; 0: do not wait
-
-        None after `cancel`, too.
+        timeout  seconds; None: no limit; 0: do not wait
         """
-        item = self._first(timeout, self._remove)
-        return None if item is None else item.value
+        return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: float | None = None) -> QueueItem:
         """Return the first item that no other consumer works on.
 
         Raises WatchTimeout in place of None, since a `with` needs an item.
         """
-        leases: list[Lease] = []
-        item = self._first(timeout, lambda item: self._claim(item, leases))
+        item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, item, leases[0])
+        return item
 
     def __len__(self) -> int:
         """Return the number of items, including those that consumers work on."""
@@ -222,19 +216,22 @@ class Queue(_Recipe):
         free = [item for item in items if item.uid not in claims]
         return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: float | None, obtain: Callable[[_Item], bool]) -> _Item | None:
-        """Return the first item that `obtain` accepts; None after the timeout, or `cancel`."""
+    def _first(self, timeout: float | None, obtain: Callable[[_Item], _T | None]) -> _T | None:
+        """Return what `obtain` makes of the first item that it accepts (None: it does not).
+
+        None after the timeout, or `cancel`.
+        """
         with self._call_scope(timeout) as scope:
-            item, _ = self._try(obtain)
-            if item is not None or not scope.wait_s():
-                return item
+            found, _ = self._try(obtain)
+            if found is not None or not scope.wait_s():
+                return found
             line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
             if not line.acquire():
                 return None
             try:
                 return self._poll(scope, lambda: self._try(obtain), min(WAIT_SLICE_S, self.ttl))
             finally:
-                with _cleanup_scope(TIDY_S):
+                with _cleanup_scope():
                     line.release()
         return None
 
@@ -244,19 +241,20 @@ class Queue(_Recipe):
             return event.action in _REMOVALS
         return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[_Item], bool]) -> tuple[_Item | None, _Wait]:
+    def _try(self, obtain: Callable[[_Item], _T | None]) -> tuple[_T | None, _Wait]:
         """Try the items of the last listing, then those of a new one."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
-                item = self._seen.popleft()
-                if obtain(item):
-                    return item, _Wait(self.path, 0)
+                found = obtain(self._seen.popleft())
+                if found is not None:
+                    return found, _Wait(self.path, 0)
         free, _, index = self._list()
         wait = _Wait(self.path, index, self._is_arrival)
         for position, item in enumerate(free):
-            if obtain(item):
+            found = obtain(item)
+            if found is not None:
                 self._seen.extend(free[position + 1:])
-                return item, wait
+                return found, wait
         return None, wait
 
     def _remove(self, item: _Item) -> bool:
@@ -274,7 +272,7 @@ class Queue(_Recipe):
 
     def _unmark(self, item: _Item) -> None:
         """Let other consumers have an item that this one could not take."""
-        with _cleanup_scope(TIDY_S):
+        with _cleanup_scope():
             _remove(self.client, self._mark_of(item.uid), item.mark)
 
     def _is_taken(self, item: _Item) -> bool:
@@ -313,22 +311,22 @@ class Queue(_Recipe):
                 self._unmark(item)
             raise
 
-    def _claim(self, item: _Item, leases: list[Lease]) -> bool:
+    def _claim(self, item: _Item) -> QueueItem | None:
         lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
-        ours = True
+        claimed, ours = None, True
         try:
             lease.start()
             # Another consumer may have claimed and finished the item since the listing.
             index = _read(self.client, item.node.key).node.modified_index
             if index == item.node.modified_index and not self._is_taken(item):
-                leases.append(lease)
+                claimed = QueueItem(self, item, lease)
         except (NodeExists, LockExpired):
             ours = False
         except KeyNotFound:
             pass
         finally:
-            if ours and not leases:
-                with _cleanup_scope(TIDY_S):
+            if ours and claimed is None:
+                with _cleanup_scope():
                     lease._end()
                     lease._remove_file()
-        return bool(leases)
+        return claimed

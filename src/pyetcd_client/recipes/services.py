@@ -119,18 +119,12 @@ class ServiceRegistry:
                             self.ttl, on_lost=on_lost).start()
 
     def resolve(self, service: str, tag: str | None = None) -> list[Instance]:
-        """Return the instances of `service`, oldest first.
-
-        tag  only instances with this tag
-        """
+        """Return the instances of `service` (with this tag, if given), oldest first."""
         return self._instances(_children(self.client, self.path(service))[0], tag)
 
     def watch(self, service: str, timeout: float | None = None,
               tag: str | None = None) -> Observed[list[Instance]]:
-        """Return an iterator over the instances of `service`, now and after each change.
-
-        timeout  seconds without a change until WatchTimeout; None: no limit
-        """
+        """Return an iterator over the instances of `service`, now and after each change."""
         path = self.path(service)
 
         def read() -> tuple[list[Instance], _Wait]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http
 import http.client
 import itertools
 import logging
@@ -37,22 +36,9 @@ from .connections import (
     _context,
     _Exchange,
     _Listener,
-    _status_error,
     _transport_error,
 )
-from .defaults import (
-    BACKOFF_MAX_S,
-    BACKOFF_MIN_S,
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    REDIRECTS_MAX,
-    SESSION_TIMEOUT_S,
-    SYNC_INTERVAL_S,
-    SYNC_TIMEOUT_S,
-    TOTAL_TIMEOUT_S,
-    __version__,
-    _log,
-)
+from .defaults import __version__, _log
 from .endpoints import Endpoints, _Address, _base_url, _discover, _listed_urls
 from .errors import (
     BadReply,
@@ -65,13 +51,22 @@ from .errors import (
     TransportError,
     WatchTimeout,
 )
-from .results import _T, Member, _parse_members, _Reply
+from .results import _T, Member, _parse_members, _Reply, _status_error
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
 
+CONNECT_TIMEOUT_S = 2.0         # for each address of an endpoint; then the next endpoint is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: all endpoints, attempts and parts of the reply
+SESSION_TIMEOUT_S = 10.0        # without a reply, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is read again
+SYNC_TIMEOUT_S = 2.0            # for reading it; then the waiting call goes on without it
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
 _SUCCESS: frozenset[int] = frozenset((200, 201, 204))
-_HEALTH_STATUSES: frozenset[int] = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
 _REDIRECTS: frozenset[int] = frozenset((301, 302, 303, 307, 308))
@@ -142,31 +137,6 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
     path = path if _PLAIN(path) else quote(path, errors="surrogateescape")
     text = _encode_fields(query)
     return f"{path}?{text}" if text else path
-
-
-def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + clean_key(key), query)
-
-
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
-
-
-def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
-                ) -> dict[str, _Field]:
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
-    fields: dict[str, _Field] = {}
-    if prev_value is None or prev_index is None or prev_exist is None:
-        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
-    if prev_value is not _NOT_GIVEN:
-        fields["prevValue"] = _text(prev_value)
-    if prev_index is not _NOT_GIVEN:
-        # The server ignores prevIndex=0: the write would be unconditional.
-        if isinstance(prev_index, int) and prev_index < 1:
-            raise EtcdValueError("prev_index is a modified index, 1 or more")
-        fields["prevIndex"] = _text(prev_index)
-    if prev_exist is not _NOT_GIVEN:
-        fields["prevExist"] = bool(prev_exist)
-    return fields
 
 
 @dataclass(frozen=True)
@@ -298,7 +268,7 @@ class _Caller(_Closeable):
         self._reached = False                       # a request was sent to some server
         self._connection_settings = _ConnectionSettings(
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
-        self._scope = Scope()                       # of all calls under way
+        self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
         # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
         # would wait for that thread.
@@ -356,19 +326,12 @@ class _Caller(_Closeable):
         """Path of the keys API; a subclass may override it."""
         return self.version_prefix + "/keys"
 
-    @property
-    def scope(self) -> Scope:
-        """The scope of all calls and watches of this client until `close`."""
-        if self._scope.pid != os.getpid():          # a forked child must not end the parent's waits
-            self._scope = Scope()
-        return self._scope
-
     def close(self) -> None:
         """End every call and watch under way with Cancelled, and close the connections.
 
         This also ends the background work of recipes.  New calls are possible afterwards.
         """
-        scope, self._scope = self._scope, Scope()
+        scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
         _close_all(self._idle)
@@ -523,7 +486,6 @@ class _Caller(_Closeable):
         self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
-        """Send one request and read its reply."""
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -564,7 +526,7 @@ class _Caller(_Closeable):
         return _Connections(self._connection_settings)
 
     def _return_connections(self, connections: _Connections) -> None:
-        connections.used()
+        connections.used_at = time.monotonic()
         self._idle.append(connections)
         # In a burst keep one for each call under way, or every other call would open a new one.
         while len(self._idle) > max(self._idle_max, self.scope.calls):

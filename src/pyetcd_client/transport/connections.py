@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import enum
-import http
 import http.client
 import io
 import math
@@ -26,35 +25,22 @@ from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 from urllib3 import PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import is_connection_dropped
 
-from .defaults import (
-    HEADER_BYTES_MAX,
-    HEADERS_MAX,
-    IDLE_CLOSE_S,
-    READ_BUFFER_BYTES,
-    TRY_S,
-    WAIT_MAX_S,
-    _log,
-)
-from .errors import (
-    Cancelled,
-    ConnectionFailed,
-    EtcdError,
-    EtcdValueError,
-    HttpError,
-    RequestTimeout,
-)
-from .results import _T, _expect_object, _Reply
+from .defaults import TRY_S, WAIT_MAX_S, _log
+from .errors import Cancelled, ConnectionFailed, EtcdError, EtcdValueError, RequestTimeout
+from .results import _T, _Reply
+
+IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is replaced
+READ_BUFFER_BYTES = 16384       # read from a socket at once
+HEADER_BYTES_MAX = 65536        # of one header; a longer one breaks the connection
+HEADERS_MAX = 100               # of one reply; more break the connection
 
 # -- scopes: one deadline and one way to cancel, for all waits
 
 
 class _ThreadContext(threading.local):
-    """The state of the running thread."""
-
-    scope: Scope | None = None                   # the innermost scope that it entered
+    scope: Scope | None = None                      # the innermost scope that the thread entered
     exchange: _Exchange                             # the request that it performs
 
 
@@ -85,7 +71,7 @@ class Scope:
     no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
-    __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
+    __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
 
     def __init__(self, timeout: float | None = None, *within: Scope) -> None:
         if timeout is not None and not timeout >= 0:
@@ -94,16 +80,16 @@ class Scope:
         limit_s = math.inf if timeout is None else timeout or TRY_S
         self.deadline = time.monotonic() + limit_s
         self.cancelled = False
-        self.pid = os.getpid()                      # a forked child must not wake the parent's
         self._within = within
-        self._wakers: dict[Callable[[], object], None] = {}
+        # By process: a forked child must not wake the parent's, which would close its sockets.
+        self._wakers: dict[Callable[[], object], int] = {}
         self._outer: Scope | None = None
 
     def cancel(self) -> None:
         """End every wait below with Cancelled, now and from now on."""
         self.cancelled = True
-        if self.pid == os.getpid():
-            for wake in list(self._wakers):
+        for wake, pid in list(self._wakers.items()):
+            if pid == os.getpid():
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
@@ -132,7 +118,7 @@ class Scope:
 
     def attach(self, wake: Callable[[], object]) -> None:
         """Have `cancel` call `wake`, perhaps twice; at once if the scope is cancelled already."""
-        self._wakers[wake] = None
+        self._wakers[wake] = os.getpid()
         if self.cancelled:
             wake()
 
@@ -158,8 +144,6 @@ class Scope:
 
 
 class _Closeable:
-    """A context manager that closes the object."""
-
     def close(self) -> None:
         raise NotImplementedError
 
@@ -425,14 +409,6 @@ class _HttpsConnection(_HttpConnection, HTTPSConnection):
         return sock
 
 
-class _HttpPool(HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection
-
-
 class _ConnectionSettings(NamedTuple):
     """TLS and proxy settings of a client, in the forms that requests takes."""
 
@@ -469,8 +445,8 @@ class _Route(NamedTuple):
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
             proxy, proxy_headers=HTTPAdapter().proxy_headers(proxy), **tls)
-        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
         pool = cast(Any, manager.connection_from_url(endpoint))
+        pool.ConnectionCls = _HttpsConnection if pool.scheme == "https" else _HttpConnection
         host = endpoint.partition("//")[2].rpartition("@")[2]
         host = host if host.isascii() else host.encode("idna").decode()
         connection = cast(HTTPConnection, pool._new_conn())
@@ -511,7 +487,7 @@ class _Connections:
         self.pid = os.getpid()                      # a forked child must not use these sockets
         self._settings = settings
         self._routes: dict[str, _Route] = {}
-        self._used_at = time.monotonic()
+        self.used_at = time.monotonic()
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: bytes | None,
@@ -525,7 +501,7 @@ class _Connections:
         that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
         is below the usual idle limits (5 s and more).  The price is one round trip.
         """
-        if time.monotonic() - self._used_at > IDLE_CLOSE_S:
+        if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
         route = self._routes.get(endpoint)
         if route is None:
@@ -548,10 +524,6 @@ class _Connections:
                 response.close()
             if response is None or body is None or response.will_close:
                 connection.close()                  # the rest of this reply must not be the next
-
-    def used(self) -> None:
-        """Restart the idle time."""
-        self._used_at = time.monotonic()
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -586,7 +558,6 @@ def _reason(error: BaseException) -> str:
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> EtcdError:
-    """Return the client's error for an exception of an exchange."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -596,37 +567,6 @@ def _transport_error(
     if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
     return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
-
-
-def _describe_reply(reply: _Reply) -> str:
-    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
-    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
-    status = f"HTTP status {reply.status}"
-    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
-
-
-def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
-    """Return the error for an error reply.
-
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
-    """
-    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
-    try:
-        payload = {**_expect_object(reply.json()), "status": reply.status}
-    except (ValueError, RecursionError):
-        payload = {"status": reply.status}
-    # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
-    if of_etcd or isinstance(payload.get("errorCode"), int):
-        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
-    message = str(payload.get("message", "")) or _describe_reply(reply)
-    if 300 <= reply.status < 400:
-        message = f"redirected to {reply.headers.get('Location')}: not followed"
-    return HttpError(
-        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
 
 
 # -- connection states

@@ -54,16 +54,14 @@ def _listed_urls(host: _Address | Sequence[_Address], port: int, protocol: str) 
     alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
     for item in cast(Sequence[_Address], [host] if alone else host):
         if isinstance(item, str):
-            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+            for part in item.split(","):
+                url = _base_url(part, protocol)
+                urls.append(url if urlsplit(url).port is not None else _base_url(f"{url}:{port}"))
         else:
             name, number = item
             address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
             urls.append(_base_url(address, protocol))
     return urls
-
-
-def _with_port(url: str, port: int) -> str:
-    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
 
 
 class Endpoints:

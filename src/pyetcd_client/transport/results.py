@@ -1,4 +1,4 @@
-"""Results: frozen values made from the JSON of a reply.
+"""Results: frozen values, or the error, made from the JSON of a reply.
 
 Names are the JSON keys in snake_case; `raw` is the JSON itself.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Callable, ClassVar, NamedTuple, TypeVar
 
-from requests.structures import CaseInsensitiveDict
+from .errors import EtcdError, HttpError
 
 _T = TypeVar("_T")
 
@@ -43,14 +43,6 @@ class _Reply(NamedTuple):
     def json(self) -> Any:
         """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
-
-
-def _as_reply(answer: Any) -> _Reply:
-    """Return a reply that the program obtained by other means, such as urllib3."""
-    if isinstance(answer, _Reply):
-        return answer
-    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
-    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
 
 
 @dataclass(frozen=True)
@@ -265,10 +257,6 @@ def _parse_object(reply: _Reply) -> dict[str, Any]:
     return _expect_object(reply.json())
 
 
-def _parse_maybe_object(reply: _Reply) -> dict[str, Any]:
-    return _parse_object(reply) if reply.body.strip() else {}
-
-
 def _parse_members(reply: _Reply) -> list[Member]:
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
@@ -277,8 +265,32 @@ def _keep_reply(reply: _Reply) -> _Reply:
     return reply
 
 
-def _parse_version(reply: _Reply) -> dict[str, str]:
-    text = reply.body.decode("utf-8", "replace").strip()
-    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
-        return {"etcdserver": text[5:]}
-    return {str(name): str(value) for name, value in _parse_object(reply).items()}
+def _describe_reply(reply: _Reply) -> str:
+    """Return the status of a reply that is not etcd's, and its text if that is a sentence."""
+    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
+    status = f"HTTP status {reply.status}"
+    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
+
+
+def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
+    """Return the error for an error reply.
+
+    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
+    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
+    the write was applied.
+    """
+    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
+    try:
+        payload = {**_expect_object(reply.json()), "status": reply.status}
+    except (ValueError, RecursionError):
+        payload = {"status": reply.status}
+    # The members and auth APIs refuse a user or password without the header.
+    of_etcd = "message" in payload and (
+        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    if of_etcd or isinstance(payload.get("errorCode"), int):
+        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
+    message = str(payload.get("message", "")) or _describe_reply(reply)
+    if 300 <= reply.status < 400:
+        message = f"redirected to {reply.headers.get('Location')}: not followed"
+    return HttpError(
+        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
