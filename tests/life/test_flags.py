@@ -992,7 +992,7 @@ def test_flags_fill_every_field_that_is_not_for_programs_only() -> None:
     fields = {*pyetcd.ServerConfig._fields} - {"client_tls", "peer_tls"}
     fields |= {f"{side}_tls.{name}" for side in ("client", "peer")
                for name in pyetcd.TlsFiles._fields}
-    assert fields - filled == {"segment_bytes", "history_events", "client_tls.allowed_cn"}
+    assert fields - filled == {"history_events", "client_tls.allowed_cn"}
 
 
 def test_flags_page_of_the_manual_names_every_flag_that_works() -> None:
