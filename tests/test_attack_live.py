@@ -55,7 +55,7 @@ class _Traffic:
 
     def _run(self):
         number = 0
-        while not self._over.wait(0.005):
+        while not self._over.wait(0.02):
             number += 1
             put = self._member.request(
                 "PUT", "/v2/keys/traffic", {"value": number}, timeout_s=100)

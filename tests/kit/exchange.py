@@ -222,7 +222,7 @@ class Writer:
         session = requests.Session()
         turn = thread
         for number in itertools.count():
-            if self._stopped.wait(0.03):
+            if self._stopped.wait(0.08):
                 return
             members = list(self.cluster.members)
             turn += number % 50 == 0
