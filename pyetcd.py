@@ -2373,7 +2373,7 @@ class RaftLog:
         self, offset: EntryID = _NOWHERE, entries: Sequence[Entry] = (), *,
         commit: int = 0, applied: int = 0,
     ) -> None:
-        """All of `entries` is durable.  Raises InvariantError if the indexes do not fit."""
+        """Begin with durable `entries`.  Raises InvariantError if the indexes do not fit."""
         self.offset = self.commit = self.stable = self._handed = self.last_index = offset.index
         self._offset_term = offset.term
         self._entries: List[Entry] = []
@@ -2400,10 +2400,7 @@ class RaftLog:
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
-        """Return the term of the entry at `index`, 0 above the last.
-
-        Raises InvariantError below the snapshot point.
-        """
+        """Return the term at `index`, 0 above the last.  Raises InvariantError below `offset`."""
         position = index - self.offset
         if position > len(self._entries):
             return 0
@@ -2414,12 +2411,12 @@ class RaftLog:
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; False above the last and when compacted."""
+        """Return whether our log holds that entry; False above the last and when compacted."""
         is_held = self.offset <= entry_id.index <= self.last_index
         return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
-        """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
+        """Return whether a log ending at `last_id` is at least as complete as ours (§5.4.1)."""
         return last_id >= self.last_id
 
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
@@ -2522,17 +2519,13 @@ class RaftLog:
         self.applied = index
 
     def committed(self, max_entries: int) -> List[Entry]:
-        """Return entries that are committed and durable and not applied, the oldest first."""
         if self.applied < self.offset:
             return []               # the state machine must take the snapshot first
         high = min(self.commit, self.stable, self.applied + max_entries)
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`, unless it is there or further.
-
-        Raises InvariantError if that entry is not applied and durable.
-        """
+        """Move the snapshot point up to `index`; InvariantError if not applied and durable."""
         if index <= self.offset:
             return
         if index > min(self.applied, self.stable):
@@ -2542,7 +2535,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot, which the next hand_out() returns."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = self.last_index = snapshot.index
@@ -2580,22 +2573,17 @@ class RaftLog:
 
 
 class RaftConfig(NamedTuple):
-    """The settings of a Raft, and its ways to the outside.
-
-    rng    anything with randrange(n), e.g. a seeded random.Random
-    trace  receives the lines that etcd's raft package logs at info level
-    defer_commit  a new commit index alone makes no message before broadcast_commit()
-    """
+    """The settings of a Raft, and its ways to the outside."""
 
     id: int
-    rng: Any
-    trace: Callable[[str], None]
+    rng: Any                            # with randrange(n), e.g. a seeded random.Random
+    trace: Callable[[str], None]        # gets the lines that etcd's raft package logs at info level
     election_ticks: int = 10
     heartbeat_ticks: int = 1
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    defer_commit: bool = False
+    defer_commit: bool = False          # a new commit alone is sent only by broadcast_commit()
 
 
 class Replication:
@@ -2645,18 +2633,17 @@ class Replication:
         self._broadcast_due = self.is_due = True
 
     def note_proposer(self, member: int) -> None:
-        """The last entries come from a member's clients, which wait until it knows the commit."""
+        """Note that the last entries come from clients of `member`, which wait for the commit."""
         if member in self.progress:
             self.progress[member].proposed_index = self._log.last_index
 
     def mark_commit_due(self, index: int, *, at_once: bool) -> None:
         """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The other followers hear of it with the next entries, mostly within a millisecond: where
-        writes come one by one, half of all messages would carry nothing but a commit index.
+        The other followers learn it from the next entries, mostly within 1 ms: where writes come
+        one by one, half of all messages would carry only a commit index.
 
-        at_once  send it to all: voters change, and a member that leaves must hear of it while it
-                 gets messages
+        at_once  to all: voters change, and a removed member must learn it while it gets messages
         """
         if at_once or not self._config.defer_commit:
             self.mark_all_due()
@@ -2680,9 +2667,7 @@ class Replication:
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
 
-    def _send_append(
-        self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]
-    ) -> None:
+    def _send_append(self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]) -> None:
         log, following = self._log, progress.next_index
         if following <= log.offset:
             self._send_snapshot(peer, progress)
@@ -2711,10 +2696,7 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and resume paused probes.
-
-        context  comes back with the answers (PendingReads)
-        """
+        """Keep followers from campaigning, and resume probes; answers return `context`."""
         for peer, progress in self.progress.items():
             if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
@@ -2723,7 +2705,7 @@ class Replication:
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """Go back and try again: the entry before our MsgApp did not match."""
+        """Step back and retry: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
@@ -2766,7 +2748,7 @@ class Replication:
                 progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely (ok), or failed."""
+        """Note that the snapshot to `peer` was sent completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
@@ -2810,7 +2792,7 @@ class PendingReads:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        """Leader: count the answer of `voter` to a heartbeat sent after the round began."""
         confirmed = self._rounds.get(context)
         if confirmed is None:
             return
@@ -2853,10 +2835,7 @@ class RaftRole(IntEnum):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
-
-    Messages gather in `mail` until RawNode.ready() takes them.
-    """
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member."""
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
                  voters: Sequence[int]) -> None:
@@ -2877,7 +2856,7 @@ class Raft:
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
-        self.mail = Mailbox(config.id, config.max_entries_bytes)
+        self.mail = Mailbox(config.id, config.max_entries_bytes)    # until RawNode.ready()
         self.replication = Replication(config, log, self.mail)
         self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
@@ -2900,7 +2879,7 @@ class Raft:
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
+        """Apply a committed change of the voters; node_id 0: refused, no longer pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -2953,7 +2932,7 @@ class Raft:
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -2965,9 +2944,6 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, and append an empty entry of the own term: only by counting entries of
-        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
-        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -2977,6 +2953,8 @@ class Raft:
         # A second change before the first is applied could form two disjoint majorities (§4.1).
         self.pending_conf_index = max(log.conf_changes(log.last_index + 1), default=0)
         self.config.trace(f"{self.id:x} became leader at term {self.term}")
+        # Only by counting entries of its own term may a leader commit older ones (§5.4.2), and a
+        # client's entry may be long in coming.
         self._append_own([Entry()])
 
     # -- time ----------------------------------------------------------------
@@ -3012,11 +2990,8 @@ class Raft:
     # -- elections -----------------------------------------------------------
 
     def _campaign(self, context: Optional[bytes]) -> None:
-        """Start an election, unless this member may not lead.
-
-        A committed conf change that is not applied yet forbids it: an election by the voters of
-        two changes before could give the term a second leader.
-        """
+        # While a conf change is committed but not applied, the voters of two changes before could
+        # elect a second leader of the term.
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
@@ -3033,7 +3008,6 @@ class Raft:
             self._become_leader()
 
     def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
         last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
@@ -3074,10 +3048,8 @@ class Raft:
             self.become_follower(self.term, 0)
 
     def _vote(self, message: Message) -> None:
-        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1).
-
-        A candidate and a leader have voted for themselves, so the rule is the same for all.
-        """
+        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1)."""
+        # A candidate and a leader have voted for themselves, so the rule is the same for all.
         candidate = EntryID(message.log_term, message.index)
         free = self.vote == message.sender or (not self.vote and not self.lead)
         granted = free and self.log.is_up_to_date(candidate)
@@ -3093,10 +3065,9 @@ class Raft:
         self.mail.hold(MsgType.VOTE_RESP, message.sender, reject=not granted)
 
     def _pre_vote(self, message: Message) -> None:
-        """Tell a 3.x member whether an election makes sense; promises and changes nothing.
+        """Tell a 3.x member if an election makes sense: not while a leader is heard (thesis §9.6).
 
-        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
-        request.
+        Promises and changes nothing.  A grant carries the term of the request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -3110,10 +3081,7 @@ class Raft:
     # -- messages ------------------------------------------------------------
 
     def step(self, message: Message) -> None:
-        """Handle one message; term 0 marks local ones and proposals.
-
-        Raises ProposalDropped for a MsgProp that cannot be handled here.
-        """
+        """Handle a message; term 0: local or a proposal, for which it may raise ProposalDropped."""
         kind = message.type
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
@@ -3149,8 +3117,7 @@ class Raft:
     # -- proposals -----------------------------------------------------------
 
     def _forward_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to the sender: two members that take each other
-        for the leader would send it to and fro."""
+        # Never back to the sender: two members that take each other for the leader would loop.
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
@@ -3200,8 +3167,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Begin a read round.  Not before the first commit of its term, as until then a leader may
-        not know the newest commit index (thesis §6.4)."""
+        # Before the first commit of its term a leader may not know the newest commit index
+        # (thesis §6.4): it drops the request.
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -3221,7 +3188,7 @@ class Raft:
             self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
+        """Leader: count this member for the entries that are now durable (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
@@ -3294,7 +3261,6 @@ class Raft:
         )
 
     def _yield_to_leader(self, message: Message) -> None:
-        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -3422,7 +3388,7 @@ class RawNode:
             self.raft.tick()
 
     def advance_ticks(self, count: int) -> None:
-        """Shorten the first wait at start-up: ticks that pass without an election."""
+        """Count ticks that pass without an election, to shorten the first wait after a start."""
         self.raft.election_elapsed += count
 
     def campaign(self) -> None:
@@ -3458,7 +3424,7 @@ class RawNode:
     def protocol_violation(self, message: Message) -> str:
         """Return the reason why no healthy member sends this message to us, or "".
 
-        A message without one leaves a log that can be read, and a next term that can be written.
+        A message that passes leaves a log that can be read and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -3487,8 +3453,8 @@ class RawNode:
         """Propose all of `entries` for member `sender` (0: this one).
 
         A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
-        without a leader, after the own removal, or while too much is uncommitted.  Without an
-        exception an entry may be lost all the same.
+        without a leader, after this member's removal, or while too much is uncommitted.  Even
+        without an exception an entry may be lost.
         """
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
@@ -3499,8 +3465,9 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
-        voters.  To be called once for each such entry before applied_to() passes it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return voters.
+
+        Call it once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
