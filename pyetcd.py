@@ -3580,15 +3580,7 @@ _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file.  Immutable: every write replaces it as a whole.
-
-    value           the text; None only in the node of a delete or expire event
-    created_index,
-    modified_index  store indexes
-    expires_ns      unix nanoseconds; 0: permanent
-
-    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
-    """
+    """A file, without its path.  Immutable: every write replaces it.  64 bytes on CPython 3.11."""
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
     children: Optional[Dict[str, None]] = None
@@ -3596,10 +3588,10 @@ class Node:
     def __init__(
         self, value: Optional[str], created_index: int, modified_index: int, expires_ns: int
     ) -> None:
-        self.value = value
-        self.created_index = created_index
+        self.value = value                      # None only in a delete or expire event
+        self.created_index = created_index      # store indexes
         self.modified_index = modified_index
-        self.expires_ns = expires_ns
+        self.expires_ns = expires_ns            # unix; 0: permanent
 
     def ttl_s(self, now_ns: int) -> int:
         """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
@@ -3607,9 +3599,7 @@ class Node:
 
 
 class LongNode(Node):
-    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
-    the encoding takes up to 60 ns a character.
-    """
+    """A file with a long value, kept as the JSON of its answers: 60 ns a character to encode."""
 
     __slots__ = ("json",)
 
@@ -3714,18 +3704,7 @@ def _node_json(key: str, node: Node, ttl_s: int) -> str:
 
 
 class Event:
-    """The effect of one operation on one key.  Immutable.
-
-    action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
-    key       full internal path
-    node      as the operation left it (deleted: without value)
-    prev      as it was before, or None
-    index     store index of the change; for a get, the current one
-    ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
-    refresh   True: kept in the history, without a notification of watchers
-    Source: etcd 2.3 store/event.go.
-    """
+    """The effect of one operation on one key.  Immutable.  Source: etcd 2.3 store/event.go."""
 
     __slots__ = (
         "action", "key", "node", "prev", "index", "ttl_s", "prev_ttl_s", "refresh", "_json"
@@ -3735,14 +3714,16 @@ class Event:
         self, action: str, key: str, node: Node, prev: Optional[Node], index: int, now_ns: int,
         refresh: bool = False, encoded: Optional[Sequence[bytes]] = None,
     ) -> None:
+        # get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
         self.action = action
-        self.key = key
-        self.node = node
-        self.prev = prev
-        self.index = index
+        self.key = key                  # full internal path
+        self.node = node                # as the operation left it (deleted: without value)
+        self.prev = prev                # as it was before, or None
+        self.index = index              # store index of the change; for a get, the current one
+        # Seconds left of both when it happened; 0: permanent or expired.
         self.ttl_s = node.ttl_s(now_ns) if node.expires_ns else 0
         self.prev_ttl_s = prev.ttl_s(now_ns) if prev is not None and prev.expires_ns else 0
-        self.refresh = refresh
+        self.refresh = refresh          # True: kept in the history, but no watcher is notified
         self._json = encoded
 
     @property
@@ -3755,10 +3736,7 @@ class Event:
         return LongNode in (self.node.__class__, self.prev.__class__)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line for clients, ending in a newline: encoded once, shared by all.
-
-        The keys are without the namespace (`/1`).
-        """
+        """Return the line for clients and its newline, keys without `/1`; encoded once for all."""
         if self._json is None:
             if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
@@ -3819,12 +3797,9 @@ LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 
 def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; True if not all is ASCII.
-
-    Only surrogates (bytes that are not UTF-8) sort differently as code points.
-    """
+    """Sort as Go does; True if not all is ASCII."""
     is_plain = all(map(str.isascii, paths))
-    paths.sort(key=None if is_plain else utf8)
+    paths.sort(key=None if is_plain else utf8)      # code points sort surrogates differently
     return not is_plain
 
 
@@ -3833,10 +3808,8 @@ def parent_path(path: str) -> str:
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
-
-    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
-    """
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text."""
+    # A hot path: to check the text of all at once takes 0.4 us per node instead of 1.
     if LongNode in set(map(type, nodes)):
         return ""
     values = [node.value for node in nodes]
@@ -3856,13 +3829,11 @@ class TreeWalk:
 
     The store calls keep() before each change of a path; the walk then takes that image instead
     of the node in the tree.  Only changed nodes cost memory.
-
-    walks  the walks under way; this one is among them until end()
     """
 
     def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
-        self._walks = walks
+        self._walks = walks             # those under way; this one is among them until end()
         self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
         self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
@@ -3875,7 +3846,7 @@ class TreeWalk:
                 self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Stop to keep images: the walk is complete, or given up."""
+        """Stop keeping images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
         self._images, self._kept = {}, {}
@@ -3910,11 +3881,8 @@ class SnapshotWalk(TreeWalk):
         yield from in_pieces(slice)
 
     def _pieces(self) -> Texts:
-        """Yield the JSON of the root in pieces, one for each node and one for each end.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
-        stack = [iter(("/",))]
+        """Yield the JSON of the root in pieces, one for each node and one for each end."""
+        stack = [iter(("/",))]          # keys may be deeper than Python's recursion goes
         comma = ""
         while stack:
             for path in stack[-1]:
@@ -3969,11 +3937,6 @@ class _Level:
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state in it
-    chunks  of the answer so far, none of them huge
-    done    the answer is complete
-    cacheable  the answer holds as long as the index does: nothing in it expires
-
     Shows the visible children, with `recursive` all visible nodes below.
     """
 
@@ -3982,10 +3945,10 @@ class Listing(TreeWalk):
         sorted: bool, index: int, now_ns: int,
     ) -> None:
         super().__init__(nodes, walks)
-        self.index = index
-        self.chunks: List[bytes] = []
-        self.done = False
-        self.cacheable = True
+        self.index = index              # store index of the state in it
+        self.chunks: List[bytes] = []   # of the answer so far, none of them huge
+        self.done = False               # the answer is complete
+        self.cacheable = True           # as long as the index holds: nothing in it expires
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -4005,13 +3968,10 @@ class Listing(TreeWalk):
         self.chunks += in_pieces(texts) or [b""]
 
     def _walk(self, path: str, node: Node) -> Texts:
-        """Yield the text in pieces, sometimes empty ones to allow a pause.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
+        """Yield the text in pieces, sometimes empty ones to allow a pause."""
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
-        levels = [_Level(self._items(path), tail)]
+        levels = [_Level(self._items(path), tail)]      # keys may be deeper than recursion goes
         while levels:
             level = levels[-1]
             for item in level.items:
@@ -4046,10 +4006,7 @@ class Listing(TreeWalk):
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield the visible children: the text of a block of files, else single nodes.
-
-        A text may be empty, to allow a pause.
-        """
+        """Yield the visible children: the text of a block of files ("": a pause), or one node."""
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
@@ -4098,24 +4055,19 @@ TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above
 
 
 class EventHistory:
-    """The last `capacity` events, one per store index, for watches that begin in the past.
-
-    Source: etcd 2.3 store/event_history.go, event_queue.go.
-    """
+    """The last `capacity` events, one per store index, for watches that begin in the past."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.events: Deque[Event] = collections.deque(maxlen=capacity)
-        self._back = 0                  # slot of the next event in etcd's ring; for snapshots
+        self._back = 0                  # slot of the next event in etcd's ring (event_queue.go)
 
     @property
     def first_index(self) -> int:
-        """Index of the oldest event; 0 if there is none."""
         return self.events[0].index if self.events else 0
 
     @property
     def last_index(self) -> int:
-        """Index of the newest event; 0 if there is none."""
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
@@ -4151,10 +4103,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot, as of the first next().
-
-        Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
-        """
+        """Yield the EventHistory object of a snapshot, as of the first next(): etcd's ring."""
         first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
         front = (back - size) % self.capacity
         slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
@@ -4176,10 +4125,7 @@ class EventHistory:
 
 
 class Watcher:
-    """One watch: deliver(event) is called for one event, or with `stream` for each.
-
-    lost  called instead if the history has lost events for this watch, which ends it
-    """
+    """One watch: deliver(event) is called for one event, or with `stream` for each."""
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
 
@@ -4192,20 +4138,17 @@ class Watcher:
         self.stream = stream
         self.since = since
         self.deliver = deliver
-        self.lost = lost
+        self.lost = lost        # called instead if the history lacks events, which ends the watch
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Stop delivery, now.  May be called from deliver, and twice."""
+        """Stop delivery now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """The registered watchers, and the history of events.
-
-    Source: etcd 2.3 store/watcher_hub.go.
-    """
+    """The registered watchers and the history of events (etcd 2.3 store/watcher_hub.go)."""
 
     def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
@@ -4214,7 +4157,7 @@ class WatcherHub:
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
-        self._budget: float = math.inf  # notifications left in this turn
+        self._budget: float = math.inf  # notifications left in this turn; no limit before the first
         self.backlog = 0                # watchers in _due
         self.watched_bytes = 0          # of the paths of registered watchers
 
@@ -4253,10 +4196,7 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
-
-        Before the first call there is no limit.
-        """
+        """Notify at most WATCHERS_NOTIFIED_MAX watchers until the next call, in order of events."""
         self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
             self._notify_due()
@@ -4370,13 +4310,10 @@ class TtlHeap:
         del self._heap[-2 * count:]     # with the stale entries
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
-
-        Visits about as many entries, in the order of the heap.
-        """
+        """Return the time of entry `count`, stale ones included, or `until_ns` if earlier."""
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
-        while reached:
+        while reached:                  # about `count` times, in the order of the heap
             (when_ns, _), place = heapq.heappop(reached)
             count -= 1
             if when_ns >= until_ns or not count:
@@ -4395,10 +4332,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; snapshots contain them.
+    """Counters of operations on this member, saved in snapshots (etcd 2.3 store/stats.go).
 
-    Attributes are the JSON members in snake_case, and in their order.
-    Source: etcd 2.3 store/stats.go.
+    The attributes are the JSON members in snake_case, in their order.
     """
 
     def __init__(self) -> None:
@@ -4416,7 +4352,6 @@ class StoreStats:
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
@@ -4475,11 +4410,7 @@ class NodeTree:
             self._detached or self._expiring_ns or self._replaced and not self._replaced[0][1])
 
     def collect_garbage(self) -> None:
-        """Free REMOVED_NODES_MAX nodes at most until the next call.
-
-        A removed directory with more is freed in this call and those of the next turns.  Before
-        the first call there is no limit.
-        """
+        """Free at most REMOVED_NODES_MAX nodes until the next call; before the first: no limit."""
         self._budget = REMOVED_NODES_MAX
         if self._detached:
             self._free_detached()
@@ -4510,11 +4441,10 @@ class NodeTree:
     def below(
         self, path: str, *, recursive: bool, hidden: bool
     ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
-        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+        """Yield the nodes below a directory, each as it is when its turn comes; not counted.
 
-        The tree may change meanwhile: what comes later is left out, and what has gone, too.
-        None stands for what is passed over, so that the caller can pause.  Returns None if
-        `path` is no directory.
+        Nodes that come or go meanwhile may be left out.  Yields None for a node passed over, so
+        that the caller can pause.  Returns None if `path` is no directory.
         """
         node = self._reachable(path)
         if node is None or node.children is None:
@@ -4524,7 +4454,7 @@ class NodeTree:
     def _below(
         self, children: List[str], *, recursive: bool, hidden: bool
     ) -> Iterator[Optional[Tuple[str, Node]]]:
-        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        """Walk with a stack: keys may be deeper than Python's recursion goes."""
         stack = [iter(children)]
         while stack:
             path = next(stack[-1], "")
@@ -4539,7 +4469,6 @@ class NodeTree:
                     stack.append(iter(list(node.children)))
 
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        """Have `node` at `path`, in the place of `old` if there was one."""
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node
@@ -4589,9 +4518,7 @@ class NodeTree:
 
 
 # ============================================================================
-# store/tree -- The store: the operations on the key tree.
-# ----------------------------------------------------------------------------
-# Time is passed in.
+# store/tree -- The store: the operations on the key tree; the caller passes the time.
 # ============================================================================
 
 
@@ -4629,9 +4556,7 @@ def _unquote(string: bytes) -> str:
     return as_unicode(load_json(f'"{text}"')) if "\\" in text else text
 
 
-def _read_tree(
-    data: Buffer, progress: Callable[[float, int], None]
-) -> Tuple[Dict[str, Node], int]:
+def _read_tree(data: Buffer, progress: Callable[[float, int], None]) -> Tuple[Dict[str, Node], int]:
     """Return the nodes of a snapshot by path, and the end of their JSON in `data`.
 
     Reads directories one by one, as Go writes their members in one order, instead of the nested
@@ -4784,15 +4709,13 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 
 
 def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the rest of the text.
-
-    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
-    """
+    """Return the slots of the history's ring, and the rest of the text."""
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
         return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
+    # One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
         slots.append(None if members is None else _read_event(members))
@@ -4921,9 +4844,7 @@ class Store(NodeTree):
             raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        event = self._put_new(
-            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-        )
+        event = self._put_new("set", path, old, None if dir else value, expires_ns, now_ns, refresh)
         self.stats.sets_success += 1
         return event
 
@@ -5025,7 +4946,7 @@ class Store(NodeTree):
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with notifications and removals; from now on they are spread over turns."""
+        """Continue notifications and removals, which are spread over turns from now on."""
         self.hub.begin_turn()
         self.collect_garbage()
         if self._expiring_ns and not self._detached:
@@ -5057,14 +4978,13 @@ class Store(NodeTree):
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
+        """Return a time up to `until_ns` by which at most about EXPIRED_KEYS_MAX keys expire."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
         """Yield the snapshot as of the first next(), in slices of some ms.
 
-        Changes between slices are not in it.  Close the generator to give up.  Raises
-        InvariantError if another snapshot is under way.
+        Close the generator to give up.  Raises InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
@@ -5153,7 +5073,7 @@ class Store(NodeTree):
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
+        """Enter `path` in its directory, with missing parents; NotDir comes before any change."""
         missing = [path]
         while True:
             path = parent_path(path)
