@@ -5165,9 +5165,7 @@ class Store(NodeTree):
 
 
 # ============================================================================
-# disk/bolt -- Database files of etcd 3 (bbolt): read page by page, and written in one pass.
-# ----------------------------------------------------------------------------
-# Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
+# disk/bolt -- Database files of etcd 3, read and written.  Source: bbolt's page.go, bucket.go, node.go.
 # ============================================================================
 
 
@@ -5233,7 +5231,7 @@ class BoltReader:
     """
 
     def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
-        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
+        """Read `file`, if given, from `start` on; `path` names it in errors."""
         self.path = path
         self._file = file or open(path, "rb")
         self._start = start
@@ -5404,7 +5402,7 @@ class _BoltWriter:
 
 
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
-    """Yield the items of one page after the other; one empty page if there are none."""
+    """Yield the items of each page in turn; one empty page if there are none."""
     chunk: List[Tuple[bytes, bytes]] = []
     size = _PAGE_HEAD.size
     for key, value in items:
@@ -5433,7 +5431,7 @@ def _page_of(
     number: int, kind: int, element: struct.Struct,
     rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
 ) -> bytes:
-    """Return a page with the numbers of each element before and behind its position, its data."""
+    """Return a page; a row is an element's numbers before and behind its position, and its data."""
     table: List[bytes] = []
     at = len(rows) * element.size       # from the place of the present element
     for before, behind, data in rows:
@@ -5544,7 +5542,7 @@ def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
     codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
-    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
+    """Turn a full disk or a lack of descriptors into DiskFull, after undo(), for a later retry.
 
     Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
     """
@@ -5570,8 +5568,7 @@ OS_DISK = OsDisk()
 _RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
 _PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
     rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
-    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
-        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 )
 
 
@@ -5632,10 +5629,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
-
-        256 KB take 0.5 ms less than by batch().
-        """
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES; 256 KB: 0.5 ms less."""
         parts: List[bytes] = []
         summed = 0                      # bytes in this step
         for entry in entries:
@@ -5756,7 +5750,6 @@ class WalDecoder:
         return True
 
     def damage(self, reason: str) -> CrcMismatch:
-        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
             f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
@@ -5791,13 +5784,11 @@ class WalDecoder:
         self.crc = crc
 
     def _check_tail(self, length: int) -> None:
-        """Tell the tail from damage, after a length that is 0 or points past the end.
-
-        A cut before acknowledged records would lose them.
-        """
+        """Tell the tail from damage, after a length that is 0 or points past the end."""
         data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
+        # A cut before acknowledged records would lose them.
         whole = _intact_length(data, offset + 8, self.crc)
         if (whole and whole != length) or _has_records(data, offset + 9, self.crc):
             raise self.damage("impossible length")
@@ -5851,7 +5842,7 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
+    """Return whether a record behind `start` continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
@@ -5914,10 +5905,7 @@ class Snapshotter:
         self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot durably.  Its WAL record must be durable before.
-
-        Raises DiskFull, leaving nothing, and OSError.
-        """
+        """Write a snapshot durably, after its WAL record is durable.  Raises DiskFull, OSError."""
         self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
@@ -5965,9 +5953,8 @@ class Snapshotter:
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
         """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
-        Its record was durable before its file was begun, so the end of the log is lost, and with
-        it votes and entries that other members count on.  Differs from etcd, which starts in the
-        past.
+        Its record was durable before its file was begun: the end of the log is lost, with votes
+        and entries that others count on.  Differs from etcd, which starts in the past.
         """
         newest = max((snapshot_id.index for snapshot_id in known), default=-1)
         for name in reversed(self.disk.listdir(self.directory)):
@@ -6015,12 +6002,10 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
     return decode_snapshot(data)
 
 
-def purge_files(
-    directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
-) -> List[str]:
+def purge_files(directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK) -> List[str]:
     """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
+    Temporary files of a crash go too.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -6128,14 +6113,11 @@ def check_writable(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
-
-    The log moves last: as long as it is at the top, the next start continues after a crash.
-    """
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member."""
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
         return
-    for name in ("snap", "wal"):
+    for name in ("snap", "wal"):        # the log last: a restart resumes while it is at the top
         path = os.path.join(paths.root, name)
         target = os.path.join(paths.member, name)
         if os.path.isdir(path) and not (os.path.isdir(target) and os.listdir(target)):
@@ -6153,11 +6135,11 @@ _MARK = "v3-data"                   # file in the member directory
 
 
 class V3Mark:
-    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
+    """Notes whether the cluster holds v3 data: then this member must send no empty database.
 
-    A file remembers it, since the entries that wrote the data are compacted in time.
+    A file keeps the note, since the entries that wrote the data are compacted in time.
 
-    member_dir  with the file, and with snap/db; "": remember it in memory only
+    member_dir  has the file, and snap/db; "": note it in memory only
     """
 
     def __init__(self, member_dir: str = "") -> None:
@@ -6185,10 +6167,7 @@ class V3Mark:
                 log.error("cannot write %s: %s", self.path, error)
 
     def write_database(self, raft_index: int) -> None:
-        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
-
-        Thread: any.
-        """
+        """Write the database with which etcd 3 starts on a snapshot to raft_index.  Thread: any."""
         if self.database and not self.is_set:
             try:
                 _write_file(self.database, empty_database(raft_index))
@@ -6220,11 +6199,9 @@ def empty_database(raft_index: int) -> bytes:
 
 
 def holds_v3_data(database: IO[bytes]) -> bool:
-    """Return whether a database of etcd 3 holds keys or users.
+    """Return whether a database of etcd 3 holds keys or users: True if damaged, False if empty.
 
     database  a file at the start of the database; it is closed
-
-    A damaged one counts as one that does; none at all holds nothing.
     """
     with database:
         start = database.tell()
@@ -6332,7 +6309,7 @@ class Wal:
         cleanup.callback(cls._unlock, directory, held, disk)
         for name in names:
             path = os.path.join(directory, name)
-            # To close a descriptor frees the lock of a member in this process: do not open one.
+            # Closing a descriptor would free the lock of a member in this process: open none.
             handle = None if disk.is_locked(path) else disk.open_append(path)
             if handle is None or not _lock_or_close(disk, path, handle):
                 raise FileLocked(
@@ -6344,7 +6321,7 @@ class Wal:
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, even if the close of one of them fails."""
+        """Free each of the files, even if closing one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -6356,13 +6333,11 @@ class Wal:
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots in the log; only their files may be used.
-
-        Reads frames without their checksums, which open() checks.  Raises FileLocked.
-        """
+        """Return the snapshots in the log; only their files may be used.  Raises FileLocked."""
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
+            # Without the checksums, which open() checks.
             return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
@@ -6426,7 +6401,7 @@ class Wal:
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
+        """Return whether the next batch begins a new segment, as it does after most snapshots.
 
         A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
@@ -6444,10 +6419,7 @@ class Wal:
     # -- wal thread's side -------------------------------------------------
 
     def write(self, *data: bytes, sync: bool) -> None:
-        """Append to the newest segment.
-
-        Raises DiskFull, then try again later, or OSError, then never write again.
-        """
+        """Append to the last segment.  Raises DiskFull: retry later; OSError: never write again."""
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
@@ -6460,10 +6432,7 @@ class Wal:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the current segment and begin the next, which gets its name when it is durable.
-
-        Raises as write() does.
-        """
+        """Sync the current segment, begin the next, name it once durable.  Raises like write()."""
         disk, directory = self._disk, self.directory
         if self._held:
             disk.fsync(self._held[-1][1])
@@ -6494,7 +6463,7 @@ class Wal:
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; has no effect a second time."""
+        """Release all files; a second call has no effect."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
@@ -6564,7 +6533,6 @@ class _WalReader:
         return decoder.end
 
     def contents_so_far(self) -> WalContents:
-        """Return what was read before the damage."""
         return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
