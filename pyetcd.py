@@ -6690,10 +6690,7 @@ class Http2Preface(BadRequest):
 
 
 class HttpHead:
-    """The parsed request line and headers, shared by all requests with the same head bytes.
-
-    `parsed` holds the parameters that a handler has derived from them.
-    """
+    """The parsed request line and headers, shared by all requests with the same head bytes."""
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -6717,7 +6714,7 @@ class HttpHead:
         self.expects = headers.get("expect", "").lower() == "100-continue"
         self.is_simple = not (self.chunked or self.expects) and self.body_size < 1 << 16
         self.takes_raw = self.keep_alive and minor == 1 and method != "HEAD"
-        self.parsed: Any = None
+        self.parsed: Any = None         # parameters that a handler has derived from them
 
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
@@ -6867,10 +6864,7 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Return (status, headers) of the head of an answer, without its final empty line.
-
-    Raises BadRequest.
-    """
+    """Return (status, headers) of an answer's head without its empty line.  Raises BadRequest."""
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -6891,17 +6885,14 @@ class ChunkedDecoder:
     __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = False               # the last chunk and the trailers are read
         self.chunks = 0                 # begun so far
         self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the next bytes of the body.  Raises BadRequest.
-
-        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
-        """
+        """Return the next bytes of the body.  Raises BadRequest."""
         buffer, body, at = self.rest, [], 0
         if not buffer and not self._left and self._trailers is None:
             line = _CHUNK_SIZE.match(data, 0, _CHUNK_SIZE_BYTES_MAX)
@@ -6950,7 +6941,6 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check the trailers and drop them."""
         found = finder.find(self.rest)
         if found is None:
             return
@@ -6975,10 +6965,7 @@ class StreamParser:
         self._partial = bytearray()     # received, but less than _need
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Yield the items up to the end of `data`; exhaust it before the next data.
-
-        Raises what the parser does; then the stream is lost.
-        """
+        """Yield the items in `data`; exhaust it before more data.  A parser's error is final."""
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -7117,10 +7104,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 
 
 class Workers:
-    """The threads for one kind of calls that block.
-
-    They are daemons: a hanging call ends with the process.  Thread: reactor.
-    """
+    """Daemon threads for one kind of blocking calls, which may hang.  Thread: reactor."""
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
         self._kind = kind
@@ -7194,7 +7178,7 @@ CLOCK_STRIDE = 4                    # callbacks of clients between two looks at 
 Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
-# What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
+# epoll's masks as EVENT_READ and EVENT_WRITE; errors and hang-ups count as both.
 _READY = tuple(
     (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
     for mask in range(2 * _INVALID)
@@ -7252,16 +7236,12 @@ class Reactor:
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
-        """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._schedule(delay_s, timer)
         return timer
 
     def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
-        """Call once per period_s, first after one period, until the Timer is cancelled.
-
-        A late call delays all later ones: calls missed in a stall are dropped.
-        """
+        """Call every period_s, first after one, until cancelled; a stall drops missed calls."""
         def call() -> None:
             self._schedule(period_s, timer)
             callback()
@@ -7302,13 +7282,10 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
-
-        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
-        """
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled."""
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
-        if waiters is not None:
+        if waiters is not None:         # share the thread, which a name server may keep waiting
             waiters[:] = [other for other in waiters if other.callback is not None]
             waiters.append(waiter)
             return waiter
@@ -7342,7 +7319,6 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
-        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -7350,7 +7326,6 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: Pollable) -> None:
-        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -7366,7 +7341,6 @@ class Reactor:
         self._client_calls.append((callback, args))
 
     def run(self) -> None:
-        """Turn until stop()."""
         self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
@@ -7383,7 +7357,7 @@ class Reactor:
 
     @property
     def is_quiet(self) -> bool:
-        """True if this turn has served one socket at most, and nobody waits for its end."""
+        """True if this turn has served at most one socket, and nothing waits for its end."""
         return self.ready_sockets < 2 and not (
             self._flushes or self._client_flushes or self._posted or self._client_calls
             or self._late
@@ -7414,8 +7388,8 @@ class Reactor:
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
         """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
-        To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
-        for its next request: GETs on one connection are answered at 1.8 times the rate.
+        Falling asleep and waking takes 50 us, about as long as a client on this machine takes for
+        its next request: awake, GETs on one connection are answered at 1.8 times the rate.
         """
         poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
@@ -7528,10 +7502,7 @@ class Reactor:
 
 
 class SlicedWork:
-    """Long work in steps: TURN_S of each turn in all, shared by round robin.
-
-    Short work is done at once.  Thread: reactor.
-    """
+    """Long work in steps: TURN_S of each turn in all, by round robin.  Thread: reactor."""
 
     TURN_S = 0.005
 
@@ -7577,10 +7548,10 @@ class BufferOwner(Protocol):
 class BufferBudget:
     """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Connections may share buffers, and a shared one counts once, so only a walk over all of them
-    finds the sum.  A walk begins when the connections have received as many bytes as there was
-    room for after the last.  Above the limit it closes those with the longest time since their
-    last progress.  Thread: reactor.
+    Connections may share buffers, which count once, so only a walk over all connections finds the
+    sum.  A walk begins when the connections have received as many bytes as there was room for
+    after the last.  Above the limit it closes those with the longest time since their last
+    progress.  Thread: reactor.
     """
 
     TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
@@ -7789,15 +7760,12 @@ class StreamReply:
         return True
 
     def end(self, last: Sequence[bytes] = ()) -> None:
-        """Finish the body, with the pieces of a last chunk; the connection serves the next request.
-
-        A short chunk and the end are one piece, for one `send`.
-        """
+        """Finish the body, with the pieces of a last chunk, and go on with the next request."""
         if self.closed:
             return
         size, end = sum(map(len, last)), b"0\r\n\r\n" if self._chunked else b""
         if last and self._chunked and size < OUTPUT_SHARED_BYTES_MIN:
-            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))
+            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))     # one piece, for one send
         elif last:
             self.write(last[0], last[1:])
         self.closed = True
@@ -8012,10 +7980,7 @@ def check_readable(path: str) -> None:
 
 
 def load_pem(path: str, load: Callable[[], object], kind: str = "x509") -> None:
-    """Run load(), which reads the PEM file `path`.  Raises StartError.
-
-    kind  the command of openssl that shows such a file
-    """
+    """Run load(), which reads PEM file `path`; `openssl {kind}` shows it.  Raises StartError."""
     check_readable(path)
     try:
         load()
@@ -8268,10 +8233,7 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """Return the SRV records of a DNS message; [] for a name that does not exist.
-
-    Raises OSError, IndexError or struct.error.
-    """
+    """Return the SRV records; [] for an unknown name.  Raises OSError, IndexError, struct.error."""
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
     if code not in (0, 3):              # 3: the name does not exist
@@ -8348,7 +8310,6 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -8484,7 +8445,6 @@ class HttpCall:
             self._watch()
 
     def _flush(self) -> None:
-        """Send the rest of the request, as much as the socket takes."""
         if self._sock is None:          # timed out meanwhile
             return
         try:
@@ -8500,7 +8460,6 @@ class HttpCall:
         self._watch()
 
     def _watch(self) -> None:
-        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -8695,33 +8654,26 @@ DRAIN_SECONDS = 2.0                 # until a client has closed its end too; abo
 
 
 class Service:
-    """The handler, the limits and the state that the connections of a listener share.
-
-    handler     gets every complete request
-    body_max    bytes of a body; a longer one arrives as body_too_large
-    body_limit  (head) -> its own limit, body_max by default
-    memory_max  bytes of a body in memory; a longer one goes to the file that
-                open_spool(first bytes) returns, and is too large without one
-    held_max    bytes of all incomplete bodies in memory
-    patient     the connections are of clients, which share a part of each turn; members never
-                wait for them
-    """
+    """The handler, the limits and the state that the connections of a listener share."""
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
         budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
-        self.handler = handler
-        self.body_max = body_max
+        self.handler = handler          # gets every complete request
+        self.body_max = body_max        # bytes of a body; a longer one arrives as body_too_large
         self.tls = tls
         self.budget = budget or BufferBudget(reactor)
+        # Connections of clients, which share a part of each turn; members never wait for them.
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
-        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
+        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max     # by its head
+        # Bytes of a body in memory; a longer one goes to the file that open_spool(first bytes)
+        # returns, and is too large without one.
         self.memory_max: float = math.inf
         self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
-        self.held_max: float = math.inf
+        self.held_max: float = math.inf     # bytes of all incomplete bodies in memory
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
@@ -8754,7 +8706,7 @@ class Service:
             request.reply(500, b'{"message":"Internal Server Error"}')
 
     def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
-        """Note the start of an incomplete request.  begun: it is another than before."""
+        """Note the start of an incomplete request.  begun: a new one has begun."""
         if not partial:
             self.partial.pop(connection, None)
         elif begun or connection not in self.partial:
@@ -8768,7 +8720,6 @@ class Service:
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: "Connection") -> None:
-        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
         self.partial.pop(connection, None)
         self.unread.pop(connection, None)
@@ -9025,7 +8976,6 @@ class Connection:
         return True
 
     def _join(self) -> bytes:
-        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
@@ -9083,11 +9033,8 @@ class Connection:
             self._service.flush_soon(self.flush)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close.
-
-        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
-        """
-        if self.closed or not self.busy:
+        """Queue the end of a reply and go on with the next request, or close."""
+        if self.closed or not self.busy:    # not busy: dispatch() replied for a failed handler
             return
         self.busy = self.streaming = False
         self.on_close = self.on_drain = None
@@ -9143,8 +9090,7 @@ class Connection:
             on_drain()
 
     def _send_many(self) -> int:
-        """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
-        256 KB take 40 us less."""
+        """Send in one call, large pieces uncopied (256 KB: 40 us less); return the bytes taken."""
         out = self._out
         # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
         if self._service.tls is not None:
@@ -9235,7 +9181,7 @@ class Connection:
 
 
 class PendingConnection:
-    """An accepted connection until its TLS handshake is done, which may take its time."""
+    """An accepted connection until its TLS handshake is done."""
 
     def __init__(
         self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
@@ -9254,7 +9200,7 @@ class PendingConnection:
         self._sock.close()
 
     def _detach(self) -> None:
-        """Leave the socket to others."""
+        """Stop watching the socket."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
@@ -9362,12 +9308,10 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self.reactor.register(
-            self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self.reactor.register(self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
         self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
-        """Close the listening socket and every connection."""
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
@@ -9429,9 +9373,7 @@ class Listener(Service, http.server.HTTPServer):
     def log_refusal(self, remote: str, why: str) -> None:
         """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._log.error(
-            f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
-        )
+        self._log.error(f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}")
 
     def _pause(self, error: OSError) -> None:
         """Accept again in a second if the system has no descriptor left."""
