@@ -9467,16 +9467,13 @@ class UrlPicker:
         self.update(urls)
 
     def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first in order.
-
-        Invalid ones are left out: the log of a Go member may hold a port of 99999.
-        """
+        """Replace the URLs, and begin with the first in order."""
         self.urls: List[str] = []               # sorted
         self._picked = 0
         for url in sorted(urls):
             try:
                 self.urls.append(check_url(url))
-            except ValueError as error:
+            except ValueError as error:         # the log of a Go member may hold a port of 99999
                 package_logger("rafthttp").error("ignored a peer URL: %s", error)
         if not self.urls:
             self.urls.append("http://127.0.0.1:0")      # every dial fails
@@ -9485,7 +9482,6 @@ class UrlPicker:
         return self.urls[self._picked]
 
     def failed(self, url: str) -> None:
-        """Go on to the next URL if `url` is in use."""
         if url == self.urls[self._picked]:
             self._picked = (self._picked + 1) % len(self.urls)
 
@@ -9563,9 +9559,7 @@ DOUBLE_HINT = (
 
 
 # ============================================================================
-# peer/frames -- Peer frames: messages as bytes on a stream.
-# ----------------------------------------------------------------------------
-# The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
+# peer/frames -- Peer frames: messages as bytes on a stream; invalid or too long ones raise CodecError.
 # ============================================================================
 
 
@@ -9574,13 +9568,10 @@ _pack_u64 = _U64.pack
 
 
 class EntryListEncoder:
-    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
-
-    The result for the last list is cached: a leader sends one list to all of its followers.
-    """
+    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes."""
 
     def __init__(self) -> None:
-        self._entries: Sequence[Entry] = ()
+        self._entries: Sequence[Entry] = ()     # the last list: a leader sends it to all followers
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
@@ -9616,10 +9607,7 @@ class MessageEncoder:
 
 
 class AppV2Encoder:
-    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
-
-    Source: etcd 2.3 rafthttp/msgappv2.go.
-    """
+    """Frames of msgappv2 (etcd 2.3 rafthttp/msgappv2.go), short if they continue the last one."""
 
     heartbeat = b"\0"
 
@@ -9706,7 +9694,7 @@ def app_v2_frames(local_id: int, remote_id: int) -> Frames:
 
 
 # ============================================================================
-# peer/streams -- The streams between two members: the one that this member dials and the one that it answers.
+# peer/streams -- The streams between two members: one that this member dials, one that it answers.
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
@@ -9768,7 +9756,6 @@ class StreamReader:
             self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
 
     def stop(self) -> None:
-        """Close the stream and dial no more."""
         self._retry.cancel()
         if self._call is not None:
             self._call.cancel()
@@ -9992,10 +9979,7 @@ _PIPELINE = "pipeline"              # its name in the log and in statistics
 
 
 class PeerPost:
-    """One message on its way by POST.
-
-    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
-    """
+    """A message on its way by POST: to /raft, or with a database to /raft/snapshot (3.x's form)."""
 
     def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
@@ -10012,7 +9996,7 @@ class PeerPost:
 
 
 class Pipeline:
-    """Messages to a member by POST: of a peer without streams, and all snapshots."""
+    """Messages to a member by POST: those to a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
@@ -10036,10 +10020,7 @@ class Pipeline:
         self._send_waiting()
 
     def _database_for(self, message: Message) -> Optional[bytes]:
-        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
-
-        2.3 takes a snapshot in both forms.
-        """
+        """Return the database without which 3.x exits on a snapshot; 2.3 takes both forms."""
         version = self._status.version or self._context.identity.server
         if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
             return None
@@ -10107,10 +10088,7 @@ class Pipeline:
 
 
 class Prober:
-    """Asks a peer for its time every 4 s, and warns every 30 s if something is wrong.
-
-    Source: etcd 2.3 rafthttp/probing_status.go.
-    """
+    """Asks for a peer's time every 4 s (etcd 2.3 probing_status.go); warns every 30 s at most."""
 
     def __init__(self, context: LinkContext, member_id: int, picker: UrlPicker) -> None:
         self._context = context
@@ -10204,7 +10182,6 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
@@ -10345,8 +10322,7 @@ class Transport:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
             status = PeerStatus(member_id, self._context.reactor.wall_ns)
-            self._remotes[member_id] = Pipeline(
-                self._context, member_id, UrlPicker(urls), status)
+            self._remotes[member_id] = Pipeline(self._context, member_id, UrlPicker(urls), status)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -10386,16 +10362,13 @@ class Transport:
     # -- sending -----------------------------------------------------------
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or drop them: to unknown ids silently, to slow peers with a report.
-
-        Never blocks.  The messages are encoded before it returns.
-        """
+        """Send messages, or drop them: to unknown ids silently, to slow peers with a report."""
         for message in messages:
             to = message.to
             link = self._peers.get(to) or self._remotes.get(to)
             if link is None or self.drop is not None and self.drop(message):
                 continue
-            link.offer(message)
+            link.offer(message)             # encodes the message at once, and never blocks
         for peer in self._peers.values():
             peer.flush()
         self._lists.forget()
@@ -10429,20 +10402,14 @@ class Transport:
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Make a listener read only the bodies that members may send, up to the limits.
-
-        directory  for snapshots until they are complete
-        """
+        """Make a listener read only what members may send; `directory` keeps large snapshots."""
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
         listener.held_max = PEER_BODIES_BYTES_MAX
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """Return a file for a large body that begins with `first`; None: refuse it.
-
-        Only snapshots may be so large, and few at a time.
-        """
+        """Return a file for a large body if it is a snapshot and few arrive; None: refuse it."""
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
@@ -10467,10 +10434,8 @@ class Transport:
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
     def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Check and deliver a message, in steps; return the HTTP status of the outcome.
-
-        A removed member may not know it yet, and must not disturb the others.
-        """
+        """Check and deliver a message, in steps; return the HTTP status of the outcome."""
+        # A removed member may not know it yet, and must not disturb the others.
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
@@ -10560,7 +10525,6 @@ class Transport:
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
-        """Answer with an error; log `why` for the operator."""
         if why:
             self._log.error(why)
         _reply_error(request, status, text, self._headers_for(request))
@@ -10656,7 +10620,6 @@ def _posted_snapshot(
     """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
     is_framed  the form of 3.x: a length, the message, and a database, which is not kept
-
     Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
