@@ -46,7 +46,7 @@ class Node:
 
 
 class LongNode(Node):
-    """A file with a long value, kept as the JSON of its answers: 60 ns a character to encode."""
+    """A file with a long value, kept as JSON for answers: encoding takes up to 60 ns a char."""
 
     __slots__ = ("json",)
 
