@@ -210,12 +210,9 @@ __all__ = [
 
 
 def _crc_table(zeros: int) -> List[int]:
-    """Return the CRC-32C of each byte followed by so many zero bytes.
-
-    The CRC is linear over XOR, so eight single-bit values give all 256.
-    """
+    """Return the CRC-32C of each byte followed by `zeros` zero bytes."""
     table = [0]
-    for bit in range(8):
+    for bit in range(8):                # the CRC is linear over XOR: eight single bits give all 256
         crc = 1 << bit
         for _ in range(8 * zeros + 8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
@@ -229,11 +226,10 @@ _CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 
 
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
-    """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
+    """Continue the CRC-32C `crc` (Castagnoli, which zlib lacks) over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte, one a step 110; tables
-    of 64 K entries win only if they have the cache alone.  Long data are folded first: 1 KB takes
-    19 us instead of 55, 64 KB 160 us.
+    Four bytes a step take 50-60 ns per byte, one a step 110; tables of 64 K entries win only if
+    they have the cache alone.  Folding first takes 19 us for 1 KB instead of 55, 160 us for 64 KB.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -262,9 +258,8 @@ _FOLD_EXPONENTS = ((5685, 1362, 426), (266, 143, 121, 88, 71))
 def _crc_fold(data: memoryview, crc: int) -> bytes:
     """Return about 33 bytes with the same remainder as `data` continued from `crc`.
 
-    As an integer whose lowest bit was sent first, the low `size` bits stand for the highest
-    powers; shifted copies of them replace them, so each step is a few operations on long
-    integers, at memory speed.
+    `data` is one integer, whose lowest bits stand for the highest powers.  Each step replaces the
+    low `size` bits by shifted copies, in a few operations on long integers, at memory speed.
     """
     bits = len(data) * 8
     rest = int.from_bytes(data, "little") ^ crc ^ 0xFFFFFFFF
@@ -381,13 +376,7 @@ def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
 
 
 class EtcdError(Exception):
-    """An error of the keys API: code, message and HTTP status come from the class.
-
-    cause  detail of this request, or "" (then it is left out of the body)
-    index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
-
-    Source: etcd 2.3 API, errorcode.
-    """
+    """An error of the keys API: code, message and HTTP status (etcd 2.3's) come from the class."""
 
     code = 300
     message = "Raft Internal Error"
@@ -395,8 +384,8 @@ class EtcdError(Exception):
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(cause)
-        self.cause = cause
-        self.index = index
+        self.cause = cause          # detail of this request; "": left out of the body
+        self.index = index          # store index, also X-Etcd-Index; 0: the request itself is wrong
 
     def __str__(self) -> str:
         cause = f" ({self.cause})" if self.cause else ""
@@ -606,9 +595,7 @@ class InvariantError(Exception):
 
 
 # ============================================================================
-# base/limits -- Limits and defaults.
-# ----------------------------------------------------------------------------
-# Every limit says what happens when it is reached.
+# base/limits -- Limits and defaults; the comment of a limit says what happens when it is reached.
 # ============================================================================
 
 
@@ -641,8 +628,7 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
-                                    # above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests waiting for a leader (proxy: a member); above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -670,8 +656,7 @@ DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of 
 REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
-HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # are closed
+HELD_BYTES_MAX = 256 << 20          # unsent and unread, in all; above: the most idle are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
 OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
@@ -695,7 +680,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHERS_NOTIFIED_MAX = 400         # notified in one turn, 4 ms; the others: in the next turns
 WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
@@ -733,8 +718,7 @@ class RecentLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         package, text = record.name.partition(".")[2], record.getMessage()
-        self.lines.append(
-            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+        self.lines.append((record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
 
 
 RECENT_LINES = RecentLines()
@@ -773,9 +757,9 @@ _FIELDS = {                             # what is named so in front of a value i
 
 
 def _fields(record: logging.LogRecord) -> Dict[str, object]:
-    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+    """Return the fields of a line of a JSON log: `member %s` gives the field member.
 
-    Names come from our own texts, never from what is put into them.
+    The names come from our own texts, never from their arguments.
     """
     fields: Dict[str, object] = {}
     if record.args and isinstance(record.args, tuple):
@@ -804,10 +788,7 @@ def package_logger(package: str) -> logging.Logger:
 
 
 class IdGenerator:
-    """Request ids, unique per member and start: member 16 bits | unix ms 40 bits | counter 8 bits.
-
-    Source: etcd 2.3 pkg/idutil.
-    """
+    """Request ids, unique per start: member 16 bits | unix ms 40 | counter 8 (etcd 2.3 idutil)."""
 
     __slots__ = ("_high", "_low")
 
@@ -865,7 +846,7 @@ class Poll:
 
 
 def make_poll() -> Poll:
-    """Return epoll where the system has it: that takes as long with many sockets as with few."""
+    """Return epoll where the system has it: its cost does not grow with the sockets."""
     return select.epoll() if hasattr(select, "epoll") else Poll()  # type: ignore[return-value]
 
 
@@ -883,8 +864,8 @@ def lock_file(handle: int) -> bool:
 def sync_file(handle: int) -> None:
     """Make contents and attributes of a file durable.
 
-    macOS's fsync leaves them in the drive, which forgets them without power; what its F_FULLFSYNC
-    does not work on (a network's file system) gets fsync.
+    macOS's fsync leaves them in the drive's cache, which a power cut empties.  Where F_FULLFSYNC
+    does not work (a network's file system), fsync has to do.
     """
     if hasattr(fcntl, "F_FULLFSYNC"):
         try:
@@ -900,7 +881,6 @@ sync_data: Callable[[int], None] = getattr(os, "fdatasync", sync_file)      # co
 
 
 def open_files_limit() -> int:
-    """Return how many descriptors this process may open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
@@ -912,7 +892,7 @@ def resident_bytes_max() -> int:
 
 
 def raise_files_limit() -> None:
-    """Allow as many open files as the system lets us; macOS says no limit, and takes 10,240."""
+    """Raise the limit of open files to the highest allowed; macOS reports none but takes 10,240."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for limit in (hard, 10_240):
         if limit == hard or open_files_limit() < limit:
@@ -937,10 +917,7 @@ def is_clean_path(path: str) -> bool:
 
 
 def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
+    """Remove `.`, `..`, `//` and a trailing slash from an absolute path, as Go's path.Clean."""
     if is_clean_path(path):
         return path.rstrip("/") or "/"
     parts: List[str] = []
@@ -954,10 +931,7 @@ def clean_path(path: str) -> str:
 
 
 class TlsFiles(NamedTuple):
-    """The TLS settings of one side, client or peer; "" where not given.
-
-    The files are PEM, and read again when one of them changes.
-    """
+    """The TLS settings of one side, client or peer: PEM files, read again when one changes."""
 
     cert_file: str = ""
     key_file: str = ""
@@ -1034,14 +1008,11 @@ _JSON_ESCAPES = {
     for char in ("\\", '"', *map(chr, range(0x20)), *"<>&\u2028\u2029")
 }
 _JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
-_JSON_LONG_CHARS = 200              # from this length the table is faster than the expression
+_JSON_LONG_CHARS = 200              # from here the table (0.4 ns a char) beats the expression (3)
 
 
 def is_plain_json(text: str) -> bool:
-    """True if no character of `text` has to be escaped; meant for long text.
-
-    A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
-    """
+    """True if no character of `text` has to be escaped; meant for long text."""
     if not text.isascii():
         return _JSON_UNSAFE.search(text) is None
     return b"\1" not in text.encode("ascii").translate(_JSON_MARKS)
@@ -1101,7 +1072,6 @@ def long_text(text: str) -> LongText:
 
 
 def text_of_long(pieces: Iterable[bytes]) -> str:
-    """Inverse of long_text()."""
     return "".join([json.loads(b'"%b"' % piece) for piece in pieces])
 
 
@@ -1283,7 +1253,7 @@ def split_url(url: str) -> Tuple[str, str, str]:
     """Return (scheme in lower case, authority, rest) of a URL; parts may be empty.
 
     Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
-    `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
+    `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which accepts some of
     them: a member that is added with such a URL costs a small cluster its quorum for ever.
     """
     match = _URL.fullmatch(url)
@@ -1348,7 +1318,7 @@ def _is_name(host: str) -> bool:
 
 
 class MsgType(IntEnum):
-    """raftpb.MessageType; HUP to CHECK_QUORUM without network meaning are local."""
+    """raftpb.MessageType; LOCAL_MESSAGES never leave their member."""
 
     HUP = 0
     BEAT = 1
@@ -1409,29 +1379,25 @@ class HardState(NamedTuple):
 
 
 class Request(NamedTuple):
-    """etcdserverpb.Request, one command of the store.
-
-    expiration and time are unix nanoseconds (0: permanent); path begins with its namespace
-    (`/1/foo` is the user's `/foo`); prev_exist and refresh are None when not given.
-    """
+    """etcdserverpb.Request, one command of the store."""
 
     id: int = 0
     method: str = ""
-    path: str = ""
+    path: str = ""          # with its namespace: `/1/foo` is the user's `/foo`
     val: str = ""
     dir: bool = False
     prev_value: str = ""
     prev_index: int = 0
-    prev_exist: Optional[bool] = None
-    expiration: int = 0
+    prev_exist: Optional[bool] = None   # None: not given
+    expiration: int = 0     # unix nanoseconds; 0: permanent
     wait: bool = False
     since: int = 0
     recursive: bool = False
     sorted: bool = False
     quorum: bool = False
-    time: int = 0
+    time: int = 0           # unix nanoseconds
     stream: bool = False
-    refresh: Optional[bool] = None
+    refresh: Optional[bool] = None      # None: not given
 
     def as_unicode(self) -> "Request":
         """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
@@ -1453,12 +1419,7 @@ class ConfChange(NamedTuple):
 
 
 class Entry:
-    """One log entry.
-
-    request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
-             cache is dropped
-    """
+    """One log entry."""
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
 
@@ -1470,7 +1431,8 @@ class Entry:
         self.term = term
         self.index = index
         self.data = data
-        self.request = request
+        self.request = request          # caches the decoded payload where the proposer knows it
+        # Caches encode_entry(), for peers and disk; b"": not known; None: on disk, dropped.
         self.encoded: Optional[bytes] = b""
 
     def __eq__(self, other: object) -> bool:
@@ -1483,17 +1445,13 @@ class Entry:
 
 
 class Snapshot(NamedTuple):
-    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
+    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending."""
 
-    data   after decoding perhaps a view of a file, or of the message that it came in
-    state  the decoded `data`, if known (StoreState); never encoded
-    """
-
-    data: bytes = b""
+    data: bytes = b""       # after decoding perhaps a view of a file or of the message it came in
     voters: Tuple[int, ...] = ()
     index: int = 0  # type: ignore[assignment]  # hides tuple.index
     term: int = 0
-    state: Any = None
+    state: Any = None       # the decoded `data`, if known (StoreState); never encoded
 
     @property
     def id(self) -> EntryID:
@@ -1663,7 +1621,7 @@ def decode_hard_state(data: Buffer) -> HardState:
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """Data is left out when empty, as etcd 2.3 does."""
+    """Encode an entry, without the data if they are empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -1751,14 +1709,14 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    """Decode a raftpb.Snapshot; the fields that etcd 3.x adds are skipped."""
     values = decode_known(data, _SNAPSHOT, "Snapshot")
     metadata = values.pop("metadata", b"")
     return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
-    """The voters of a ConfState: field 1, unpacked, or packed by other writers."""
+    """Return the voters of a ConfState: field 1, unpacked, or packed by other writers."""
     voters: List[int] = []
     for number, wire_type, value in decode_fields(data):
         if number == 1 and wire_type == 0:
@@ -1803,8 +1761,7 @@ def encode_message(message: Message) -> bytes:
 
 def encode_message_parts(message: Message) -> List[bytes]:
     """Encode a message, with no copy of long data; the snapshot is written even when empty."""
-    head = _message_head(
-        message.type, message.to, message.sender, message.term, message.log_term)
+    head = _message_head(message.type, message.to, message.sender, message.term, message.log_term)
     parts = [b"%b\x30%b" % (head, encode_varint(message.index))]
     for entry in message.entries:
         head = encode_entry_head(entry)
@@ -1862,10 +1819,7 @@ def decode_message(data: Buffer) -> Message:
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Decode a message in steps of 1 ms at most, or of one entry.
-
-    Raises CodecError, also for a type that no etcd knows.
-    """
+    """Decode a message in steps of 1 ms at most, or of one entry.  Raises CodecError."""
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -1905,9 +1859,9 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """All fields are written, PrevExist and Refresh only when given.
+    """Encode a request: PrevExist and Refresh only when given, all other fields always.
 
-    val, prev_value  the texts encoded, in pieces, where that is known
+    val, prev_value  the UTF-8 of these texts in pieces, if already encoded
     """
     prev_exist, refresh = request.prev_exist, request.refresh
     val = [utf8(request.val)] if val is None else val
@@ -1941,10 +1895,7 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
-
-    target  encode_target() of it
-    """
+    """Encode a Request with a value and no option, to an encode_target(): 0.8 us instead of 2.3."""
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
         encode_varint(id), target, _SMALL[size] if size < 1_024 else encode_varint(size), value,
@@ -1968,9 +1919,7 @@ _REQUEST: Schema = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-_LONG_REQUEST: Schema = {
-    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
-}
+_LONG_REQUEST: Schema = {**_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
@@ -1994,10 +1943,10 @@ def _decode_plain_put(data: bytes) -> Optional[Request]:
 
 
 def decode_request(data: Buffer) -> Optional[Request]:
-    """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
+    """Return the command in a normal entry's data, or None for an operation of etcd 3's API.
 
-    A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.
+    A v2 command is a bare Request, or a Request nested in field 2 of InternalRaftRequest.  Field 2
+    of a bare Request is its method, in upper case.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
@@ -2200,12 +2149,10 @@ FIRST_V3_VERSION = (3, 0)
 
 
 def choose_identity(name: str, *cluster_versions: Optional[str]) -> Identity:
-    """Return the identity of -compat-version `name` for a cluster of these versions.
-
-    `auto` is 2.3 unless the cluster bears 3.0 or more: its members refuse 2.3 then.
-    """
+    """Return the identity of -compat-version `name` for a cluster of these versions."""
     if name != AUTO_IDENTITY:
         return IDENTITIES[name]
+    # 2.3, unless the cluster bears 3.0 or more: its members refuse 2.3 then.
     keys = [major_minor(version or "") or (0, 0) for version in cluster_versions]
     return IDENTITIES["3.4"] if max(keys, default=(0, 0)) >= FIRST_V3_VERSION else DEFAULT_IDENTITY
 
@@ -2426,7 +2373,7 @@ class RaftLog:
         self, offset: EntryID = _NOWHERE, entries: Sequence[Entry] = (), *,
         commit: int = 0, applied: int = 0,
     ) -> None:
-        """All of `entries` is durable.  Raises InvariantError if the indexes do not fit."""
+        """Begin with durable `entries`.  Raises InvariantError if the indexes do not fit."""
         self.offset = self.commit = self.stable = self._handed = self.last_index = offset.index
         self._offset_term = offset.term
         self._entries: List[Entry] = []
@@ -2453,10 +2400,7 @@ class RaftLog:
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
-        """Return the term of the entry at `index`, 0 above the last.
-
-        Raises InvariantError below the snapshot point.
-        """
+        """Return the term at `index`, 0 above the last.  Raises InvariantError below `offset`."""
         position = index - self.offset
         if position > len(self._entries):
             return 0
@@ -2467,12 +2411,12 @@ class RaftLog:
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; False above the last and when compacted."""
+        """Return whether our log holds that entry; False above the last and when compacted."""
         is_held = self.offset <= entry_id.index <= self.last_index
         return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
-        """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
+        """Return whether a log ending at `last_id` is at least as complete as ours (§5.4.1)."""
         return last_id >= self.last_id
 
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
@@ -2575,17 +2519,13 @@ class RaftLog:
         self.applied = index
 
     def committed(self, max_entries: int) -> List[Entry]:
-        """Return entries that are committed and durable and not applied, the oldest first."""
         if self.applied < self.offset:
             return []               # the state machine must take the snapshot first
         high = min(self.commit, self.stable, self.applied + max_entries)
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`, unless it is there or further.
-
-        Raises InvariantError if that entry is not applied and durable.
-        """
+        """Move the snapshot point up to `index`; InvariantError if not applied and durable."""
         if index <= self.offset:
             return
         if index > min(self.applied, self.stable):
@@ -2595,7 +2535,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot, which the next hand_out() returns."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = self.last_index = snapshot.index
@@ -2633,22 +2573,17 @@ class RaftLog:
 
 
 class RaftConfig(NamedTuple):
-    """The settings of a Raft, and its ways to the outside.
-
-    rng    anything with randrange(n), e.g. a seeded random.Random
-    trace  receives the lines that etcd's raft package logs at info level
-    defer_commit  a new commit index alone makes no message before broadcast_commit()
-    """
+    """The settings of a Raft, and its ways to the outside."""
 
     id: int
-    rng: Any
-    trace: Callable[[str], None]
+    rng: Any                            # with randrange(n), e.g. a seeded random.Random
+    trace: Callable[[str], None]        # gets the lines that etcd's raft package logs at info level
     election_ticks: int = 10
     heartbeat_ticks: int = 1
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    defer_commit: bool = False
+    defer_commit: bool = False          # a new commit alone is sent only by broadcast_commit()
 
 
 class Replication:
@@ -2698,18 +2633,17 @@ class Replication:
         self._broadcast_due = self.is_due = True
 
     def note_proposer(self, member: int) -> None:
-        """The last entries come from a member's clients, which wait until it knows the commit."""
+        """Note that the last entries come from clients of `member`, which wait for the commit."""
         if member in self.progress:
             self.progress[member].proposed_index = self._log.last_index
 
     def mark_commit_due(self, index: int, *, at_once: bool) -> None:
         """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The other followers hear of it with the next entries, mostly within a millisecond: where
-        writes come one by one, half of all messages would carry nothing but a commit index.
+        The other followers learn it from the next entries, mostly within 1 ms: where writes come
+        one by one, half of all messages would carry only a commit index.
 
-        at_once  send it to all: voters change, and a member that leaves must hear of it while it
-                 gets messages
+        at_once  to all: voters change, and a removed member must learn it while it gets messages
         """
         if at_once or not self._config.defer_commit:
             self.mark_all_due()
@@ -2733,9 +2667,7 @@ class Replication:
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
 
-    def _send_append(
-        self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]
-    ) -> None:
+    def _send_append(self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]) -> None:
         log, following = self._log, progress.next_index
         if following <= log.offset:
             self._send_snapshot(peer, progress)
@@ -2764,10 +2696,7 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and resume paused probes.
-
-        context  comes back with the answers (PendingReads)
-        """
+        """Keep followers from campaigning, and resume probes; answers return `context`."""
         for peer, progress in self.progress.items():
             if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
@@ -2776,7 +2705,7 @@ class Replication:
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """Go back and try again: the entry before our MsgApp did not match."""
+        """Step back and retry: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
@@ -2819,7 +2748,7 @@ class Replication:
                 progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely (ok), or failed."""
+        """Note that the snapshot to `peer` was sent completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
@@ -2863,7 +2792,7 @@ class PendingReads:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        """Leader: count the answer of `voter` to a heartbeat sent after the round began."""
         confirmed = self._rounds.get(context)
         if confirmed is None:
             return
@@ -2906,10 +2835,7 @@ class RaftRole(IntEnum):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
-
-    Messages gather in `mail` until RawNode.ready() takes them.
-    """
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member."""
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
                  voters: Sequence[int]) -> None:
@@ -2930,7 +2856,7 @@ class Raft:
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
-        self.mail = Mailbox(config.id, config.max_entries_bytes)
+        self.mail = Mailbox(config.id, config.max_entries_bytes)    # until RawNode.ready()
         self.replication = Replication(config, log, self.mail)
         self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
@@ -2953,7 +2879,7 @@ class Raft:
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
+        """Apply a committed change of the voters; node_id 0: refused, no longer pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -3006,7 +2932,7 @@ class Raft:
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -3018,9 +2944,6 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, and append an empty entry of the own term: only by counting entries of
-        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
-        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -3030,6 +2953,8 @@ class Raft:
         # A second change before the first is applied could form two disjoint majorities (§4.1).
         self.pending_conf_index = max(log.conf_changes(log.last_index + 1), default=0)
         self.config.trace(f"{self.id:x} became leader at term {self.term}")
+        # Only by counting entries of its own term may a leader commit older ones (§5.4.2), and a
+        # client's entry may be long in coming.
         self._append_own([Entry()])
 
     # -- time ----------------------------------------------------------------
@@ -3065,11 +2990,8 @@ class Raft:
     # -- elections -----------------------------------------------------------
 
     def _campaign(self, context: Optional[bytes]) -> None:
-        """Start an election, unless this member may not lead.
-
-        A committed conf change that is not applied yet forbids it: an election by the voters of
-        two changes before could give the term a second leader.
-        """
+        # While a conf change is committed but not applied, the voters of two changes before could
+        # elect a second leader of the term.
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
@@ -3086,7 +3008,6 @@ class Raft:
             self._become_leader()
 
     def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
         last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
@@ -3127,10 +3048,8 @@ class Raft:
             self.become_follower(self.term, 0)
 
     def _vote(self, message: Message) -> None:
-        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1).
-
-        A candidate and a leader have voted for themselves, so the rule is the same for all.
-        """
+        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1)."""
+        # A candidate and a leader have voted for themselves, so the rule is the same for all.
         candidate = EntryID(message.log_term, message.index)
         free = self.vote == message.sender or (not self.vote and not self.lead)
         granted = free and self.log.is_up_to_date(candidate)
@@ -3146,10 +3065,9 @@ class Raft:
         self.mail.hold(MsgType.VOTE_RESP, message.sender, reject=not granted)
 
     def _pre_vote(self, message: Message) -> None:
-        """Tell a 3.x member whether an election makes sense; promises and changes nothing.
+        """Tell a 3.x member if an election makes sense: not while a leader is heard (thesis §9.6).
 
-        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
-        request.
+        Promises and changes nothing.  A grant carries the term of the request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -3163,10 +3081,7 @@ class Raft:
     # -- messages ------------------------------------------------------------
 
     def step(self, message: Message) -> None:
-        """Handle one message; term 0 marks local ones and proposals.
-
-        Raises ProposalDropped for a MsgProp that cannot be handled here.
-        """
+        """Handle a message; term 0: local or a proposal, for which it may raise ProposalDropped."""
         kind = message.type
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
@@ -3202,8 +3117,7 @@ class Raft:
     # -- proposals -----------------------------------------------------------
 
     def _forward_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to the sender: two members that take each other
-        for the leader would send it to and fro."""
+        # Never back to the sender: two members that take each other for the leader would loop.
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
@@ -3253,8 +3167,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Begin a read round.  Not before the first commit of its term, as until then a leader may
-        not know the newest commit index (thesis §6.4)."""
+        # Before the first commit of its term a leader may not know the newest commit index
+        # (thesis §6.4): it drops the request.
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -3274,7 +3188,7 @@ class Raft:
             self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
+        """Leader: count this member for the entries that are now durable (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
@@ -3347,7 +3261,6 @@ class Raft:
         )
 
     def _yield_to_leader(self, message: Message) -> None:
-        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -3475,7 +3388,7 @@ class RawNode:
             self.raft.tick()
 
     def advance_ticks(self, count: int) -> None:
-        """Shorten the first wait at start-up: ticks that pass without an election."""
+        """Count ticks that pass without an election, to shorten the first wait after a start."""
         self.raft.election_elapsed += count
 
     def campaign(self) -> None:
@@ -3511,7 +3424,7 @@ class RawNode:
     def protocol_violation(self, message: Message) -> str:
         """Return the reason why no healthy member sends this message to us, or "".
 
-        A message without one leaves a log that can be read, and a next term that can be written.
+        A message that passes leaves a log that can be read and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -3540,8 +3453,8 @@ class RawNode:
         """Propose all of `entries` for member `sender` (0: this one).
 
         A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
-        without a leader, after the own removal, or while too much is uncommitted.  Without an
-        exception an entry may be lost all the same.
+        without a leader, after this member's removal, or while too much is uncommitted.  Even
+        without an exception an entry may be lost.
         """
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
@@ -3552,8 +3465,9 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
-        voters.  To be called once for each such entry before applied_to() passes it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return voters.
+
+        Call it once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
@@ -3666,15 +3580,7 @@ _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file.  Immutable: every write replaces it as a whole.
-
-    value           the text; None only in the node of a delete or expire event
-    created_index,
-    modified_index  store indexes
-    expires_ns      unix nanoseconds; 0: permanent
-
-    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
-    """
+    """A file, without its path.  Immutable: every write replaces it.  64 bytes on CPython 3.11."""
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
     children: Optional[Dict[str, None]] = None
@@ -3682,10 +3588,10 @@ class Node:
     def __init__(
         self, value: Optional[str], created_index: int, modified_index: int, expires_ns: int
     ) -> None:
-        self.value = value
-        self.created_index = created_index
+        self.value = value                      # None only in a delete or expire event
+        self.created_index = created_index      # store indexes
         self.modified_index = modified_index
-        self.expires_ns = expires_ns
+        self.expires_ns = expires_ns            # unix; 0: permanent
 
     def ttl_s(self, now_ns: int) -> int:
         """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
@@ -3693,9 +3599,7 @@ class Node:
 
 
 class LongNode(Node):
-    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
-    the encoding takes up to 60 ns a character.
-    """
+    """A file with a long value, kept as JSON for answers: encoding takes up to 60 ns a char."""
 
     __slots__ = ("json",)
 
@@ -3800,18 +3704,7 @@ def _node_json(key: str, node: Node, ttl_s: int) -> str:
 
 
 class Event:
-    """The effect of one operation on one key.  Immutable.
-
-    action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
-    key       full internal path
-    node      as the operation left it (deleted: without value)
-    prev      as it was before, or None
-    index     store index of the change; for a get, the current one
-    ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
-    refresh   True: kept in the history, without a notification of watchers
-    Source: etcd 2.3 store/event.go.
-    """
+    """The effect of one operation on one key.  Immutable.  Source: etcd 2.3 store/event.go."""
 
     __slots__ = (
         "action", "key", "node", "prev", "index", "ttl_s", "prev_ttl_s", "refresh", "_json"
@@ -3821,14 +3714,16 @@ class Event:
         self, action: str, key: str, node: Node, prev: Optional[Node], index: int, now_ns: int,
         refresh: bool = False, encoded: Optional[Sequence[bytes]] = None,
     ) -> None:
+        # get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
         self.action = action
-        self.key = key
-        self.node = node
-        self.prev = prev
-        self.index = index
+        self.key = key                  # full internal path
+        self.node = node                # as the operation left it (deleted: without value)
+        self.prev = prev                # as it was before, or None
+        self.index = index              # store index of the change; for a get, the current one
+        # Seconds left of both when it happened; 0: permanent or expired.
         self.ttl_s = node.ttl_s(now_ns) if node.expires_ns else 0
         self.prev_ttl_s = prev.ttl_s(now_ns) if prev is not None and prev.expires_ns else 0
-        self.refresh = refresh
+        self.refresh = refresh          # True: kept in the history, but no watcher is notified
         self._json = encoded
 
     @property
@@ -3841,10 +3736,7 @@ class Event:
         return LongNode in (self.node.__class__, self.prev.__class__)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line for clients, ending in a newline: encoded once, shared by all.
-
-        The keys are without the namespace (`/1`).
-        """
+        """Return the line for clients and its newline, keys without `/1`; encoded once for all."""
         if self._json is None:
             if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
@@ -3905,12 +3797,9 @@ LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 
 def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; True if not all is ASCII.
-
-    Only surrogates (bytes that are not UTF-8) sort differently as code points.
-    """
+    """Sort as Go does; True if not all is ASCII."""
     is_plain = all(map(str.isascii, paths))
-    paths.sort(key=None if is_plain else utf8)
+    paths.sort(key=None if is_plain else utf8)      # code points sort surrogates differently
     return not is_plain
 
 
@@ -3919,10 +3808,8 @@ def parent_path(path: str) -> str:
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
-
-    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
-    """
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text."""
+    # A hot path: to check the text of all at once takes 0.4 us per node instead of 1.
     if LongNode in set(map(type, nodes)):
         return ""
     values = [node.value for node in nodes]
@@ -3942,13 +3829,11 @@ class TreeWalk:
 
     The store calls keep() before each change of a path; the walk then takes that image instead
     of the node in the tree.  Only changed nodes cost memory.
-
-    walks  the walks under way; this one is among them until end()
     """
 
     def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
-        self._walks = walks
+        self._walks = walks             # those under way; this one is among them until end()
         self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
         self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
@@ -3961,7 +3846,7 @@ class TreeWalk:
                 self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Stop to keep images: the walk is complete, or given up."""
+        """Stop keeping images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
         self._images, self._kept = {}, {}
@@ -3996,11 +3881,8 @@ class SnapshotWalk(TreeWalk):
         yield from in_pieces(slice)
 
     def _pieces(self) -> Texts:
-        """Yield the JSON of the root in pieces, one for each node and one for each end.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
-        stack = [iter(("/",))]
+        """Yield the JSON of the root in pieces, one for each node and one for each end."""
+        stack = [iter(("/",))]          # keys may be deeper than Python's recursion goes
         comma = ""
         while stack:
             for path in stack[-1]:
@@ -4055,11 +3937,6 @@ class _Level:
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state in it
-    chunks  of the answer so far, none of them huge
-    done    the answer is complete
-    cacheable  the answer holds as long as the index does: nothing in it expires
-
     Shows the visible children, with `recursive` all visible nodes below.
     """
 
@@ -4068,10 +3945,10 @@ class Listing(TreeWalk):
         sorted: bool, index: int, now_ns: int,
     ) -> None:
         super().__init__(nodes, walks)
-        self.index = index
-        self.chunks: List[bytes] = []
-        self.done = False
-        self.cacheable = True
+        self.index = index              # store index of the state in it
+        self.chunks: List[bytes] = []   # of the answer so far, none of them huge
+        self.done = False               # the answer is complete
+        self.cacheable = True           # as long as the index holds: nothing in it expires
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -4091,13 +3968,10 @@ class Listing(TreeWalk):
         self.chunks += in_pieces(texts) or [b""]
 
     def _walk(self, path: str, node: Node) -> Texts:
-        """Yield the text in pieces, sometimes empty ones to allow a pause.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
+        """Yield the text in pieces, sometimes empty ones to allow a pause."""
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
-        levels = [_Level(self._items(path), tail)]
+        levels = [_Level(self._items(path), tail)]      # keys may be deeper than recursion goes
         while levels:
             level = levels[-1]
             for item in level.items:
@@ -4132,10 +4006,7 @@ class Listing(TreeWalk):
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield the visible children: the text of a block of files, else single nodes.
-
-        A text may be empty, to allow a pause.
-        """
+        """Yield the visible children: the text of a block of files ("": a pause), or one node."""
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
@@ -4184,24 +4055,19 @@ TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above
 
 
 class EventHistory:
-    """The last `capacity` events, one per store index, for watches that begin in the past.
-
-    Source: etcd 2.3 store/event_history.go, event_queue.go.
-    """
+    """The last `capacity` events, one per store index, for watches that begin in the past."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.events: Deque[Event] = collections.deque(maxlen=capacity)
-        self._back = 0                  # slot of the next event in etcd's ring; for snapshots
+        self._back = 0                  # slot of the next event in etcd's ring (event_queue.go)
 
     @property
     def first_index(self) -> int:
-        """Index of the oldest event; 0 if there is none."""
         return self.events[0].index if self.events else 0
 
     @property
     def last_index(self) -> int:
-        """Index of the newest event; 0 if there is none."""
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
@@ -4237,10 +4103,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot, as of the first next().
-
-        Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
-        """
+        """Yield the EventHistory object of a snapshot, as of the first next(): etcd's ring."""
         first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
         front = (back - size) % self.capacity
         slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
@@ -4262,10 +4125,7 @@ class EventHistory:
 
 
 class Watcher:
-    """One watch: deliver(event) is called for one event, or with `stream` for each.
-
-    lost  called instead if the history has lost events for this watch, which ends it
-    """
+    """One watch: deliver(event) is called for one event, or with `stream` for each."""
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
 
@@ -4278,20 +4138,17 @@ class Watcher:
         self.stream = stream
         self.since = since
         self.deliver = deliver
-        self.lost = lost
+        self.lost = lost        # called instead if the history lacks events, which ends the watch
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Stop delivery, now.  May be called from deliver, and twice."""
+        """Stop delivery now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """The registered watchers, and the history of events.
-
-    Source: etcd 2.3 store/watcher_hub.go.
-    """
+    """The registered watchers and the history of events (etcd 2.3 store/watcher_hub.go)."""
 
     def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
@@ -4300,7 +4157,7 @@ class WatcherHub:
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
-        self._budget: float = math.inf  # notifications left in this turn
+        self._budget: float = math.inf  # notifications left in this turn; no limit before the first
         self.backlog = 0                # watchers in _due
         self.watched_bytes = 0          # of the paths of registered watchers
 
@@ -4339,10 +4196,7 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
-
-        Before the first call there is no limit.
-        """
+        """Notify at most WATCHERS_NOTIFIED_MAX watchers until the next call, in order of events."""
         self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
             self._notify_due()
@@ -4456,13 +4310,10 @@ class TtlHeap:
         del self._heap[-2 * count:]     # with the stale entries
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
-
-        Visits about as many entries, in the order of the heap.
-        """
+        """Return the time of entry `count`, stale ones included, or `until_ns` if earlier."""
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
-        while reached:
+        while reached:                  # about `count` times, in the order of the heap
             (when_ns, _), place = heapq.heappop(reached)
             count -= 1
             if when_ns >= until_ns or not count:
@@ -4481,10 +4332,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; snapshots contain them.
+    """Counters of operations on this member, saved in snapshots (etcd 2.3 store/stats.go).
 
-    Attributes are the JSON members in snake_case, and in their order.
-    Source: etcd 2.3 store/stats.go.
+    The attributes are the JSON members in snake_case, in their order.
     """
 
     def __init__(self) -> None:
@@ -4502,7 +4352,6 @@ class StoreStats:
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
@@ -4561,11 +4410,7 @@ class NodeTree:
             self._detached or self._expiring_ns or self._replaced and not self._replaced[0][1])
 
     def collect_garbage(self) -> None:
-        """Free REMOVED_NODES_MAX nodes at most until the next call.
-
-        A removed directory with more is freed in this call and those of the next turns.  Before
-        the first call there is no limit.
-        """
+        """Free at most REMOVED_NODES_MAX nodes until the next call; before the first: no limit."""
         self._budget = REMOVED_NODES_MAX
         if self._detached:
             self._free_detached()
@@ -4596,11 +4441,10 @@ class NodeTree:
     def below(
         self, path: str, *, recursive: bool, hidden: bool
     ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
-        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+        """Yield the nodes below a directory, each as it is when its turn comes; not counted.
 
-        The tree may change meanwhile: what comes later is left out, and what has gone, too.
-        None stands for what is passed over, so that the caller can pause.  Returns None if
-        `path` is no directory.
+        Nodes that come or go meanwhile may be left out.  Yields None for a node passed over, so
+        that the caller can pause.  Returns None if `path` is no directory.
         """
         node = self._reachable(path)
         if node is None or node.children is None:
@@ -4610,7 +4454,7 @@ class NodeTree:
     def _below(
         self, children: List[str], *, recursive: bool, hidden: bool
     ) -> Iterator[Optional[Tuple[str, Node]]]:
-        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        """Walk with a stack: keys may be deeper than Python's recursion goes."""
         stack = [iter(children)]
         while stack:
             path = next(stack[-1], "")
@@ -4625,7 +4469,6 @@ class NodeTree:
                     stack.append(iter(list(node.children)))
 
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        """Have `node` at `path`, in the place of `old` if there was one."""
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node
@@ -4675,9 +4518,7 @@ class NodeTree:
 
 
 # ============================================================================
-# store/tree -- The store: the operations on the key tree.
-# ----------------------------------------------------------------------------
-# Time is passed in.
+# store/tree -- The store: the operations on the key tree; the caller passes the time.
 # ============================================================================
 
 
@@ -4715,9 +4556,7 @@ def _unquote(string: bytes) -> str:
     return as_unicode(load_json(f'"{text}"')) if "\\" in text else text
 
 
-def _read_tree(
-    data: Buffer, progress: Callable[[float, int], None]
-) -> Tuple[Dict[str, Node], int]:
+def _read_tree(data: Buffer, progress: Callable[[float, int], None]) -> Tuple[Dict[str, Node], int]:
     """Return the nodes of a snapshot by path, and the end of their JSON in `data`.
 
     Reads directories one by one, as Go writes their members in one order, instead of the nested
@@ -4870,15 +4709,13 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 
 
 def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the rest of the text.
-
-    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
-    """
+    """Return the slots of the history's ring, and the rest of the text."""
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
         return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
+    # One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
         slots.append(None if members is None else _read_event(members))
@@ -5007,9 +4844,7 @@ class Store(NodeTree):
             raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        event = self._put_new(
-            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-        )
+        event = self._put_new("set", path, old, None if dir else value, expires_ns, now_ns, refresh)
         self.stats.sets_success += 1
         return event
 
@@ -5111,7 +4946,7 @@ class Store(NodeTree):
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with notifications and removals; from now on they are spread over turns."""
+        """Continue notifications and removals, which are spread over turns from now on."""
         self.hub.begin_turn()
         self.collect_garbage()
         if self._expiring_ns and not self._detached:
@@ -5143,14 +4978,13 @@ class Store(NodeTree):
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
+        """Return a time up to `until_ns` by which at most about EXPIRED_KEYS_MAX keys expire."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
         """Yield the snapshot as of the first next(), in slices of some ms.
 
-        Changes between slices are not in it.  Close the generator to give up.  Raises
-        InvariantError if another snapshot is under way.
+        Close the generator to give up.  Raises InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
@@ -5239,7 +5073,7 @@ class Store(NodeTree):
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
+        """Enter `path` in its directory, with missing parents; NotDir comes before any change."""
         missing = [path]
         while True:
             path = parent_path(path)
@@ -5331,9 +5165,7 @@ class Store(NodeTree):
 
 
 # ============================================================================
-# disk/bolt -- Database files of etcd 3 (bbolt): read page by page, and written in one pass.
-# ----------------------------------------------------------------------------
-# Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
+# disk/bolt -- Database files of etcd 3, read and written.  Source: bbolt's page.go, bucket.go, node.go.
 # ============================================================================
 
 
@@ -5399,7 +5231,7 @@ class BoltReader:
     """
 
     def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
-        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
+        """Read `file`, if given, from `start` on; `path` names it in errors."""
         self.path = path
         self._file = file or open(path, "rb")
         self._start = start
@@ -5570,7 +5402,7 @@ class _BoltWriter:
 
 
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
-    """Yield the items of one page after the other; one empty page if there are none."""
+    """Yield the items of each page in turn; one empty page if there are none."""
     chunk: List[Tuple[bytes, bytes]] = []
     size = _PAGE_HEAD.size
     for key, value in items:
@@ -5599,7 +5431,7 @@ def _page_of(
     number: int, kind: int, element: struct.Struct,
     rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
 ) -> bytes:
-    """Return a page with the numbers of each element before and behind its position, its data."""
+    """Return a page; a row is an element's numbers before and behind its position, and its data."""
     table: List[bytes] = []
     at = len(rows) * element.size       # from the place of the present element
     for before, behind, data in rows:
@@ -5710,7 +5542,7 @@ def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
     codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
-    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
+    """Turn a full disk or a lack of descriptors into DiskFull, after undo(), for a later retry.
 
     Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
     """
@@ -5736,8 +5568,7 @@ OS_DISK = OsDisk()
 _RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
 _PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
     rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
-    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
-        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 )
 
 
@@ -5798,10 +5629,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
-
-        256 KB take 0.5 ms less than by batch().
-        """
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES; 256 KB: 0.5 ms less."""
         parts: List[bytes] = []
         summed = 0                      # bytes in this step
         for entry in entries:
@@ -5922,7 +5750,6 @@ class WalDecoder:
         return True
 
     def damage(self, reason: str) -> CrcMismatch:
-        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
             f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
@@ -5957,13 +5784,11 @@ class WalDecoder:
         self.crc = crc
 
     def _check_tail(self, length: int) -> None:
-        """Tell the tail from damage, after a length that is 0 or points past the end.
-
-        A cut before acknowledged records would lose them.
-        """
+        """Tell the tail from damage, after a length that is 0 or points past the end."""
         data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
+        # A cut before acknowledged records would lose them.
         whole = _intact_length(data, offset + 8, self.crc)
         if (whole and whole != length) or _has_records(data, offset + 9, self.crc):
             raise self.damage("impossible length")
@@ -6017,7 +5842,7 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
+    """Return whether a record behind `start` continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
@@ -6080,10 +5905,7 @@ class Snapshotter:
         self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot durably.  Its WAL record must be durable before.
-
-        Raises DiskFull, leaving nothing, and OSError.
-        """
+        """Write a snapshot durably, after its WAL record is durable.  Raises DiskFull, OSError."""
         self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
@@ -6131,9 +5953,8 @@ class Snapshotter:
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
         """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
-        Its record was durable before its file was begun, so the end of the log is lost, and with
-        it votes and entries that other members count on.  Differs from etcd, which starts in the
-        past.
+        Its record was durable before its file was begun: the end of the log is lost, with votes
+        and entries that others count on.  Differs from etcd, which starts in the past.
         """
         newest = max((snapshot_id.index for snapshot_id in known), default=-1)
         for name in reversed(self.disk.listdir(self.directory)):
@@ -6181,12 +6002,10 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
     return decode_snapshot(data)
 
 
-def purge_files(
-    directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
-) -> List[str]:
+def purge_files(directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK) -> List[str]:
     """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
+    Temporary files of a crash go too.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -6294,14 +6113,11 @@ def check_writable(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
-
-    The log moves last: as long as it is at the top, the next start continues after a crash.
-    """
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member."""
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
         return
-    for name in ("snap", "wal"):
+    for name in ("snap", "wal"):        # the log last: a restart resumes while it is at the top
         path = os.path.join(paths.root, name)
         target = os.path.join(paths.member, name)
         if os.path.isdir(path) and not (os.path.isdir(target) and os.listdir(target)):
@@ -6319,11 +6135,11 @@ _MARK = "v3-data"                   # file in the member directory
 
 
 class V3Mark:
-    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
+    """Notes whether the cluster holds v3 data: then this member must send no empty database.
 
-    A file remembers it, since the entries that wrote the data are compacted in time.
+    A file keeps the note, since the entries that wrote the data are compacted in time.
 
-    member_dir  with the file, and with snap/db; "": remember it in memory only
+    member_dir  has the file, and snap/db; "": note it in memory only
     """
 
     def __init__(self, member_dir: str = "") -> None:
@@ -6351,10 +6167,7 @@ class V3Mark:
                 log.error("cannot write %s: %s", self.path, error)
 
     def write_database(self, raft_index: int) -> None:
-        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
-
-        Thread: any.
-        """
+        """Write the database with which etcd 3 starts on a snapshot to raft_index.  Thread: any."""
         if self.database and not self.is_set:
             try:
                 _write_file(self.database, empty_database(raft_index))
@@ -6386,11 +6199,9 @@ def empty_database(raft_index: int) -> bytes:
 
 
 def holds_v3_data(database: IO[bytes]) -> bool:
-    """Return whether a database of etcd 3 holds keys or users.
+    """Return whether a database of etcd 3 holds keys or users: True if damaged, False if empty.
 
     database  a file at the start of the database; it is closed
-
-    A damaged one counts as one that does; none at all holds nothing.
     """
     with database:
         start = database.tell()
@@ -6498,7 +6309,7 @@ class Wal:
         cleanup.callback(cls._unlock, directory, held, disk)
         for name in names:
             path = os.path.join(directory, name)
-            # To close a descriptor frees the lock of a member in this process: do not open one.
+            # Closing a descriptor would free the lock of a member in this process: open none.
             handle = None if disk.is_locked(path) else disk.open_append(path)
             if handle is None or not _lock_or_close(disk, path, handle):
                 raise FileLocked(
@@ -6510,7 +6321,7 @@ class Wal:
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, even if the close of one of them fails."""
+        """Free each of the files, even if closing one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -6522,13 +6333,11 @@ class Wal:
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots in the log; only their files may be used.
-
-        Reads frames without their checksums, which open() checks.  Raises FileLocked.
-        """
+        """Return the snapshots in the log; only their files may be used.  Raises FileLocked."""
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
+            # Without the checksums, which open() checks.
             return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
@@ -6592,7 +6401,7 @@ class Wal:
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
+        """Return whether the next batch begins a new segment, as it does after most snapshots.
 
         A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
@@ -6610,10 +6419,7 @@ class Wal:
     # -- wal thread's side -------------------------------------------------
 
     def write(self, *data: bytes, sync: bool) -> None:
-        """Append to the newest segment.
-
-        Raises DiskFull, then try again later, or OSError, then never write again.
-        """
+        """Append to the last segment.  Raises DiskFull: retry later; OSError: never write again."""
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
@@ -6626,10 +6432,7 @@ class Wal:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the current segment and begin the next, which gets its name when it is durable.
-
-        Raises as write() does.
-        """
+        """Sync the current segment, begin the next, name it once durable.  Raises like write()."""
         disk, directory = self._disk, self.directory
         if self._held:
             disk.fsync(self._held[-1][1])
@@ -6660,7 +6463,7 @@ class Wal:
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; has no effect a second time."""
+        """Release all files; a second call has no effect."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
@@ -6730,7 +6533,6 @@ class _WalReader:
         return decoder.end
 
     def contents_so_far(self) -> WalContents:
-        """Return what was read before the damage."""
         return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
@@ -6888,10 +6690,7 @@ class Http2Preface(BadRequest):
 
 
 class HttpHead:
-    """The parsed request line and headers, shared by all requests with the same head bytes.
-
-    `parsed` holds the parameters that a handler has derived from them.
-    """
+    """The parsed request line and headers, shared by all requests with the same head bytes."""
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -6915,7 +6714,7 @@ class HttpHead:
         self.expects = headers.get("expect", "").lower() == "100-continue"
         self.is_simple = not (self.chunked or self.expects) and self.body_size < 1 << 16
         self.takes_raw = self.keep_alive and minor == 1 and method != "HEAD"
-        self.parsed: Any = None
+        self.parsed: Any = None         # parameters that a handler has derived from them
 
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
@@ -7065,10 +6864,7 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Return (status, headers) of the head of an answer, without its final empty line.
-
-    Raises BadRequest.
-    """
+    """Return (status, headers) of an answer's head without its empty line.  Raises BadRequest."""
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -7089,17 +6885,14 @@ class ChunkedDecoder:
     __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = False               # the last chunk and the trailers are read
         self.chunks = 0                 # begun so far
         self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the next bytes of the body.  Raises BadRequest.
-
-        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
-        """
+        """Return the next bytes of the body.  Raises BadRequest."""
         buffer, body, at = self.rest, [], 0
         if not buffer and not self._left and self._trailers is None:
             line = _CHUNK_SIZE.match(data, 0, _CHUNK_SIZE_BYTES_MAX)
@@ -7148,7 +6941,6 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check the trailers and drop them."""
         found = finder.find(self.rest)
         if found is None:
             return
@@ -7173,10 +6965,7 @@ class StreamParser:
         self._partial = bytearray()     # received, but less than _need
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Yield the items up to the end of `data`; exhaust it before the next data.
-
-        Raises what the parser does; then the stream is lost.
-        """
+        """Yield the items in `data`; exhaust it before more data.  A parser's error is final."""
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -7315,10 +7104,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 
 
 class Workers:
-    """The threads for one kind of calls that block.
-
-    They are daemons: a hanging call ends with the process.  Thread: reactor.
-    """
+    """Daemon threads for one kind of blocking calls, which may hang.  Thread: reactor."""
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
         self._kind = kind
@@ -7392,7 +7178,7 @@ CLOCK_STRIDE = 4                    # callbacks of clients between two looks at 
 Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
-# What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
+# epoll's masks as EVENT_READ and EVENT_WRITE; errors and hang-ups count as both.
 _READY = tuple(
     (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
     for mask in range(2 * _INVALID)
@@ -7450,16 +7236,12 @@ class Reactor:
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
-        """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._schedule(delay_s, timer)
         return timer
 
     def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
-        """Call once per period_s, first after one period, until the Timer is cancelled.
-
-        A late call delays all later ones: calls missed in a stall are dropped.
-        """
+        """Call every period_s, first after one, until cancelled; a stall drops missed calls."""
         def call() -> None:
             self._schedule(period_s, timer)
             callback()
@@ -7500,13 +7282,10 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
-
-        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
-        """
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled."""
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
-        if waiters is not None:
+        if waiters is not None:         # share the thread, which a name server may keep waiting
             waiters[:] = [other for other in waiters if other.callback is not None]
             waiters.append(waiter)
             return waiter
@@ -7540,7 +7319,6 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
-        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -7548,7 +7326,6 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: Pollable) -> None:
-        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -7564,7 +7341,6 @@ class Reactor:
         self._client_calls.append((callback, args))
 
     def run(self) -> None:
-        """Turn until stop()."""
         self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
@@ -7581,7 +7357,7 @@ class Reactor:
 
     @property
     def is_quiet(self) -> bool:
-        """True if this turn has served one socket at most, and nobody waits for its end."""
+        """True if this turn has served at most one socket, and nothing waits for its end."""
         return self.ready_sockets < 2 and not (
             self._flushes or self._client_flushes or self._posted or self._client_calls
             or self._late
@@ -7612,8 +7388,8 @@ class Reactor:
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
         """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
-        To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
-        for its next request: GETs on one connection are answered at 1.8 times the rate.
+        Falling asleep and waking takes 50 us, about as long as a client on this machine takes for
+        its next request: awake, GETs on one connection are answered at 1.8 times the rate.
         """
         poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
@@ -7726,10 +7502,7 @@ class Reactor:
 
 
 class SlicedWork:
-    """Long work in steps: TURN_S of each turn in all, shared by round robin.
-
-    Short work is done at once.  Thread: reactor.
-    """
+    """Long work in steps: TURN_S of each turn in all, by round robin.  Thread: reactor."""
 
     TURN_S = 0.005
 
@@ -7775,10 +7548,10 @@ class BufferOwner(Protocol):
 class BufferBudget:
     """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Connections may share buffers, and a shared one counts once, so only a walk over all of them
-    finds the sum.  A walk begins when the connections have received as many bytes as there was
-    room for after the last.  Above the limit it closes those with the longest time since their
-    last progress.  Thread: reactor.
+    Connections may share buffers, which count once, so only a walk over all connections finds the
+    sum.  A walk begins when the connections have received as many bytes as there was room for
+    after the last.  Above the limit it closes those with the longest time since their last
+    progress.  Thread: reactor.
     """
 
     TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
@@ -7987,15 +7760,12 @@ class StreamReply:
         return True
 
     def end(self, last: Sequence[bytes] = ()) -> None:
-        """Finish the body, with the pieces of a last chunk; the connection serves the next request.
-
-        A short chunk and the end are one piece, for one `send`.
-        """
+        """Finish the body, with the pieces of a last chunk, and go on with the next request."""
         if self.closed:
             return
         size, end = sum(map(len, last)), b"0\r\n\r\n" if self._chunked else b""
         if last and self._chunked and size < OUTPUT_SHARED_BYTES_MIN:
-            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))
+            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))     # one piece, for one send
         elif last:
             self.write(last[0], last[1:])
         self.closed = True
@@ -8210,10 +7980,7 @@ def check_readable(path: str) -> None:
 
 
 def load_pem(path: str, load: Callable[[], object], kind: str = "x509") -> None:
-    """Run load(), which reads the PEM file `path`.  Raises StartError.
-
-    kind  the command of openssl that shows such a file
-    """
+    """Run load(), which reads PEM file `path`; `openssl {kind}` shows it.  Raises StartError."""
     check_readable(path)
     try:
         load()
@@ -8466,10 +8233,7 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """Return the SRV records of a DNS message; [] for a name that does not exist.
-
-    Raises OSError, IndexError or struct.error.
-    """
+    """Return the SRV records; [] for an unknown name.  Raises OSError, IndexError, struct.error."""
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
     if code not in (0, 3):              # 3: the name does not exist
@@ -8546,7 +8310,6 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -8682,7 +8445,6 @@ class HttpCall:
             self._watch()
 
     def _flush(self) -> None:
-        """Send the rest of the request, as much as the socket takes."""
         if self._sock is None:          # timed out meanwhile
             return
         try:
@@ -8698,7 +8460,6 @@ class HttpCall:
         self._watch()
 
     def _watch(self) -> None:
-        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -8893,33 +8654,26 @@ DRAIN_SECONDS = 2.0                 # until a client has closed its end too; abo
 
 
 class Service:
-    """The handler, the limits and the state that the connections of a listener share.
-
-    handler     gets every complete request
-    body_max    bytes of a body; a longer one arrives as body_too_large
-    body_limit  (head) -> its own limit, body_max by default
-    memory_max  bytes of a body in memory; a longer one goes to the file that
-                open_spool(first bytes) returns, and is too large without one
-    held_max    bytes of all incomplete bodies in memory
-    patient     the connections are of clients, which share a part of each turn; members never
-                wait for them
-    """
+    """The handler, the limits and the state that the connections of a listener share."""
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
         budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
-        self.handler = handler
-        self.body_max = body_max
+        self.handler = handler          # gets every complete request
+        self.body_max = body_max        # bytes of a body; a longer one arrives as body_too_large
         self.tls = tls
         self.budget = budget or BufferBudget(reactor)
+        # Connections of clients, which share a part of each turn; members never wait for them.
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
-        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
+        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max     # by its head
+        # Bytes of a body in memory; a longer one goes to the file that open_spool(first bytes)
+        # returns, and is too large without one.
         self.memory_max: float = math.inf
         self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
-        self.held_max: float = math.inf
+        self.held_max: float = math.inf     # bytes of all incomplete bodies in memory
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
@@ -8952,7 +8706,7 @@ class Service:
             request.reply(500, b'{"message":"Internal Server Error"}')
 
     def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
-        """Note the start of an incomplete request.  begun: it is another than before."""
+        """Note the start of an incomplete request.  begun: a new one has begun."""
         if not partial:
             self.partial.pop(connection, None)
         elif begun or connection not in self.partial:
@@ -8966,7 +8720,6 @@ class Service:
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: "Connection") -> None:
-        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
         self.partial.pop(connection, None)
         self.unread.pop(connection, None)
@@ -9223,7 +8976,6 @@ class Connection:
         return True
 
     def _join(self) -> bytes:
-        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
@@ -9281,11 +9033,8 @@ class Connection:
             self._service.flush_soon(self.flush)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close.
-
-        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
-        """
-        if self.closed or not self.busy:
+        """Queue the end of a reply and go on with the next request, or close."""
+        if self.closed or not self.busy:    # not busy: dispatch() replied for a failed handler
             return
         self.busy = self.streaming = False
         self.on_close = self.on_drain = None
@@ -9341,8 +9090,7 @@ class Connection:
             on_drain()
 
     def _send_many(self) -> int:
-        """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
-        256 KB take 40 us less."""
+        """Send in one call, large pieces uncopied (256 KB: 40 us less); return the bytes taken."""
         out = self._out
         # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
         if self._service.tls is not None:
@@ -9433,7 +9181,7 @@ class Connection:
 
 
 class PendingConnection:
-    """An accepted connection until its TLS handshake is done, which may take its time."""
+    """An accepted connection until its TLS handshake is done."""
 
     def __init__(
         self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
@@ -9452,7 +9200,7 @@ class PendingConnection:
         self._sock.close()
 
     def _detach(self) -> None:
-        """Leave the socket to others."""
+        """Stop watching the socket."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
@@ -9560,12 +9308,10 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self.reactor.register(
-            self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self.reactor.register(self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
         self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
-        """Close the listening socket and every connection."""
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
@@ -9627,9 +9373,7 @@ class Listener(Service, http.server.HTTPServer):
     def log_refusal(self, remote: str, why: str) -> None:
         """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._log.error(
-            f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
-        )
+        self._log.error(f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}")
 
     def _pause(self, error: OSError) -> None:
         """Accept again in a second if the system has no descriptor left."""
@@ -9723,16 +9467,13 @@ class UrlPicker:
         self.update(urls)
 
     def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first in order.
-
-        Invalid ones are left out: the log of a Go member may hold a port of 99999.
-        """
+        """Replace the URLs, and begin with the first in order."""
         self.urls: List[str] = []               # sorted
         self._picked = 0
         for url in sorted(urls):
             try:
                 self.urls.append(check_url(url))
-            except ValueError as error:
+            except ValueError as error:         # the log of a Go member may hold a port of 99999
                 package_logger("rafthttp").error("ignored a peer URL: %s", error)
         if not self.urls:
             self.urls.append("http://127.0.0.1:0")      # every dial fails
@@ -9741,7 +9482,6 @@ class UrlPicker:
         return self.urls[self._picked]
 
     def failed(self, url: str) -> None:
-        """Go on to the next URL if `url` is in use."""
         if url == self.urls[self._picked]:
             self._picked = (self._picked + 1) % len(self.urls)
 
@@ -9819,9 +9559,7 @@ DOUBLE_HINT = (
 
 
 # ============================================================================
-# peer/frames -- Peer frames: messages as bytes on a stream.
-# ----------------------------------------------------------------------------
-# The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
+# peer/frames -- Peer frames: messages as bytes on a stream; invalid or too long ones raise CodecError.
 # ============================================================================
 
 
@@ -9830,13 +9568,10 @@ _pack_u64 = _U64.pack
 
 
 class EntryListEncoder:
-    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
-
-    The result for the last list is cached: a leader sends one list to all of its followers.
-    """
+    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes."""
 
     def __init__(self) -> None:
-        self._entries: Sequence[Entry] = ()
+        self._entries: Sequence[Entry] = ()     # the last list: a leader sends it to all followers
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
@@ -9872,10 +9607,7 @@ class MessageEncoder:
 
 
 class AppV2Encoder:
-    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
-
-    Source: etcd 2.3 rafthttp/msgappv2.go.
-    """
+    """Frames of msgappv2 (etcd 2.3 rafthttp/msgappv2.go), short if they continue the last one."""
 
     heartbeat = b"\0"
 
@@ -9962,7 +9694,7 @@ def app_v2_frames(local_id: int, remote_id: int) -> Frames:
 
 
 # ============================================================================
-# peer/streams -- The streams between two members: the one that this member dials and the one that it answers.
+# peer/streams -- The streams between two members: one that this member dials, one that it answers.
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
@@ -10024,7 +9756,6 @@ class StreamReader:
             self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
 
     def stop(self) -> None:
-        """Close the stream and dial no more."""
         self._retry.cancel()
         if self._call is not None:
             self._call.cancel()
@@ -10248,10 +9979,7 @@ _PIPELINE = "pipeline"              # its name in the log and in statistics
 
 
 class PeerPost:
-    """One message on its way by POST.
-
-    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
-    """
+    """A message on its way by POST: to /raft, or with a database to /raft/snapshot (3.x's form)."""
 
     def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
@@ -10268,7 +9996,7 @@ class PeerPost:
 
 
 class Pipeline:
-    """Messages to a member by POST: of a peer without streams, and all snapshots."""
+    """Messages to a member by POST: those to a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
@@ -10292,10 +10020,7 @@ class Pipeline:
         self._send_waiting()
 
     def _database_for(self, message: Message) -> Optional[bytes]:
-        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
-
-        2.3 takes a snapshot in both forms.
-        """
+        """Return the database without which 3.x exits on a snapshot; 2.3 takes both forms."""
         version = self._status.version or self._context.identity.server
         if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
             return None
@@ -10363,10 +10088,7 @@ class Pipeline:
 
 
 class Prober:
-    """Asks a peer for its time every 4 s, and warns every 30 s if something is wrong.
-
-    Source: etcd 2.3 rafthttp/probing_status.go.
-    """
+    """Asks for a peer's time every 4 s (etcd 2.3 probing_status.go); warns every 30 s at most."""
 
     def __init__(self, context: LinkContext, member_id: int, picker: UrlPicker) -> None:
         self._context = context
@@ -10460,7 +10182,6 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
@@ -10601,8 +10322,7 @@ class Transport:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
             status = PeerStatus(member_id, self._context.reactor.wall_ns)
-            self._remotes[member_id] = Pipeline(
-                self._context, member_id, UrlPicker(urls), status)
+            self._remotes[member_id] = Pipeline(self._context, member_id, UrlPicker(urls), status)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -10642,16 +10362,13 @@ class Transport:
     # -- sending -----------------------------------------------------------
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or drop them: to unknown ids silently, to slow peers with a report.
-
-        Never blocks.  The messages are encoded before it returns.
-        """
+        """Send messages, or drop them: to unknown ids silently, to slow peers with a report."""
         for message in messages:
             to = message.to
             link = self._peers.get(to) or self._remotes.get(to)
             if link is None or self.drop is not None and self.drop(message):
                 continue
-            link.offer(message)
+            link.offer(message)             # encodes the message at once, and never blocks
         for peer in self._peers.values():
             peer.flush()
         self._lists.forget()
@@ -10685,20 +10402,14 @@ class Transport:
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Make a listener read only the bodies that members may send, up to the limits.
-
-        directory  for snapshots until they are complete
-        """
+        """Make a listener read only what members may send; `directory` keeps large snapshots."""
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
         listener.held_max = PEER_BODIES_BYTES_MAX
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """Return a file for a large body that begins with `first`; None: refuse it.
-
-        Only snapshots may be so large, and few at a time.
-        """
+        """Return a file for a large body if it is a snapshot and few arrive; None: refuse it."""
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
@@ -10723,10 +10434,8 @@ class Transport:
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
     def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Check and deliver a message, in steps; return the HTTP status of the outcome.
-
-        A removed member may not know it yet, and must not disturb the others.
-        """
+        """Check and deliver a message, in steps; return the HTTP status of the outcome."""
+        # A removed member may not know it yet, and must not disturb the others.
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
@@ -10816,7 +10525,6 @@ class Transport:
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
-        """Answer with an error; log `why` for the operator."""
         if why:
             self._log.error(why)
         _reply_error(request, status, text, self._headers_for(request))
@@ -10912,7 +10620,6 @@ def _posted_snapshot(
     """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
     is_framed  the form of 3.x: a length, the message, and a database, which is not kept
-
     Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:

@@ -20,10 +20,7 @@ def is_clean_path(path: str) -> bool:
 
 
 def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
+    """Remove `.`, `..`, `//` and a trailing slash from an absolute path, as Go's path.Clean."""
     if is_clean_path(path):
         return path.rstrip("/") or "/"
     parts: List[str] = []
@@ -37,10 +34,7 @@ def clean_path(path: str) -> str:
 
 
 class TlsFiles(NamedTuple):
-    """The TLS settings of one side, client or peer; "" where not given.
-
-    The files are PEM, and read again when one of them changes.
-    """
+    """The TLS settings of one side, client or peer: PEM files, read again when one changes."""
 
     cert_file: str = ""
     key_file: str = ""

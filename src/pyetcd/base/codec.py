@@ -149,7 +149,7 @@ def decode_hard_state(data: Buffer) -> HardState:
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """Data is left out when empty, as etcd 2.3 does."""
+    """Encode an entry, without the data if they are empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -237,14 +237,14 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    """Decode a raftpb.Snapshot; the fields that etcd 3.x adds are skipped."""
     values = decode_known(data, _SNAPSHOT, "Snapshot")
     metadata = values.pop("metadata", b"")
     return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
-    """The voters of a ConfState: field 1, unpacked, or packed by other writers."""
+    """Return the voters of a ConfState: field 1, unpacked, or packed by other writers."""
     voters: List[int] = []
     for number, wire_type, value in decode_fields(data):
         if number == 1 and wire_type == 0:
@@ -289,8 +289,7 @@ def encode_message(message: Message) -> bytes:
 
 def encode_message_parts(message: Message) -> List[bytes]:
     """Encode a message, with no copy of long data; the snapshot is written even when empty."""
-    head = _message_head(
-        message.type, message.to, message.sender, message.term, message.log_term)
+    head = _message_head(message.type, message.to, message.sender, message.term, message.log_term)
     parts = [b"%b\x30%b" % (head, encode_varint(message.index))]
     for entry in message.entries:
         head = encode_entry_head(entry)
@@ -348,10 +347,7 @@ def decode_message(data: Buffer) -> Message:
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Decode a message in steps of 1 ms at most, or of one entry.
-
-    Raises CodecError, also for a type that no etcd knows.
-    """
+    """Decode a message in steps of 1 ms at most, or of one entry.  Raises CodecError."""
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -391,9 +387,9 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """All fields are written, PrevExist and Refresh only when given.
+    """Encode a request: PrevExist and Refresh only when given, all other fields always.
 
-    val, prev_value  the texts encoded, in pieces, where that is known
+    val, prev_value  the UTF-8 of these texts in pieces, if already encoded
     """
     prev_exist, refresh = request.prev_exist, request.refresh
     val = [utf8(request.val)] if val is None else val
@@ -427,10 +423,7 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
-
-    target  encode_target() of it
-    """
+    """Encode a Request with a value and no option, to an encode_target(): 0.8 us instead of 2.3."""
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
         encode_varint(id), target, _SMALL[size] if size < 1_024 else encode_varint(size), value,
@@ -454,9 +447,7 @@ _REQUEST: Schema = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-_LONG_REQUEST: Schema = {
-    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
-}
+_LONG_REQUEST: Schema = {**_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
@@ -480,10 +471,10 @@ def _decode_plain_put(data: bytes) -> Optional[Request]:
 
 
 def decode_request(data: Buffer) -> Optional[Request]:
-    """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
+    """Return the command in a normal entry's data, or None for an operation of etcd 3's API.
 
-    A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.
+    A v2 command is a bare Request, or a Request nested in field 2 of InternalRaftRequest.  Field 2
+    of a bare Request is its method, in upper case.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 
 class EtcdError(Exception):
-    """An error of the keys API: code, message and HTTP status come from the class.
-
-    cause  detail of this request, or "" (then it is left out of the body)
-    index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
-
-    Source: etcd 2.3 API, errorcode.
-    """
+    """An error of the keys API: code, message and HTTP status (etcd 2.3's) come from the class."""
 
     code = 300
     message = "Raft Internal Error"
@@ -18,8 +12,8 @@ class EtcdError(Exception):
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(cause)
-        self.cause = cause
-        self.index = index
+        self.cause = cause          # detail of this request; "": left out of the body
+        self.index = index          # store index, also X-Etcd-Index; 0: the request itself is wrong
 
     def __str__(self) -> str:
         cause = f" ({self.cause})" if self.cause else ""

@@ -22,8 +22,7 @@ class RecentLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         package, text = record.name.partition(".")[2], record.getMessage()
-        self.lines.append(
-            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+        self.lines.append((record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
 
 
 RECENT_LINES = RecentLines()
@@ -62,9 +61,9 @@ _FIELDS = {                             # what is named so in front of a value i
 
 
 def _fields(record: logging.LogRecord) -> Dict[str, object]:
-    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+    """Return the fields of a line of a JSON log: `member %s` gives the field member.
 
-    Names come from our own texts, never from what is put into them.
+    The names come from our own texts, never from their arguments.
     """
     fields: Dict[str, object] = {}
     if record.args and isinstance(record.args, tuple):
@@ -93,10 +92,7 @@ def package_logger(package: str) -> logging.Logger:
 
 
 class IdGenerator:
-    """Request ids, unique per member and start: member 16 bits | unix ms 40 bits | counter 8 bits.
-
-    Source: etcd 2.3 pkg/idutil.
-    """
+    """Request ids, unique per start: member 16 bits | unix ms 40 | counter 8 (etcd 2.3 idutil)."""
 
     __slots__ = ("_high", "_low")
 

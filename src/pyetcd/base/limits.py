@@ -1,7 +1,4 @@
-"""Limits and defaults.
-
-Every limit says what happens when it is reached.
-"""
+"""Limits and defaults; the comment of a limit says what happens when it is reached."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
-                                    # above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests waiting for a leader (proxy: a member); above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -63,8 +59,7 @@ DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of 
 REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
-HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # are closed
+HELD_BYTES_MAX = 256 << 20          # unsent and unread, in all; above: the most idle are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
 OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
@@ -88,7 +83,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHERS_NOTIFIED_MAX = 400         # notified in one turn, 4 ms; the others: in the next turns
 WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files

@@ -9,7 +9,7 @@ from .text import as_unicode
 
 
 class MsgType(IntEnum):
-    """raftpb.MessageType; HUP to CHECK_QUORUM without network meaning are local."""
+    """raftpb.MessageType; LOCAL_MESSAGES never leave their member."""
 
     HUP = 0
     BEAT = 1
@@ -70,29 +70,25 @@ class HardState(NamedTuple):
 
 
 class Request(NamedTuple):
-    """etcdserverpb.Request, one command of the store.
-
-    expiration and time are unix nanoseconds (0: permanent); path begins with its namespace
-    (`/1/foo` is the user's `/foo`); prev_exist and refresh are None when not given.
-    """
+    """etcdserverpb.Request, one command of the store."""
 
     id: int = 0
     method: str = ""
-    path: str = ""
+    path: str = ""          # with its namespace: `/1/foo` is the user's `/foo`
     val: str = ""
     dir: bool = False
     prev_value: str = ""
     prev_index: int = 0
-    prev_exist: Optional[bool] = None
-    expiration: int = 0
+    prev_exist: Optional[bool] = None   # None: not given
+    expiration: int = 0     # unix nanoseconds; 0: permanent
     wait: bool = False
     since: int = 0
     recursive: bool = False
     sorted: bool = False
     quorum: bool = False
-    time: int = 0
+    time: int = 0           # unix nanoseconds
     stream: bool = False
-    refresh: Optional[bool] = None
+    refresh: Optional[bool] = None      # None: not given
 
     def as_unicode(self) -> Request:
         """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
@@ -114,12 +110,7 @@ class ConfChange(NamedTuple):
 
 
 class Entry:
-    """One log entry.
-
-    request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
-             cache is dropped
-    """
+    """One log entry."""
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
 
@@ -131,7 +122,8 @@ class Entry:
         self.term = term
         self.index = index
         self.data = data
-        self.request = request
+        self.request = request          # caches the decoded payload where the proposer knows it
+        # Caches encode_entry(), for peers and disk; b"": not known; None: on disk, dropped.
         self.encoded: Optional[bytes] = b""
 
     def __eq__(self, other: object) -> bool:
@@ -144,17 +136,13 @@ class Entry:
 
 
 class Snapshot(NamedTuple):
-    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
+    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending."""
 
-    data   after decoding perhaps a view of a file, or of the message that it came in
-    state  the decoded `data`, if known (StoreState); never encoded
-    """
-
-    data: bytes = b""
+    data: bytes = b""       # after decoding perhaps a view of a file or of the message it came in
     voters: Tuple[int, ...] = ()
     index: int = 0  # type: ignore[assignment]  # hides tuple.index
     term: int = 0
-    state: Any = None
+    state: Any = None       # the decoded `data`, if known (StoreState); never encoded
 
     @property
     def id(self) -> EntryID:

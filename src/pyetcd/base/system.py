@@ -53,7 +53,7 @@ class Poll:
 
 
 def make_poll() -> Poll:
-    """Return epoll where the system has it: that takes as long with many sockets as with few."""
+    """Return epoll where the system has it: its cost does not grow with the sockets."""
     return select.epoll() if hasattr(select, "epoll") else Poll()  # type: ignore[return-value]
 
 
@@ -71,8 +71,8 @@ def lock_file(handle: int) -> bool:
 def sync_file(handle: int) -> None:
     """Make contents and attributes of a file durable.
 
-    macOS's fsync leaves them in the drive, which forgets them without power; what its F_FULLFSYNC
-    does not work on (a network's file system) gets fsync.
+    macOS's fsync leaves them in the drive's cache, which a power cut empties.  Where F_FULLFSYNC
+    does not work (a network's file system), fsync has to do.
     """
     if hasattr(fcntl, "F_FULLFSYNC"):
         try:
@@ -88,7 +88,6 @@ sync_data: Callable[[int], None] = getattr(os, "fdatasync", sync_file)      # co
 
 
 def open_files_limit() -> int:
-    """Return how many descriptors this process may open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
@@ -100,7 +99,7 @@ def resident_bytes_max() -> int:
 
 
 def raise_files_limit() -> None:
-    """Allow as many open files as the system lets us; macOS says no limit, and takes 10,240."""
+    """Raise the limit of open files to the highest allowed; macOS reports none but takes 10,240."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for limit in (hard, 10_240):
         if limit == hard or open_files_limit() < limit:

@@ -36,14 +36,11 @@ _JSON_ESCAPES = {
     for char in ("\\", '"', *map(chr, range(0x20)), *"<>&\u2028\u2029")
 }
 _JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
-_JSON_LONG_CHARS = 200              # from this length the table is faster than the expression
+_JSON_LONG_CHARS = 200              # from here the table (0.4 ns a char) beats the expression (3)
 
 
 def is_plain_json(text: str) -> bool:
-    """True if no character of `text` has to be escaped; meant for long text.
-
-    A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
-    """
+    """True if no character of `text` has to be escaped; meant for long text."""
     if not text.isascii():
         return _JSON_UNSAFE.search(text) is None
     return b"\1" not in text.encode("ascii").translate(_JSON_MARKS)
@@ -103,7 +100,6 @@ def long_text(text: str) -> LongText:
 
 
 def text_of_long(pieces: Iterable[bytes]) -> str:
-    """Inverse of long_text()."""
     return "".join([json.loads(b'"%b"' % piece) for piece in pieces])
 
 
@@ -285,7 +281,7 @@ def split_url(url: str) -> Tuple[str, str, str]:
     """Return (scheme in lower case, authority, rest) of a URL; parts may be empty.
 
     Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
-    `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
+    `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which accepts some of
     them: a member that is added with such a URL costs a small cluster its quorum for ever.
     """
     match = _URL.fullmatch(url)

@@ -70,11 +70,9 @@ FIRST_V3_VERSION = (3, 0)
 
 
 def choose_identity(name: str, *cluster_versions: Optional[str]) -> Identity:
-    """Return the identity of -compat-version `name` for a cluster of these versions.
-
-    `auto` is 2.3 unless the cluster bears 3.0 or more: its members refuse 2.3 then.
-    """
+    """Return the identity of -compat-version `name` for a cluster of these versions."""
     if name != AUTO_IDENTITY:
         return IDENTITIES[name]
+    # 2.3, unless the cluster bears 3.0 or more: its members refuse 2.3 then.
     keys = [major_minor(version or "") or (0, 0) for version in cluster_versions]
     return IDENTITIES["3.4"] if max(keys, default=(0, 0)) >= FIRST_V3_VERSION else DEFAULT_IDENTITY

@@ -1,7 +1,4 @@
-"""Database files of etcd 3 (bbolt): read page by page, and written in one pass.
-
-Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
-"""
+"""Database files of etcd 3, read and written.  Source: bbolt's page.go, bucket.go, node.go."""
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ class BoltReader:
     """
 
     def __init__(self, path: str, file: Optional[IO[bytes]] = None, start: int = 0) -> None:
-        """Read `file` from `start` on, if it is given, and name it `path` in errors."""
+        """Read `file`, if given, from `start` on; `path` names it in errors."""
         self.path = path
         self._file = file or open(path, "rb")
         self._start = start
@@ -246,7 +243,7 @@ class _BoltWriter:
 
 
 def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
-    """Yield the items of one page after the other; one empty page if there are none."""
+    """Yield the items of each page in turn; one empty page if there are none."""
     chunk: List[Tuple[bytes, bytes]] = []
     size = _PAGE_HEAD.size
     for key, value in items:
@@ -275,7 +272,7 @@ def _page_of(
     number: int, kind: int, element: struct.Struct,
     rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
 ) -> bytes:
-    """Return a page with the numbers of each element before and behind its position, its data."""
+    """Return a page; a row is an element's numbers before and behind its position, and its data."""
     table: List[bytes] = []
     at = len(rows) * element.size       # from the place of the present element
     for before, behind, data in rows:

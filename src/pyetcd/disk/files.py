@@ -107,7 +107,7 @@ def disk_full_as_error(
     path: str, undo: Callable[[], None] = _nothing,
     codes: Tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
-    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
+    """Turn a full disk or a lack of descriptors into DiskFull, after undo(), for a later retry.
 
     Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
     """

@@ -53,10 +53,7 @@ class Snapshotter:
         self.before_write: Callable[[int], object] = lambda raft_index: None    # of each file
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot durably.  Its WAL record must be durable before.
-
-        Raises DiskFull, leaving nothing, and OSError.
-        """
+        """Write a snapshot durably, after its WAL record is durable.  Raises DiskFull, OSError."""
         self.write(SnapshotFile.of(snapshot))
 
     def write(self, file: SnapshotFile) -> None:
@@ -104,9 +101,8 @@ class Snapshotter:
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
         """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
-        Its record was durable before its file was begun, so the end of the log is lost, and with
-        it votes and entries that other members count on.  Differs from etcd, which starts in the
-        past.
+        Its record was durable before its file was begun: the end of the log is lost, with votes
+        and entries that others count on.  Differs from etcd, which starts in the past.
         """
         newest = max((snapshot_id.index for snapshot_id in known), default=-1)
         for name in reversed(self.disk.listdir(self.directory)):
@@ -154,12 +150,10 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
     return decode_snapshot(data)
 
 
-def purge_files(
-    directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
-) -> List[str]:
+def purge_files(directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK) -> List[str]:
     """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
+    Temporary files of a crash go too.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -267,14 +261,11 @@ def check_writable(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
-
-    The log moves last: as long as it is at the top, the next start continues after a crash.
-    """
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member."""
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
         return
-    for name in ("snap", "wal"):
+    for name in ("snap", "wal"):        # the log last: a restart resumes while it is at the top
         path = os.path.join(paths.root, name)
         target = os.path.join(paths.member, name)
         if os.path.isdir(path) and not (os.path.isdir(target) and os.listdir(target)):

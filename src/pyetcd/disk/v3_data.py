@@ -15,11 +15,11 @@ _MARK = "v3-data"                   # file in the member directory
 
 
 class V3Mark:
-    """Whether the cluster holds v3 data: then this member must not pass its empty database on.
+    """Notes whether the cluster holds v3 data: then this member must send no empty database.
 
-    A file remembers it, since the entries that wrote the data are compacted in time.
+    A file keeps the note, since the entries that wrote the data are compacted in time.
 
-    member_dir  with the file, and with snap/db; "": remember it in memory only
+    member_dir  has the file, and snap/db; "": note it in memory only
     """
 
     def __init__(self, member_dir: str = "") -> None:
@@ -47,10 +47,7 @@ class V3Mark:
                 log.error("cannot write %s: %s", self.path, error)
 
     def write_database(self, raft_index: int) -> None:
-        """Write the database with which etcd 3 starts on a snapshot up to raft_index.
-
-        Thread: any.
-        """
+        """Write the database with which etcd 3 starts on a snapshot to raft_index.  Thread: any."""
         if self.database and not self.is_set:
             try:
                 _write_file(self.database, empty_database(raft_index))
@@ -82,11 +79,9 @@ def empty_database(raft_index: int) -> bytes:
 
 
 def holds_v3_data(database: IO[bytes]) -> bool:
-    """Return whether a database of etcd 3 holds keys or users.
+    """Return whether a database of etcd 3 holds keys or users: True if damaged, False if empty.
 
     database  a file at the start of the database; it is closed
-
-    A damaged one counts as one that does; none at all holds nothing.
     """
     with database:
         start = database.tell()

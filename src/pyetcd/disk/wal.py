@@ -121,7 +121,7 @@ class Wal:
         cleanup.callback(cls._unlock, directory, held, disk)
         for name in names:
             path = os.path.join(directory, name)
-            # To close a descriptor frees the lock of a member in this process: do not open one.
+            # Closing a descriptor would free the lock of a member in this process: open none.
             handle = None if disk.is_locked(path) else disk.open_append(path)
             if handle is None or not _lock_or_close(disk, path, handle):
                 raise FileLocked(
@@ -133,7 +133,7 @@ class Wal:
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, even if the close of one of them fails."""
+        """Free each of the files, even if closing one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -145,13 +145,11 @@ class Wal:
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots in the log; only their files may be used.
-
-        Reads frames without their checksums, which open() checks.  Raises FileLocked.
-        """
+        """Return the snapshots in the log; only their files may be used.  Raises FileLocked."""
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         with contextlib.ExitStack() as cleanup:
             held = Wal._lock(directory, names, disk, cleanup)
+            # Without the checksums, which open() checks.
             return [id for _, handle in held for id, _ in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
@@ -215,7 +213,7 @@ class Wal:
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
+        """Return whether the next batch begins a new segment, as it does after most snapshots.
 
         A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
@@ -233,10 +231,7 @@ class Wal:
     # -- wal thread's side -------------------------------------------------
 
     def write(self, *data: bytes, sync: bool) -> None:
-        """Append to the newest segment.
-
-        Raises DiskFull, then try again later, or OSError, then never write again.
-        """
+        """Append to the last segment.  Raises DiskFull: retry later; OSError: never write again."""
         name, handle = self._held[-1]
         try:
             self._disk.write(handle, *data)
@@ -249,10 +244,7 @@ class Wal:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the current segment and begin the next, which gets its name when it is durable.
-
-        Raises as write() does.
-        """
+        """Sync the current segment, begin the next, name it once durable.  Raises like write()."""
         disk, directory = self._disk, self.directory
         if self._held:
             disk.fsync(self._held[-1][1])
@@ -283,7 +275,7 @@ class Wal:
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; has no effect a second time."""
+        """Release all files; a second call has no effect."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
@@ -353,7 +345,6 @@ class _WalReader:
         return decoder.end
 
     def contents_so_far(self) -> WalContents:
-        """Return what was read before the damage."""
         return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:

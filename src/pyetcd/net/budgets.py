@@ -11,10 +11,7 @@ from .workers import ThrottledLog
 
 
 class SlicedWork:
-    """Long work in steps: TURN_S of each turn in all, shared by round robin.
-
-    Short work is done at once.  Thread: reactor.
-    """
+    """Long work in steps: TURN_S of each turn in all, by round robin.  Thread: reactor."""
 
     TURN_S = 0.005
 
@@ -60,10 +57,10 @@ class BufferOwner(Protocol):
 class BufferBudget:
     """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Connections may share buffers, and a shared one counts once, so only a walk over all of them
-    finds the sum.  A walk begins when the connections have received as many bytes as there was
-    room for after the last.  Above the limit it closes those with the longest time since their
-    last progress.  Thread: reactor.
+    Connections may share buffers, which count once, so only a walk over all connections finds the
+    sum.  A walk begins when the connections have received as many bytes as there was room for
+    after the last.  Above the limit it closes those with the longest time since their last
+    progress.  Thread: reactor.
     """
 
     TURN_PIECES = 10_000                # of a walk in one turn: 3 ms

@@ -101,10 +101,7 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """Return the SRV records of a DNS message; [] for a name that does not exist.
-
-    Raises OSError, IndexError or struct.error.
-    """
+    """Return the SRV records; [] for an unknown name.  Raises OSError, IndexError, struct.error."""
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
     if code not in (0, 3):              # 3: the name does not exist

@@ -60,7 +60,6 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -196,7 +195,6 @@ class HttpCall:
             self._watch()
 
     def _flush(self) -> None:
-        """Send the rest of the request, as much as the socket takes."""
         if self._sock is None:          # timed out meanwhile
             return
         try:
@@ -212,7 +210,6 @@ class HttpCall:
         self._watch()
 
     def _watch(self) -> None:
-        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:

@@ -46,33 +46,26 @@ DRAIN_SECONDS = 2.0                 # until a client has closed its end too; abo
 
 
 class Service:
-    """The handler, the limits and the state that the connections of a listener share.
-
-    handler     gets every complete request
-    body_max    bytes of a body; a longer one arrives as body_too_large
-    body_limit  (head) -> its own limit, body_max by default
-    memory_max  bytes of a body in memory; a longer one goes to the file that
-                open_spool(first bytes) returns, and is too large without one
-    held_max    bytes of all incomplete bodies in memory
-    patient     the connections are of clients, which share a part of each turn; members never
-                wait for them
-    """
+    """The handler, the limits and the state that the connections of a listener share."""
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
         budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
-        self.handler = handler
-        self.body_max = body_max
+        self.handler = handler          # gets every complete request
+        self.body_max = body_max        # bytes of a body; a longer one arrives as body_too_large
         self.tls = tls
         self.budget = budget or BufferBudget(reactor)
+        # Connections of clients, which share a part of each turn; members never wait for them.
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
-        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
+        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max     # by its head
+        # Bytes of a body in memory; a longer one goes to the file that open_spool(first bytes)
+        # returns, and is too large without one.
         self.memory_max: float = math.inf
         self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
-        self.held_max: float = math.inf
+        self.held_max: float = math.inf     # bytes of all incomplete bodies in memory
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
@@ -105,7 +98,7 @@ class Service:
             request.reply(500, b'{"message":"Internal Server Error"}')
 
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
-        """Note the start of an incomplete request.  begun: it is another than before."""
+        """Note the start of an incomplete request.  begun: a new one has begun."""
         if not partial:
             self.partial.pop(connection, None)
         elif begun or connection not in self.partial:
@@ -119,7 +112,6 @@ class Service:
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
-        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
         self.partial.pop(connection, None)
         self.unread.pop(connection, None)
@@ -376,7 +368,6 @@ class Connection:
         return True
 
     def _join(self) -> bytes:
-        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
@@ -434,11 +425,8 @@ class Connection:
             self._service.flush_soon(self.flush)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close.
-
-        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
-        """
-        if self.closed or not self.busy:
+        """Queue the end of a reply and go on with the next request, or close."""
+        if self.closed or not self.busy:    # not busy: dispatch() replied for a failed handler
             return
         self.busy = self.streaming = False
         self.on_close = self.on_drain = None
@@ -494,8 +482,7 @@ class Connection:
             on_drain()
 
     def _send_many(self) -> int:
-        """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
-        256 KB take 40 us less."""
+        """Send in one call, large pieces uncopied (256 KB: 40 us less); return the bytes taken."""
         out = self._out
         # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
         if self._service.tls is not None:

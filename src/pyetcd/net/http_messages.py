@@ -29,10 +29,7 @@ class Http2Preface(BadRequest):
 
 
 class HttpHead:
-    """The parsed request line and headers, shared by all requests with the same head bytes.
-
-    `parsed` holds the parameters that a handler has derived from them.
-    """
+    """The parsed request line and headers, shared by all requests with the same head bytes."""
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -56,7 +53,7 @@ class HttpHead:
         self.expects = headers.get("expect", "").lower() == "100-continue"
         self.is_simple = not (self.chunked or self.expects) and self.body_size < 1 << 16
         self.takes_raw = self.keep_alive and minor == 1 and method != "HEAD"
-        self.parsed: Any = None
+        self.parsed: Any = None         # parameters that a handler has derived from them
 
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
@@ -206,10 +203,7 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Return (status, headers) of the head of an answer, without its final empty line.
-
-    Raises BadRequest.
-    """
+    """Return (status, headers) of an answer's head without its empty line.  Raises BadRequest."""
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -230,17 +224,14 @@ class ChunkedDecoder:
     __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = False               # the last chunk and the trailers are read
         self.chunks = 0                 # begun so far
         self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the next bytes of the body.  Raises BadRequest.
-
-        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
-        """
+        """Return the next bytes of the body.  Raises BadRequest."""
         buffer, body, at = self.rest, [], 0
         if not buffer and not self._left and self._trailers is None:
             line = _CHUNK_SIZE.match(data, 0, _CHUNK_SIZE_BYTES_MAX)
@@ -289,7 +280,6 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check the trailers and drop them."""
         found = finder.find(self.rest)
         if found is None:
             return
@@ -314,10 +304,7 @@ class StreamParser:
         self._partial = bytearray()     # received, but less than _need
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Yield the items up to the end of `data`; exhaust it before the next data.
-
-        Raises what the parser does; then the stream is lost.
-        """
+        """Yield the items in `data`; exhaust it before more data.  A parser's error is final."""
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:

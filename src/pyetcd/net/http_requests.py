@@ -155,15 +155,12 @@ class StreamReply:
         return True
 
     def end(self, last: Sequence[bytes] = ()) -> None:
-        """Finish the body, with the pieces of a last chunk; the connection serves the next request.
-
-        A short chunk and the end are one piece, for one `send`.
-        """
+        """Finish the body, with the pieces of a last chunk, and go on with the next request."""
         if self.closed:
             return
         size, end = sum(map(len, last)), b"0\r\n\r\n" if self._chunked else b""
         if last and self._chunked and size < OUTPUT_SHARED_BYTES_MIN:
-            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))
+            end = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"".join(last))     # one piece, for one send
         elif last:
             self.write(last[0], last[1:])
         self.closed = True

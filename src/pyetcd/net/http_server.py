@@ -34,7 +34,7 @@ from .workers import ThrottledLog, Timer
 
 
 class PendingConnection:
-    """An accepted connection until its TLS handshake is done, which may take its time."""
+    """An accepted connection until its TLS handshake is done."""
 
     def __init__(
         self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
@@ -53,7 +53,7 @@ class PendingConnection:
         self._sock.close()
 
     def _detach(self) -> None:
-        """Leave the socket to others."""
+        """Stop watching the socket."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
@@ -161,12 +161,10 @@ class Listener(Service, http.server.HTTPServer):
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self.reactor.register(
-            self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
+        self.reactor.register(self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
         self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def stop(self) -> None:
-        """Close the listening socket and every connection."""
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
@@ -228,9 +226,7 @@ class Listener(Service, http.server.HTTPServer):
     def log_refusal(self, remote: str, why: str) -> None:
         """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._log.error(
-            f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
-        )
+        self._log.error(f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}")
 
     def _pause(self, error: OSError) -> None:
         """Accept again in a second if the system has no descriptor left."""

@@ -26,7 +26,7 @@ CLOCK_STRIDE = 4                    # callbacks of clients between two looks at 
 Pollable = Union[socket.socket, IO[bytes]]      # a socket or a pipe
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
 _EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
-# What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
+# epoll's masks as EVENT_READ and EVENT_WRITE; errors and hang-ups count as both.
 _READY = tuple(
     (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
     for mask in range(2 * _INVALID)
@@ -84,16 +84,12 @@ class Reactor:
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
-        """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._schedule(delay_s, timer)
         return timer
 
     def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
-        """Call once per period_s, first after one period, until the Timer is cancelled.
-
-        A late call delays all later ones: calls missed in a stall are dropped.
-        """
+        """Call every period_s, first after one, until cancelled; a stall drops missed calls."""
         def call() -> None:
             self._schedule(period_s, timer)
             callback()
@@ -134,13 +130,10 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
-
-        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
-        """
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled."""
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
-        if waiters is not None:
+        if waiters is not None:         # share the thread, which a name server may keep waiting
             waiters[:] = [other for other in waiters if other.callback is not None]
             waiters.append(waiter)
             return waiter
@@ -174,7 +167,6 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: Pollable, events: int, callback: Callable[[int], None]) -> None:
-        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -182,7 +174,6 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: Pollable) -> None:
-        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -198,7 +189,6 @@ class Reactor:
         self._client_calls.append((callback, args))
 
     def run(self) -> None:
-        """Turn until stop()."""
         self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
@@ -215,7 +205,7 @@ class Reactor:
 
     @property
     def is_quiet(self) -> bool:
-        """True if this turn has served one socket at most, and nobody waits for its end."""
+        """True if this turn has served at most one socket, and nothing waits for its end."""
         return self.ready_sockets < 2 and not (
             self._flushes or self._client_flushes or self._posted or self._client_calls
             or self._late
@@ -246,8 +236,8 @@ class Reactor:
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
         """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
-        To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
-        for its next request: GETs on one connection are answered at 1.8 times the rate.
+        Falling asleep and waking takes 50 us, about as long as a client on this machine takes for
+        its next request: awake, GETs on one connection are answered at 1.8 times the rate.
         """
         poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:

@@ -200,10 +200,7 @@ def check_readable(path: str) -> None:
 
 
 def load_pem(path: str, load: Callable[[], object], kind: str = "x509") -> None:
-    """Run load(), which reads the PEM file `path`.  Raises StartError.
-
-    kind  the command of openssl that shows such a file
-    """
+    """Run load(), which reads PEM file `path`; `openssl {kind}` shows it.  Raises StartError."""
     check_readable(path)
     try:
         load()

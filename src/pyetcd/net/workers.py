@@ -84,10 +84,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 
 
 class Workers:
-    """The threads for one kind of calls that block.
-
-    They are daemons: a hanging call ends with the process.  Thread: reactor.
-    """
+    """Daemon threads for one kind of blocking calls, which may hang.  Thread: reactor."""
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
         self._kind = kind

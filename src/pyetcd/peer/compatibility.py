@@ -76,16 +76,13 @@ class UrlPicker:
         self.update(urls)
 
     def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first in order.
-
-        Invalid ones are left out: the log of a Go member may hold a port of 99999.
-        """
+        """Replace the URLs, and begin with the first in order."""
         self.urls: List[str] = []               # sorted
         self._picked = 0
         for url in sorted(urls):
             try:
                 self.urls.append(check_url(url))
-            except ValueError as error:
+            except ValueError as error:         # the log of a Go member may hold a port of 99999
                 package_logger("rafthttp").error("ignored a peer URL: %s", error)
         if not self.urls:
             self.urls.append("http://127.0.0.1:0")      # every dial fails
@@ -94,7 +91,6 @@ class UrlPicker:
         return self.urls[self._picked]
 
     def failed(self, url: str) -> None:
-        """Go on to the next URL if `url` is in use."""
         if url == self.urls[self._picked]:
             self._picked = (self._picked + 1) % len(self.urls)
 

@@ -1,7 +1,4 @@
-"""Peer frames: messages as bytes on a stream.
-
-The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
-"""
+"""Peer frames: messages as bytes on a stream; invalid or too long ones raise CodecError."""
 
 from __future__ import annotations
 
@@ -29,13 +26,10 @@ _pack_u64 = _U64.pack
 
 
 class EntryListEncoder:
-    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
-
-    The result for the last list is cached: a leader sends one list to all of its followers.
-    """
+    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes."""
 
     def __init__(self) -> None:
-        self._entries: Sequence[Entry] = ()
+        self._entries: Sequence[Entry] = ()     # the last list: a leader sends it to all followers
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
@@ -71,10 +65,7 @@ class MessageEncoder:
 
 
 class AppV2Encoder:
-    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
-
-    Source: etcd 2.3 rafthttp/msgappv2.go.
-    """
+    """Frames of msgappv2 (etcd 2.3 rafthttp/msgappv2.go), short if they continue the last one."""
 
     heartbeat = b"\0"
 

@@ -41,10 +41,7 @@ _PIPELINE = "pipeline"              # its name in the log and in statistics
 
 
 class PeerPost:
-    """One message on its way by POST.
-
-    database  of a snapshot in the form of 3.x: a length, the message, the database; None: /raft
-    """
+    """A message on its way by POST: to /raft, or with a database to /raft/snapshot (3.x's form)."""
 
     def __init__(self, message: Message, database: Optional[bytes]) -> None:
         self.message = message
@@ -61,7 +58,7 @@ class PeerPost:
 
 
 class Pipeline:
-    """Messages to a member by POST: of a peer without streams, and all snapshots."""
+    """Messages to a member by POST: those to a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
@@ -85,10 +82,7 @@ class Pipeline:
         self._send_waiting()
 
     def _database_for(self, message: Message) -> Optional[bytes]:
-        """Return the database that a member of 3.x needs beside a snapshot; it exits without one.
-
-        2.3 takes a snapshot in both forms.
-        """
+        """Return the database without which 3.x exits on a snapshot; 2.3 takes both forms."""
         version = self._status.version or self._context.identity.server
         if message.snapshot is None or (major_minor(version) or (0, 0)) < FIRST_V3_VERSION:
             return None
@@ -156,10 +150,7 @@ class Pipeline:
 
 
 class Prober:
-    """Asks a peer for its time every 4 s, and warns every 30 s if something is wrong.
-
-    Source: etcd 2.3 rafthttp/probing_status.go.
-    """
+    """Asks for a peer's time every 4 s (etcd 2.3 probing_status.go); warns every 30 s at most."""
 
     def __init__(self, context: LinkContext, member_id: int, picker: UrlPicker) -> None:
         self._context = context
@@ -253,7 +244,6 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 

@@ -1,4 +1,4 @@
-"""The streams between two members: the one that this member dials and the one that it answers.
+"""The streams between two members: one that this member dials, one that it answers.
 
 A link may lose, repeat and reorder messages: Raft tolerates it.
 """
@@ -95,7 +95,6 @@ class StreamReader:
             self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
 
     def stop(self) -> None:
-        """Close the stream and dial no more."""
         self._retry.cancel()
         if self._call is not None:
             self._call.cancel()

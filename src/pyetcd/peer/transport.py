@@ -130,8 +130,7 @@ class Transport:
             self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
             status = PeerStatus(member_id, self._context.reactor.wall_ns)
-            self._remotes[member_id] = Pipeline(
-                self._context, member_id, UrlPicker(urls), status)
+            self._remotes[member_id] = Pipeline(self._context, member_id, UrlPicker(urls), status)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
@@ -171,16 +170,13 @@ class Transport:
     # -- sending -----------------------------------------------------------
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or drop them: to unknown ids silently, to slow peers with a report.
-
-        Never blocks.  The messages are encoded before it returns.
-        """
+        """Send messages, or drop them: to unknown ids silently, to slow peers with a report."""
         for message in messages:
             to = message.to
             link = self._peers.get(to) or self._remotes.get(to)
             if link is None or self.drop is not None and self.drop(message):
                 continue
-            link.offer(message)
+            link.offer(message)             # encodes the message at once, and never blocks
         for peer in self._peers.values():
             peer.flush()
         self._lists.forget()
@@ -214,20 +210,14 @@ class Transport:
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Make a listener read only the bodies that members may send, up to the limits.
-
-        directory  for snapshots until they are complete
-        """
+        """Make a listener read only what members may send; `directory` keeps large snapshots."""
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
         listener.held_max = PEER_BODIES_BYTES_MAX
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """Return a file for a large body that begins with `first`; None: refuse it.
-
-        Only snapshots may be so large, and few at a time.
-        """
+        """Return a file for a large body if it is a snapshot and few arrive; None: refuse it."""
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
@@ -252,10 +242,8 @@ class Transport:
         return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
     def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Check and deliver a message, in steps; return the HTTP status of the outcome.
-
-        A removed member may not know it yet, and must not disturb the others.
-        """
+        """Check and deliver a message, in steps; return the HTTP status of the outcome."""
+        # A removed member may not know it yet, and must not disturb the others.
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
@@ -345,7 +333,6 @@ class Transport:
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
     def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
-        """Answer with an error; log `why` for the operator."""
         if why:
             self._log.error(why)
         _reply_error(request, status, text, self._headers_for(request))
@@ -441,7 +428,6 @@ def _posted_snapshot(
     """Return the MsgSnap in a POST, with its store state, and whether it comes with v3 data.
 
     is_framed  the form of 3.x: a length, the message, and a database, which is not kept
-
     Raises CodecError, OSError.
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:

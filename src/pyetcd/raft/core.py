@@ -29,10 +29,7 @@ class RaftRole(IntEnum):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
-
-    Messages gather in `mail` until RawNode.ready() takes them.
-    """
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member."""
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
                  voters: Sequence[int]) -> None:
@@ -53,7 +50,7 @@ class Raft:
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
-        self.mail = Mailbox(config.id, config.max_entries_bytes)
+        self.mail = Mailbox(config.id, config.max_entries_bytes)    # until RawNode.ready()
         self.replication = Replication(config, log, self.mail)
         self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
@@ -76,7 +73,7 @@ class Raft:
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
+        """Apply a committed change of the voters; node_id 0: refused, no longer pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -129,7 +126,7 @@ class Raft:
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -141,9 +138,6 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, and append an empty entry of the own term: only by counting entries of
-        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
-        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -153,6 +147,8 @@ class Raft:
         # A second change before the first is applied could form two disjoint majorities (§4.1).
         self.pending_conf_index = max(log.conf_changes(log.last_index + 1), default=0)
         self.config.trace(f"{self.id:x} became leader at term {self.term}")
+        # Only by counting entries of its own term may a leader commit older ones (§5.4.2), and a
+        # client's entry may be long in coming.
         self._append_own([Entry()])
 
     # -- time ----------------------------------------------------------------
@@ -188,11 +184,8 @@ class Raft:
     # -- elections -----------------------------------------------------------
 
     def _campaign(self, context: Optional[bytes]) -> None:
-        """Start an election, unless this member may not lead.
-
-        A committed conf change that is not applied yet forbids it: an election by the voters of
-        two changes before could give the term a second leader.
-        """
+        # While a conf change is committed but not applied, the voters of two changes before could
+        # elect a second leader of the term.
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
@@ -209,7 +202,6 @@ class Raft:
             self._become_leader()
 
     def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
         last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
@@ -250,10 +242,8 @@ class Raft:
             self.become_follower(self.term, 0)
 
     def _vote(self, message: Message) -> None:
-        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1).
-
-        A candidate and a leader have voted for themselves, so the rule is the same for all.
-        """
+        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1)."""
+        # A candidate and a leader have voted for themselves, so the rule is the same for all.
         candidate = EntryID(message.log_term, message.index)
         free = self.vote == message.sender or (not self.vote and not self.lead)
         granted = free and self.log.is_up_to_date(candidate)
@@ -269,10 +259,9 @@ class Raft:
         self.mail.hold(MsgType.VOTE_RESP, message.sender, reject=not granted)
 
     def _pre_vote(self, message: Message) -> None:
-        """Tell a 3.x member whether an election makes sense; promises and changes nothing.
+        """Tell a 3.x member if an election makes sense: not while a leader is heard (thesis §9.6).
 
-        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
-        request.
+        Promises and changes nothing.  A grant carries the term of the request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -286,10 +275,7 @@ class Raft:
     # -- messages ------------------------------------------------------------
 
     def step(self, message: Message) -> None:
-        """Handle one message; term 0 marks local ones and proposals.
-
-        Raises ProposalDropped for a MsgProp that cannot be handled here.
-        """
+        """Handle a message; term 0: local or a proposal, for which it may raise ProposalDropped."""
         kind = message.type
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
@@ -325,8 +311,7 @@ class Raft:
     # -- proposals -----------------------------------------------------------
 
     def _forward_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to the sender: two members that take each other
-        for the leader would send it to and fro."""
+        # Never back to the sender: two members that take each other for the leader would loop.
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
@@ -376,8 +361,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Begin a read round.  Not before the first commit of its term, as until then a leader may
-        not know the newest commit index (thesis §6.4)."""
+        # Before the first commit of its term a leader may not know the newest commit index
+        # (thesis §6.4): it drops the request.
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -397,7 +382,7 @@ class Raft:
             self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
+        """Leader: count this member for the entries that are now durable (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
@@ -470,7 +455,6 @@ class Raft:
         )
 
     def _yield_to_leader(self, message: Message) -> None:
-        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 

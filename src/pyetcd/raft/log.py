@@ -40,7 +40,7 @@ class RaftLog:
         self, offset: EntryID = _NOWHERE, entries: Sequence[Entry] = (), *,
         commit: int = 0, applied: int = 0,
     ) -> None:
-        """All of `entries` is durable.  Raises InvariantError if the indexes do not fit."""
+        """Begin with durable `entries`.  Raises InvariantError if the indexes do not fit."""
         self.offset = self.commit = self.stable = self._handed = self.last_index = offset.index
         self._offset_term = offset.term
         self._entries: List[Entry] = []
@@ -67,10 +67,7 @@ class RaftLog:
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
-        """Return the term of the entry at `index`, 0 above the last.
-
-        Raises InvariantError below the snapshot point.
-        """
+        """Return the term at `index`, 0 above the last.  Raises InvariantError below `offset`."""
         position = index - self.offset
         if position > len(self._entries):
             return 0
@@ -81,12 +78,12 @@ class RaftLog:
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; False above the last and when compacted."""
+        """Return whether our log holds that entry; False above the last and when compacted."""
         is_held = self.offset <= entry_id.index <= self.last_index
         return is_held and self.term(entry_id.index) == entry_id.term
 
     def is_up_to_date(self, last_id: EntryID) -> bool:
-        """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
+        """Return whether a log ending at `last_id` is at least as complete as ours (§5.4.1)."""
         return last_id >= self.last_id
 
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
@@ -189,17 +186,13 @@ class RaftLog:
         self.applied = index
 
     def committed(self, max_entries: int) -> List[Entry]:
-        """Return entries that are committed and durable and not applied, the oldest first."""
         if self.applied < self.offset:
             return []               # the state machine must take the snapshot first
         high = min(self.commit, self.stable, self.applied + max_entries)
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`, unless it is there or further.
-
-        Raises InvariantError if that entry is not applied and durable.
-        """
+        """Move the snapshot point up to `index`; InvariantError if not applied and durable."""
         if index <= self.offset:
             return
         if index > min(self.applied, self.stable):
@@ -209,7 +202,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot, which the next hand_out() returns."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = self.last_index = snapshot.index

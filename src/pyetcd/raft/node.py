@@ -99,7 +99,7 @@ class RawNode:
             self.raft.tick()
 
     def advance_ticks(self, count: int) -> None:
-        """Shorten the first wait at start-up: ticks that pass without an election."""
+        """Count ticks that pass without an election, to shorten the first wait after a start."""
         self.raft.election_elapsed += count
 
     def campaign(self) -> None:
@@ -135,7 +135,7 @@ class RawNode:
     def protocol_violation(self, message: Message) -> str:
         """Return the reason why no healthy member sends this message to us, or "".
 
-        A message without one leaves a log that can be read, and a next term that can be written.
+        A message that passes leaves a log that can be read and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -164,8 +164,8 @@ class RawNode:
         """Propose all of `entries` for member `sender` (0: this one).
 
         A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
-        without a leader, after the own removal, or while too much is uncommitted.  Without an
-        exception an entry may be lost all the same.
+        without a leader, after this member's removal, or while too much is uncommitted.  Even
+        without an exception an entry may be lost.
         """
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
@@ -176,8 +176,9 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
-        voters.  To be called once for each such entry before applied_to() passes it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return voters.
+
+        Call it once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters

@@ -19,22 +19,17 @@ from .progress import Mailbox, Progress, ProgressState, quorum_size
 
 
 class RaftConfig(NamedTuple):
-    """The settings of a Raft, and its ways to the outside.
-
-    rng    anything with randrange(n), e.g. a seeded random.Random
-    trace  receives the lines that etcd's raft package logs at info level
-    defer_commit  a new commit index alone makes no message before broadcast_commit()
-    """
+    """The settings of a Raft, and its ways to the outside."""
 
     id: int
-    rng: Any
-    trace: Callable[[str], None]
+    rng: Any                            # with randrange(n), e.g. a seeded random.Random
+    trace: Callable[[str], None]        # gets the lines that etcd's raft package logs at info level
     election_ticks: int = 10
     heartbeat_ticks: int = 1
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    defer_commit: bool = False
+    defer_commit: bool = False          # a new commit alone is sent only by broadcast_commit()
 
 
 class Replication:
@@ -84,18 +79,17 @@ class Replication:
         self._broadcast_due = self.is_due = True
 
     def note_proposer(self, member: int) -> None:
-        """The last entries come from a member's clients, which wait until it knows the commit."""
+        """Note that the last entries come from clients of `member`, which wait for the commit."""
         if member in self.progress:
             self.progress[member].proposed_index = self._log.last_index
 
     def mark_commit_due(self, index: int, *, at_once: bool) -> None:
         """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The other followers hear of it with the next entries, mostly within a millisecond: where
-        writes come one by one, half of all messages would carry nothing but a commit index.
+        The other followers learn it from the next entries, mostly within 1 ms: where writes come
+        one by one, half of all messages would carry only a commit index.
 
-        at_once  send it to all: voters change, and a member that leaves must hear of it while it
-                 gets messages
+        at_once  to all: voters change, and a removed member must learn it while it gets messages
         """
         if at_once or not self._config.defer_commit:
             self.mark_all_due()
@@ -119,9 +113,7 @@ class Replication:
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
 
-    def _send_append(
-        self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]
-    ) -> None:
+    def _send_append(self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]) -> None:
         log, following = self._log, progress.next_index
         if following <= log.offset:
             self._send_snapshot(peer, progress)
@@ -150,10 +142,7 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and resume paused probes.
-
-        context  comes back with the answers (PendingReads)
-        """
+        """Keep followers from campaigning, and resume probes; answers return `context`."""
         for peer, progress in self.progress.items():
             if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
@@ -162,7 +151,7 @@ class Replication:
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """Go back and try again: the entry before our MsgApp did not match."""
+        """Step back and retry: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
@@ -205,7 +194,7 @@ class Replication:
                 progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely (ok), or failed."""
+        """Note that the snapshot to `peer` was sent completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
@@ -249,7 +238,7 @@ class PendingReads:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        """Leader: count the answer of `voter` to a heartbeat sent after the round began."""
         confirmed = self._rounds.get(context)
         if confirmed is None:
             return

@@ -27,15 +27,7 @@ _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file.  Immutable: every write replaces it as a whole.
-
-    value           the text; None only in the node of a delete or expire event
-    created_index,
-    modified_index  store indexes
-    expires_ns      unix nanoseconds; 0: permanent
-
-    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
-    """
+    """A file, without its path.  Immutable: every write replaces it.  64 bytes on CPython 3.11."""
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
     children: Optional[Dict[str, None]] = None
@@ -43,10 +35,10 @@ class Node:
     def __init__(
         self, value: Optional[str], created_index: int, modified_index: int, expires_ns: int
     ) -> None:
-        self.value = value
-        self.created_index = created_index
+        self.value = value                      # None only in a delete or expire event
+        self.created_index = created_index      # store indexes
         self.modified_index = modified_index
-        self.expires_ns = expires_ns
+        self.expires_ns = expires_ns            # unix; 0: permanent
 
     def ttl_s(self, now_ns: int) -> int:
         """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
@@ -54,9 +46,7 @@ class Node:
 
 
 class LongNode(Node):
-    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
-    the encoding takes up to 60 ns a character.
-    """
+    """A file with a long value, kept as JSON for answers: encoding takes up to 60 ns a char."""
 
     __slots__ = ("json",)
 
@@ -161,18 +151,7 @@ def _node_json(key: str, node: Node, ttl_s: int) -> str:
 
 
 class Event:
-    """The effect of one operation on one key.  Immutable.
-
-    action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
-    key       full internal path
-    node      as the operation left it (deleted: without value)
-    prev      as it was before, or None
-    index     store index of the change; for a get, the current one
-    ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
-    refresh   True: kept in the history, without a notification of watchers
-    Source: etcd 2.3 store/event.go.
-    """
+    """The effect of one operation on one key.  Immutable.  Source: etcd 2.3 store/event.go."""
 
     __slots__ = (
         "action", "key", "node", "prev", "index", "ttl_s", "prev_ttl_s", "refresh", "_json"
@@ -182,14 +161,16 @@ class Event:
         self, action: str, key: str, node: Node, prev: Optional[Node], index: int, now_ns: int,
         refresh: bool = False, encoded: Optional[Sequence[bytes]] = None,
     ) -> None:
+        # get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
         self.action = action
-        self.key = key
-        self.node = node
-        self.prev = prev
-        self.index = index
+        self.key = key                  # full internal path
+        self.node = node                # as the operation left it (deleted: without value)
+        self.prev = prev                # as it was before, or None
+        self.index = index              # store index of the change; for a get, the current one
+        # Seconds left of both when it happened; 0: permanent or expired.
         self.ttl_s = node.ttl_s(now_ns) if node.expires_ns else 0
         self.prev_ttl_s = prev.ttl_s(now_ns) if prev is not None and prev.expires_ns else 0
-        self.refresh = refresh
+        self.refresh = refresh          # True: kept in the history, but no watcher is notified
         self._json = encoded
 
     @property
@@ -202,10 +183,7 @@ class Event:
         return LongNode in (self.node.__class__, self.prev.__class__)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line for clients, ending in a newline: encoded once, shared by all.
-
-        The keys are without the namespace (`/1`).
-        """
+        """Return the line for clients and its newline, keys without `/1`; encoded once for all."""
         if self._json is None:
             if self._is_long:
                 self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))

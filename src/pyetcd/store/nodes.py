@@ -55,11 +55,7 @@ class NodeTree:
             self._detached or self._expiring_ns or self._replaced and not self._replaced[0][1])
 
     def collect_garbage(self) -> None:
-        """Free REMOVED_NODES_MAX nodes at most until the next call.
-
-        A removed directory with more is freed in this call and those of the next turns.  Before
-        the first call there is no limit.
-        """
+        """Free at most REMOVED_NODES_MAX nodes until the next call; before the first: no limit."""
         self._budget = REMOVED_NODES_MAX
         if self._detached:
             self._free_detached()
@@ -90,11 +86,10 @@ class NodeTree:
     def below(
         self, path: str, *, recursive: bool, hidden: bool
     ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
-        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+        """Yield the nodes below a directory, each as it is when its turn comes; not counted.
 
-        The tree may change meanwhile: what comes later is left out, and what has gone, too.
-        None stands for what is passed over, so that the caller can pause.  Returns None if
-        `path` is no directory.
+        Nodes that come or go meanwhile may be left out.  Yields None for a node passed over, so
+        that the caller can pause.  Returns None if `path` is no directory.
         """
         node = self._reachable(path)
         if node is None or node.children is None:
@@ -104,7 +99,7 @@ class NodeTree:
     def _below(
         self, children: List[str], *, recursive: bool, hidden: bool
     ) -> Iterator[Optional[Tuple[str, Node]]]:
-        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        """Walk with a stack: keys may be deeper than Python's recursion goes."""
         stack = [iter(children)]
         while stack:
             path = next(stack[-1], "")
@@ -119,7 +114,6 @@ class NodeTree:
                     stack.append(iter(list(node.children)))
 
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
-        """Have `node` at `path`, in the place of `old` if there was one."""
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node

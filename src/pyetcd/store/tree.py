@@ -1,7 +1,4 @@
-"""The store: the operations on the key tree.
-
-Time is passed in.
-"""
+"""The store: the operations on the key tree; the caller passes the time."""
 
 from __future__ import annotations
 
@@ -79,9 +76,7 @@ def _unquote(string: bytes) -> str:
     return as_unicode(load_json(f'"{text}"')) if "\\" in text else text
 
 
-def _read_tree(
-    data: Buffer, progress: Callable[[float, int], None]
-) -> Tuple[Dict[str, Node], int]:
+def _read_tree(data: Buffer, progress: Callable[[float, int], None]) -> Tuple[Dict[str, Node], int]:
     """Return the nodes of a snapshot by path, and the end of their JSON in `data`.
 
     Reads directories one by one, as Go writes their members in one order, instead of the nested
@@ -234,15 +229,13 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 
 
 def _read_slots(text: str) -> Tuple[List[Optional[Event]], str]:
-    """Return the slots of the history's ring, and the rest of the text.
-
-    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
-    """
+    """Return the slots of the history's ring, and the rest of the text."""
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS) + len(_SLOTS)
     if first < len(_SLOTS) or text.startswith("]", first):
         return slots, text
     decoder, at, comma = json.JSONDecoder(), first, ","
+    # One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     while comma == ",":
         members, at = decoder.raw_decode(text, at)
         slots.append(None if members is None else _read_event(members))
@@ -371,9 +364,7 @@ class Store(NodeTree):
             raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        event = self._put_new(
-            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-        )
+        event = self._put_new("set", path, old, None if dir else value, expires_ns, now_ns, refresh)
         self.stats.sets_success += 1
         return event
 
@@ -475,7 +466,7 @@ class Store(NodeTree):
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with notifications and removals; from now on they are spread over turns."""
+        """Continue notifications and removals, which are spread over turns from now on."""
         self.hub.begin_turn()
         self.collect_garbage()
         if self._expiring_ns and not self._detached:
@@ -507,14 +498,13 @@ class Store(NodeTree):
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
+        """Return a time up to `until_ns` by which at most about EXPIRED_KEYS_MAX keys expire."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
         """Yield the snapshot as of the first next(), in slices of some ms.
 
-        Changes between slices are not in it.  Close the generator to give up.  Raises
-        InvariantError if another snapshot is under way.
+        Close the generator to give up.  Raises InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
@@ -603,7 +593,7 @@ class Store(NodeTree):
         return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
+        """Enter `path` in its directory, with missing parents; NotDir comes before any change."""
         missing = [path]
         while True:
             path = parent_path(path)

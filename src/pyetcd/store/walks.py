@@ -20,12 +20,9 @@ LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 
 def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; True if not all is ASCII.
-
-    Only surrogates (bytes that are not UTF-8) sort differently as code points.
-    """
+    """Sort as Go does; True if not all is ASCII."""
     is_plain = all(map(str.isascii, paths))
-    paths.sort(key=None if is_plain else utf8)
+    paths.sort(key=None if is_plain else utf8)      # code points sort surrogates differently
     return not is_plain
 
 
@@ -34,10 +31,8 @@ def parent_path(path: str) -> str:
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
-
-    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
-    """
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text."""
+    # A hot path: to check the text of all at once takes 0.4 us per node instead of 1.
     if LongNode in set(map(type, nodes)):
         return ""
     values = [node.value for node in nodes]
@@ -57,13 +52,11 @@ class TreeWalk:
 
     The store calls keep() before each change of a path; the walk then takes that image instead
     of the node in the tree.  Only changed nodes cost memory.
-
-    walks  the walks under way; this one is among them until end()
     """
 
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
-        self._walks = walks
+        self._walks = walks             # those under way; this one is among them until end()
         self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
         self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
@@ -76,7 +69,7 @@ class TreeWalk:
                 self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Stop to keep images: the walk is complete, or given up."""
+        """Stop keeping images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
         self._images, self._kept = {}, {}
@@ -111,11 +104,8 @@ class SnapshotWalk(TreeWalk):
         yield from in_pieces(slice)
 
     def _pieces(self) -> Texts:
-        """Yield the JSON of the root in pieces, one for each node and one for each end.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
-        stack = [iter(("/",))]
+        """Yield the JSON of the root in pieces, one for each node and one for each end."""
+        stack = [iter(("/",))]          # keys may be deeper than Python's recursion goes
         comma = ""
         while stack:
             for path in stack[-1]:
@@ -170,11 +160,6 @@ class _Level:
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state in it
-    chunks  of the answer so far, none of them huge
-    done    the answer is complete
-    cacheable  the answer holds as long as the index does: nothing in it expires
-
     Shows the visible children, with `recursive` all visible nodes below.
     """
 
@@ -183,10 +168,10 @@ class Listing(TreeWalk):
         sorted: bool, index: int, now_ns: int,
     ) -> None:
         super().__init__(nodes, walks)
-        self.index = index
-        self.chunks: List[bytes] = []
-        self.done = False
-        self.cacheable = True
+        self.index = index              # store index of the state in it
+        self.chunks: List[bytes] = []   # of the answer so far, none of them huge
+        self.done = False               # the answer is complete
+        self.cacheable = True           # as long as the index holds: nothing in it expires
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -206,13 +191,10 @@ class Listing(TreeWalk):
         self.chunks += in_pieces(texts) or [b""]
 
     def _walk(self, path: str, node: Node) -> Texts:
-        """Yield the text in pieces, sometimes empty ones to allow a pause.
-
-        With a stack of its own: keys may be deeper than Python's.
-        """
+        """Yield the text in pieces, sometimes empty ones to allow a pause."""
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
-        levels = [_Level(self._items(path), tail)]
+        levels = [_Level(self._items(path), tail)]      # keys may be deeper than recursion goes
         while levels:
             level = levels[-1]
             for item in level.items:
@@ -247,10 +229,7 @@ class Listing(TreeWalk):
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield the visible children: the text of a block of files, else single nodes.
-
-        A text may be empty, to allow a pause.
-        """
+        """Yield the visible children: the text of a block of files ("": a pause), or one node."""
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):

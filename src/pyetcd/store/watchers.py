@@ -17,24 +17,19 @@ TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above
 
 
 class EventHistory:
-    """The last `capacity` events, one per store index, for watches that begin in the past.
-
-    Source: etcd 2.3 store/event_history.go, event_queue.go.
-    """
+    """The last `capacity` events, one per store index, for watches that begin in the past."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.events: Deque[Event] = collections.deque(maxlen=capacity)
-        self._back = 0                  # slot of the next event in etcd's ring; for snapshots
+        self._back = 0                  # slot of the next event in etcd's ring (event_queue.go)
 
     @property
     def first_index(self) -> int:
-        """Index of the oldest event; 0 if there is none."""
         return self.events[0].index if self.events else 0
 
     @property
     def last_index(self) -> int:
-        """Index of the newest event; 0 if there is none."""
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
@@ -70,10 +65,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot, as of the first next().
-
-        Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
-        """
+        """Yield the EventHistory object of a snapshot, as of the first next(): etcd's ring."""
         first, last, back, size = self.first_index, self.last_index, self._back, len(self.events)
         front = (back - size) % self.capacity
         slots = collections.deque([*self.events, *[None] * (self.capacity - size)])
@@ -95,10 +87,7 @@ class EventHistory:
 
 
 class Watcher:
-    """One watch: deliver(event) is called for one event, or with `stream` for each.
-
-    lost  called instead if the history has lost events for this watch, which ends it
-    """
+    """One watch: deliver(event) is called for one event, or with `stream` for each."""
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
 
@@ -111,20 +100,17 @@ class Watcher:
         self.stream = stream
         self.since = since
         self.deliver = deliver
-        self.lost = lost
+        self.lost = lost        # called instead if the history lacks events, which ends the watch
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Stop delivery, now.  May be called from deliver, and twice."""
+        """Stop delivery now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """The registered watchers, and the history of events.
-
-    Source: etcd 2.3 store/watcher_hub.go.
-    """
+    """The registered watchers and the history of events (etcd 2.3 store/watcher_hub.go)."""
 
     def __init__(self, history: EventHistory, stats: StoreStats) -> None:
         self.history = history
@@ -133,7 +119,7 @@ class WatcherHub:
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
-        self._budget: float = math.inf  # notifications left in this turn
+        self._budget: float = math.inf  # notifications left in this turn; no limit before the first
         self.backlog = 0                # watchers in _due
         self.watched_bytes = 0          # of the paths of registered watchers
 
@@ -172,10 +158,7 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
-
-        Before the first call there is no limit.
-        """
+        """Notify at most WATCHERS_NOTIFIED_MAX watchers until the next call, in order of events."""
         self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
             self._notify_due()
@@ -289,13 +272,10 @@ class TtlHeap:
         del self._heap[-2 * count:]     # with the stale entries
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
-
-        Visits about as many entries, in the order of the heap.
-        """
+        """Return the time of entry `count`, stale ones included, or `until_ns` if earlier."""
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
-        while reached:
+        while reached:                  # about `count` times, in the order of the heap
             (when_ns, _), place = heapq.heappop(reached)
             count -= 1
             if when_ns >= until_ns or not count:
@@ -314,10 +294,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; snapshots contain them.
+    """Counters of operations on this member, saved in snapshots (etcd 2.3 store/stats.go).
 
-    Attributes are the JSON members in snake_case, and in their order.
-    Source: etcd 2.3 store/stats.go.
+    The attributes are the JSON members in snake_case, in their order.
     """
 
     def __init__(self) -> None:
@@ -335,7 +314,6 @@ class StoreStats:
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
