@@ -10981,7 +10981,6 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
@@ -11021,8 +11020,8 @@ def _hash_id(data: bytes) -> int:
 def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
-    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
+    The token is the whole URL with `discovery`, and the unix seconds for a member added at run
+    time.  Source: etcd 2.3 etcdserver/member.go.
     """
     return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
@@ -11035,10 +11034,10 @@ def cluster_id(member_ids: Iterable[int]) -> int:
 def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tuple[str, ...]]:
     """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
 
-    nameless  take `=url` too: a member of a running cluster has no name before its first start.
-              Each gets `=url` for a name, which no member can have
+    nameless  take `=url` too, named `=url`, as no member can be: a member of a running cluster
+              has no name before its first start
 
-    Raises ValueError with etcd's words.
+    Raises ValueError in etcd's words.
     """
     urls: Dict[str, List[str]] = {}
     for piece in filter(None, (part.strip() for part in text.split(","))):
@@ -11053,7 +11052,6 @@ def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tup
 
 
 def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
-    """Return the text form: all name=url pairs sorted, joined by commas."""
     return ",".join(sorted(
         f"{name.partition('=')[0]}={url}" for name, urls in initial.items() for url in urls
     ))
@@ -11121,7 +11119,6 @@ class Cluster:
         return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
-        """True if every member has published that it has `feature`."""
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
@@ -11131,10 +11128,7 @@ class Cluster:
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """True if the addition of this member is applied.
-
-        The store decides, as it is the same everywhere; `members` also holds those of the flags.
-        """
+        """True if the store has the member; `members` has those of the flags, too."""
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
@@ -11216,10 +11210,7 @@ class Cluster:
             peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
-        """Apply: the cluster version (the store is written by the Applier).
-
-        Raises InvariantError if this program is older than the cluster.
-        """
+        """Apply the cluster version (the Applier writes the store).  Raises InvariantError."""
         self._check_version(version)
         short = version.rpartition(".")[0]
         if self.version is None:
@@ -11294,10 +11285,7 @@ class Cluster:
 
 
 def parse_member(context: bytes, id: int) -> Member:
-    """Return the member in a conf change's context; parts that are missing are empty.
-
-    Raises CodecError.
-    """
+    """Return the member in a conf change's context; missing parts are empty.  Raises CodecError."""
     try:
         fields = load_json(context)
         name = as_unicode(str(fields.get("name") or ""))
@@ -11346,10 +11334,7 @@ class Applier:
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Decode a slice of an entry of more than LONG_REQUEST_BYTES; True when it is decoded.
-
-        10 MB take 40 ms, or 0.5 s.
-        """
+        """Decode a slice of a long entry; True when all of it is decoded.  10 MB: 40-500 ms."""
         if self._long is not entry:
             self._long, self._steps = entry, decode_long_request(entry.data)
         try:
@@ -11367,8 +11352,7 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
-        API, and garbage; they count as applied and do nothing here.
+        Returns None for a leader's first entry, operations of etcd 3's API, and garbage.
         """
         request = entry.request
         if request is None:
@@ -11439,9 +11423,7 @@ class Applier:
             return self._store.compare_and_delete(
                 r.path, prev_value=r.prev_value, prev_index=r.prev_index, now_ns=self.clock()
             )
-        return self._store.delete(
-            r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock()
-        )
+        return self._store.delete(r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock())
 
     def _get(self, r: Request) -> Applied:
         return self._store.get(r.path, recursive=r.recursive, now_ns=self.clock())
@@ -11510,10 +11492,7 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
-
-    Raises CodecError.
-    """
+    """Decode a request as UTF-8, with a clean path as in etcd's store.  Raises CodecError."""
     request = decode_request(data)
     if request is None:
         return None
@@ -11545,7 +11524,7 @@ def check_entry(
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
 
-    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+    is_proposal  also refuse what the API of a member refuses: an entry in a leader's log must be
                  accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
@@ -11607,7 +11586,7 @@ def _check_change(data: bytes, is_proposal: bool) -> None:
 
 
 class MemberInspector(MessageInspector):
-    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+    """Refuses messages that would be fatal when applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
         self._cluster = cluster
@@ -11766,9 +11745,7 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/passwords -- Users, roles, permissions and passwords.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 etcdserver/auth.
+# member/passwords -- Users, roles, permissions and passwords.  Source: etcd 2.3 etcdserver/auth.
 # ============================================================================
 
 
@@ -11821,7 +11798,7 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: "Permissions") -> "Permissions":
-        """Return both together, sorted.  Raises AuthError for a duplicate."""
+        """Return the union, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
@@ -11857,7 +11834,6 @@ class Role(NamedTuple):
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if the role covers this access; root covers any."""
         return self.name == ROOT or self.permissions.allow(key, write=write, recursive=recursive)
 
 
@@ -11875,7 +11851,6 @@ class User(NamedTuple):
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> "User":
-        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -11907,14 +11882,12 @@ def string_list(value: object) -> Names:
 
 
 def make_permissions(read: object, write: object) -> Permissions:
-    """Return permissions from lists of JSON; empty patterns are dropped.  Raises ValueError.
+    """Return permissions from lists of JSON.  Raises ValueError.
 
-    Differs from etcd, whose requests crash on an empty pattern.
+    Differs from etcd: drops empty patterns, on which its requests crash.
     """
     lists = (string_list(read), string_list(write))
-    return Permissions(*(
-        None if names is None else tuple(filter(None, names)) for names in lists
-    ))
+    return Permissions(*(None if names is None else tuple(filter(None, names)) for names in lists))
 
 
 # A program of its own with low priority: a thread of this process would take Python's lock, or the
@@ -11946,10 +11919,7 @@ def _python() -> str:
 
 
 class Passwords:
-    """Hashing with bcrypt where the system's libcrypt has it, else with PBKDF2.  Slow on purpose.
-
-    Thread: any; every call takes tens of milliseconds.
-    """
+    """Hashes by bcrypt where libcrypt has it, else by PBKDF2; takes tens of ms.  Thread: any."""
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
@@ -12009,10 +11979,7 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`.
-
-        "": this system has no bcrypt; None: the program that computes it has failed.
-        """
+        """Hash with the algorithm, cost and salt of `setting`; "": no bcrypt here; None: failed."""
         try:
             import subprocess
             python = _python()
@@ -12058,14 +12025,14 @@ class PasswordCheck:
 class PasswordChecks:
     """Verifies passwords one at a time, and remembers the results.
 
-    The level of a check is the logarithm of the wrong passwords that its sender had lately and
-    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
-    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
+    The level of a check is the logarithm of its sender's recent wrong passwords and waiting
+    checks.  Low levels go first, and a pause precedes each check above level 0: guessing is slow,
+    and no other sender waits for it.  Known passwords never wait.
 
-    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
-    a host has guessed under many names, every check from there waits for the pause, so that an
-    answer takes as long for users that do not exist.  Existing users without a wrong password go
-    before the others.  Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as users may share it.  Once a host
+    has guessed under many names, all its checks wait for the pause, so that answers take as long
+    for users that do not exist.  Existing users without a wrong password go before the others.
+    Thread: reactor.
     """
 
     LEVELS = 9
@@ -12137,7 +12104,6 @@ class PasswordChecks:
         return (count + self._pending.get(place, 0)).bit_length()
 
     def _start_next(self) -> None:
-        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
@@ -12251,10 +12217,7 @@ class Auth:
             self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
 
     def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user.
-
-        An unknown user gets one like root's, so that a refusal takes as long.
-        """
+        """Return a user's password hash; for an unknown one, a hash as slow as root's."""
         user = self.user(name)
         if user is not None:
             return user.password
@@ -12262,10 +12225,7 @@ class Auth:
         return self.checks.passwords.decoy(root.password if root is not None else "")
 
     def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
+        """Return sorted names of `users`, or `roles` with root; as in etcd no hidden ones, `_*`."""
         children = self._store.children(f"{AUTH_PREFIX}/{kind}")
         names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
         return sorted(names + [ROOT] if kind == "roles" else names)
@@ -12289,7 +12249,6 @@ class Auth:
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
             AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
@@ -12312,17 +12271,17 @@ def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
         return None
 
 
-# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
-# callable, which runs on another thread, and gets its result.
+# A change in steps: yields a Request and gets its Event or EtcdError, or yields a callable, which
+# runs on another thread, and gets its result.
 Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus: each method returns Steps.
+    """Changes of users and roles, through consensus: each method returns Steps to the new record.
 
-    A change reads its record through consensus, too, and is written only if the record is the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.  All methods raise AuthError.
+    A change reads its record through consensus, too, and begins again if the record has changed
+    when it writes.  Differs from etcd, where one of two concurrent changes of a user is lost.
+    All methods raise AuthError.
     """
 
     def __init__(self, auth: Auth) -> None:
@@ -12330,7 +12289,6 @@ class AuthStore:
         self._ensured = False
 
     def create_user(self, user: User) -> Steps:
-        """Return the new user."""
         if not user.password:
             raise AuthError(400, f"Cannot create user {user.name} with an empty password")
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
@@ -12340,7 +12298,6 @@ class AuthStore:
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user."""
         hashed = ""
         if password:
             hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
@@ -12359,14 +12316,12 @@ class AuthStore:
         AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
-        """Return the new role."""
         self._check_role(role.name)
         yield from self._create("role", role)
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
-        """Return the changed role."""
         self._check_role(name)
 
         def change(old: "Role") -> "Role":
@@ -12410,9 +12365,7 @@ class AuthStore:
             prev_exist=False,
         )
 
-    def _update(
-        self, kind: str, name: str, change: Callable[[Any], Any], options: str
-    ) -> Steps:
+    def _update(self, kind: str, name: str, change: Callable[[Any], Any], options: str) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
@@ -12450,7 +12403,7 @@ class AuthStore:
             raise refusal if refusal is not None and isinstance(result, error) else result
 
     def _ensure_directories(self) -> Steps:
-        """Make the places before the first change: four indexes of the store, as in etcd."""
+        """Make the directories before the first change: four indexes of the store, as in etcd."""
         if not self._ensured:
             for path in ("", "/users", "/roles"):
                 yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
@@ -12506,7 +12459,7 @@ class Guard:
     ) -> Handler:
         """Return the handler for a request that only the role root may make.
 
-        hashes  the answer holds password hashes: needs root without auth, too, if there are users
+        hashes  the answer holds password hashes: if there are users, needs root also without auth
         """
         always = hashes and self._auth.has_users
         return self._decide(head, self._auth.is_root, passed, refused, always=always)
@@ -12522,9 +12475,7 @@ class Guard:
             return functools.partial(self._verify, head, may, passed, refused)
         return passed if verdict else refused
 
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
+    def _verdict(self, head: HttpHead, may: Callable[[Optional[User]], bool]) -> Optional[bool]:
         """True if the request may pass; None: the password has not been verified yet."""
         header = head.headers.get("authorization", "")
         if not header:
@@ -12630,13 +12581,11 @@ class ServerStats:
         self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
         self._received.add(size)
 
@@ -12659,7 +12608,6 @@ class ServerStats:
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -12697,7 +12645,6 @@ class LeaderStats:
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -12743,7 +12690,6 @@ class ServerCounts:
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -12795,15 +12741,11 @@ class Counter(Reading):
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
-    """Return the bounds start * 2**n of a histogram, n < count."""
     return [start * (1 << step) for step in range(count)]
 
 
 class Histogram:
-    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
-
-    Thread: one observes; any may read.
-    """
+    """Counts of values per bucket; `bounds` are upper, inclusive, ascending.  One thread writes."""
 
     kind = "histogram"
     __slots__ = ("bounds", "counts", "sum")
@@ -12880,7 +12822,6 @@ class Metrics:
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -12896,14 +12837,12 @@ class Metrics:
         self.add(name, help, Reading("gauge", (label,), lambda: {(read(),): 1}))
 
     def total(
-        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]],
-        labels: Labels = (),
+        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]], labels: Labels = (),
     ) -> None:
         """Add counters that are kept elsewhere: label values -> count."""
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -12918,10 +12857,7 @@ class Metrics:
 
 
 class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
+    """Counts the messages that the transport sends and receives, by member id."""
 
     def __init__(
         self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
@@ -12940,7 +12876,6 @@ class Traffic:
         self._labels: Dict[Tuple[str, int, int], Labels] = {}
 
     def sent(self, sent: Sent) -> None:
-        """Count a message that has left, or could not leave."""
         to, message = sent.to, sent.message
         key = (sent.channel, to, message.type)
         labels = self._labels.get(key)
@@ -13097,10 +13032,7 @@ class WalWriter:
             job.done()
 
     def stop(self) -> None:
-        """Finish the queued jobs if there is space, close the files, end the thread.
-
-        Blocks for the last sync.
-        """
+        """Finish the queued jobs if there is space, end the thread, close the files.  Blocks."""
         self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
@@ -13193,8 +13125,7 @@ class Journal:
     """
 
     def __init__(
-        self, wal: Wal, writer: WalWriter, hard_state: HardState,
-        durable: Callable[[Batch], None],
+        self, wal: Wal, writer: WalWriter, hard_state: HardState, durable: Callable[[Batch], None],
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
@@ -13215,7 +13146,6 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -13238,7 +13168,7 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        """Give an idle writer the next batch; a commit index alone waits for other work."""
         if self._steps is not None:
             self._encode_on()
         if self._record is not None and not self.busy:
@@ -13315,9 +13245,7 @@ class Journal:
         self.visits += 1
         self.writer.submit(job)
 
-    def _encode_job(
-        self, batch: Batch, done: Callable[[], None]
-    ) -> Generator[None, None, WalJob]:
+    def _encode_job(self, batch: Batch, done: Callable[[], None]) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
             record = self._wal.encode_snapshot(batch.snapshot.id)
@@ -13334,16 +13262,12 @@ class Journal:
 
 
 class SnapshotJob:
-    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
-
-    walk  to be closed if the snapshot is given up
-    """
+    """Encodes the store, as it is now, as a snapshot file, in slices; close `walk` to give up."""
 
     SLICE_S = 0.002
 
     def __init__(
-        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...],
-        now: Callable[[], float],
+        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...], now: Callable[[], float],
     ) -> None:
         self.id = snapshot_id
         self.etcd_index = store.current_index
@@ -13389,10 +13313,7 @@ SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
-
-    Thread: reactor.
-    """
+    """Writes snapshots when they are due, lends them to followers and clients.  Thread: reactor."""
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -13421,13 +13342,11 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if a new file is needed, and the disk was not just full.
+        """True if the newest file is older than `count` entries, or than least_index.
 
-        The newest one is older than `count` entries, or than least_index.
-
-        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
-        nodes, as it would cost more than the entries do; they take less memory than the nodes.
-        The nodes of the last snapshot count: a store that only grows has one at each doubling.
+        False for a while after the disk was full.  A walk takes 4 us per node: that of a large
+        store waits for as many entries as it has nodes, as they cost less time and memory.  The
+        nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if not self.index < self.least_index <= raft_index and (
@@ -13436,13 +13355,8 @@ class SnapshotKeeper:
             return False
         return self._reactor.now() >= self._not_before
 
-    def begin(
-        self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
-    ) -> None:
-        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
-
-        lent  for the receivers that wait, instead of the disk
-        """
+    def begin(self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool) -> None:
+        """Begin to walk the store as of entry `applied`; lent: for waiting receivers, no file."""
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
@@ -13466,7 +13380,7 @@ class SnapshotKeeper:
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """Forget a receiver; a walk without receivers ends."""
+        """Forget a receiver; end a walk without receivers."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -13608,10 +13522,7 @@ class Proposals:
         return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail requests that waited too long with error(start time); return how many.
-
-        WORK_ENTRIES_MAX at most: then call again.
-        """
+        """Fail late requests, WORK_ENTRIES_MAX at most, with error(start time); return how many."""
         callbacks, deadlines, expired = self._callbacks, self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
             deadlines[0][1] not in callbacks or deadlines[0][0] <= now
@@ -13631,10 +13542,7 @@ class Proposals:
 
 
 class LateProposals:
-    """Proposals that peers forwarded while there was no leader, kept for the next one.
-
-    After two election timeouts the clients have given up, and the proposals are dropped.
-    """
+    """Proposals that peers forwarded without a leader, kept for it for two election timeouts."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -13645,7 +13553,6 @@ class LateProposals:
         return len(self._entries)
 
     def add(self, entries: Sequence[Entry], now: float) -> None:
-        """Keep copies, as far as there is room."""
         until = now + self._keep_s
         for entry in entries:
             if len(self._entries) < PROPOSALS_PENDING_MAX and self._bytes <= QUEUED_BYTES_MAX:
@@ -13657,7 +13564,6 @@ class LateProposals:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -13668,10 +13574,9 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question is under way at a time; requests that arrive meanwhile share the next.  A question
-    without an answer is asked again after two ticks: its leader is gone, or not ready.
-    Thread: reactor.  Source: Raft thesis §6.4.
-    Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  Without
+    an answer for two ticks it is repeated: the leader is gone, or not ready.  Thread: reactor.
+    Source: Raft thesis §6.4.  Differs from etcd 2.3, which logs each such read.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
@@ -13771,7 +13676,6 @@ class Leadership:
         return True
 
     def unled_s(self) -> float:
-        """Return the seconds without a leader, 0 if one is known."""
         return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
@@ -13786,10 +13690,7 @@ class Leadership:
         return up > len(raft.voters) // 2
 
     def explain_timeout(self, started: float) -> EtcdError:
-        """Say why a request got no answer (etcd 2.3: the same three sentences).
-
-        started  when the request came, monotonic
-        """
+        """Say why a request that came at `started` (monotonic) timed out, in etcd 2.3's words."""
         cause = "etcdserver: request timed out"
         started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
         if self._since and self._since - 2 * self._election_s < started < self._since:
@@ -13835,9 +13736,9 @@ class Leadership:
     def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
         """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
 
-        A leader that removes itself may exit before its followers learn that the entry is
-        committed.  Of two members the second one then waits for ever for the vote of the first
-        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        A leader that removes itself may exit before its followers learn of the commit.  The other
+        of two members then waits for ever for its vote (thesis §4.2.2).  If no other member takes
+        over, this one proposes the change all the same.
         """
         raft = self._node.raft
         if raft.term != self._removal_term and any(
@@ -13856,9 +13757,8 @@ class Leadership:
     def watch_disk(self) -> None:
         """Transfer leadership if our disk has not answered for an election timeout; every tick.
 
-        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
-        more on its disk than we have on ours: where all members share one slow disk, a transfer
-        would win nothing.
+        Heartbeats need no disk, so no follower would notice.  The transferee must have more on its
+        disk than we have: if all members share one slow disk, a transfer gains nothing.
         """
         journal, raft = self._journal, self._node.raft
         visit = journal.visits if journal.busy else 0
@@ -13872,10 +13772,7 @@ class Leadership:
                 )
 
     def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
-        """Transfer leadership and let `proposals` get their answer; then call done().
-
-        Takes one election timeout at most.
-        """
+        """Transfer leadership and await answers to `proposals`, an election timeout at most."""
         deadline = self._reactor.now() + self._election_s
         self._wait_to_leave(proposals, self.transfer(), deadline, done)
 
@@ -13907,7 +13804,6 @@ def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
-    unled_s  seconds without a leader
     """
     members = cluster.members
     if unled_s < LEADER_WAIT_SECONDS / 2:
@@ -13937,14 +13833,13 @@ class Publication:
         self._is_applied = False
 
     def propose(self) -> None:
-        """Propose it unless it is applied; one more proposal is harmless."""
+        """Propose the attributes unless they are applied; one more proposal is harmless."""
         if self._is_applied:
             return
         config, id = self._config, self._cluster.local_id
         member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
         path = f"/0/members/{format_id(id)}/attributes"
-        self._propose(
-            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+        self._propose(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
     def _applied(self, result: Any) -> None:
         if self._is_applied or isinstance(result, ServerStopped):
@@ -13965,7 +13860,7 @@ class Publication:
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
     """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
 
-    Says nothing of default URLs, nor of those of a port that the system chose.
+    Ignores default URLs, and ports that the system chose.
     """
     if member is None:                  # removed before its publication was applied
         return
@@ -14058,7 +13953,6 @@ class VersionMonitor:
 
 
 def _server_version(body: bytes) -> str:
-    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
     try:
         version = str(load_json(body)["etcdserver"])
         version_key(version)
@@ -14070,7 +13964,7 @@ def _server_version(body: bytes) -> str:
 class ExpirySync:
     """Puts the leader's clock into the log, where every member expires keys alike.
 
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    Differs from etcd: if many keys expire, the time in the log catches up with the clock in
     steps, each after the one before is applied, so that no other request waits for all of them.
     """
 
@@ -14103,10 +13997,7 @@ class ExpirySync:
 def purge_periodically(
     reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
 ) -> None:
-    """Remove old files now, and again 30 s after each time.
-
-    kept  (directory, suffix, number of its newest files to keep), ...
-    """
+    """Remove old files now and every 30 s.  kept: (directory, suffix, number of newest), ..."""
     def purge() -> None:
         for directory, suffix, keep in kept:
             purge_files(directory, suffix, keep, disk=disk)
@@ -14328,7 +14219,7 @@ class EtcdServer:
 
         The command may still be applied after a RequestTimeout.
 
-        encoded  its encode_request, where that is known; then it has an id
+        encoded  encode_request(request), if known; then the request has an id
         """
         if self.stopping or self.no_space and request.method != "QGET":
             done(ServerStopped() if self.stopping else NoSpace(self.no_space))
@@ -14373,8 +14264,8 @@ class EtcdServer:
     def _deliver(self, message: Message) -> None:
         """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
-        Differs from etcd, which drops them, so that the peer's client waits for its timeout.
-        While the disk is full entries are dropped: they would fill the memory instead.
+        Differs from etcd, which drops them: the peer's client then waits for its timeout.  While
+        the disk is full, entries are dropped, as they would fill the memory.
         """
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
@@ -14407,7 +14298,7 @@ class EtcdServer:
     # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
-        """Propose, hand out, write, apply.  Called once per turn of the reactor."""
+        """Propose, send, write, apply: once per turn of the reactor."""
         if self.stopping:
             return
         node, log, hub, refused = self.node, self.node.raft.log, self.store.hub, False
@@ -14435,8 +14326,8 @@ class EtcdServer:
     def _propose_queued(self) -> bool:
         """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
-        and a message to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  A message to a
+        dead leader is lost, and its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
@@ -14530,8 +14421,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it had counted
-        before, and let it commit alone an entry that the others never saw.
+        After a crash, a member could otherwise know fewer voters than it had counted, and commit
+        alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -14568,8 +14459,7 @@ class EtcdServer:
     def _maybe_campaign_alone(self) -> None:
         """Campaign at once in a cluster of one, where no other member can lead.
 
-        All entries known to be committed must be applied: before that the voters are those of an
-        earlier time.
+        Not before all committed entries are applied: until then the voters are of an earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
