@@ -14537,10 +14537,7 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
 
 
 def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
-    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
-
-    An empty piece stands for work without a result.
-    """
+    """Send pieces, one a turn, as fast as the client reads; end the reply.  b"": only a pause."""
     if reply.closed:
         return
     piece = next(pieces, None)
@@ -14601,7 +14598,6 @@ def form_steps(
 
 
 def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
-    """Decode a long name or value, with pauses."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     pieces, start = [], 0
     try:
@@ -14632,10 +14628,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 
 @functools.lru_cache(maxsize=64)
 def is_form_type(content_type: str) -> bool:
-    """True if a body of this Content-Type is a form.
-
-    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
-    """
+    """True for the type of a form.  Raises InvalidForm.  Source: Go mime.ParseMediaType."""
     if not content_type:
         return False
     if len(content_type) > SHORT_HEADER_BYTES_MAX:
@@ -14677,7 +14670,6 @@ GO_BOOLS = {
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
@@ -14697,7 +14689,6 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -14718,12 +14709,8 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
     return wrap_int64(now_ns + wrap_int64(ttl_s * NS))
 
 
-def parse_key_request(
-    method: str, path: str, fields: Mapping[str, str], now_ns: int
-) -> Request:
-    """Return the command, with id 0, that the merged fields of a request describe.
-
-    path  internal, clean
+def parse_key_request(method: str, path: str, fields: Mapping[str, str], now_ns: int) -> Request:
+    """Return the command, with id 0, that merged fields describe; path: internal, clean.
 
     Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
     Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
@@ -14815,9 +14802,7 @@ class KeyTarget:
             self.fields or self.bad_key or self.bad_type or self.bad_query
         )
 
-    def request(
-        self, request: HttpRequest, now_ns: int
-    ) -> Generator[None, None, Request]:
+    def request(self, request: HttpRequest, now_ns: int) -> Generator[None, None, Request]:
         """Return the command of a PUT or POST, with pauses.  Raises EtcdError."""
         if self.is_form and request.body_too_large:
             raise InvalidForm("http: POST too large")
@@ -14854,8 +14839,7 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
-    `stream`.
+    """A watch of one client: each event is a chunk; without `stream` the first one ends the reply.
 
     Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
     disconnected, so that it notices; etcd keeps the connection and sends nothing more.
@@ -14863,9 +14847,7 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(
-        self, store: Store, command: Request, request: HttpRequest, headers: str
-    ) -> None:
+    def __init__(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
         """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
         self._stream = command.stream
@@ -14912,7 +14894,6 @@ class KeyWatch:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
         for size in reversed(self._unsent):
@@ -15048,14 +15029,11 @@ _STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeade
 
 
 def raft_state_name(role: RaftRole) -> str:
-    """Return etcd's name of a role."""
     return _STATE_NAMES.get(role, "StateCandidate")
 
 
 # ============================================================================
-# api/auth -- The auth API: users and roles over HTTP.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
+# api/auth -- The auth API: users, roles.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
 # ============================================================================
 
 
@@ -15098,7 +15076,6 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of a request below /v2/auth/."""
         if not self._is_capable:
             # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
@@ -15124,7 +15101,6 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -15141,7 +15117,6 @@ class AuthApi:
     # -- users and roles ---------------------------------------------------
 
     def _item(self, kind: str, name: str, request: HttpRequest) -> None:
-        """Answer a request for one user or role.  kind: `users` or `roles`."""
         is_user = kind == "users"
         if request.method == "GET":
             try:
@@ -15244,10 +15219,7 @@ class AuthApi:
     def _run(
         self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
     ) -> None:
-        """Make a change; then call reply(its result), or answer with its error.
-
-        value  the result of the step before
-        """
+        """Make a change; reply(its result), or answer its error.  value: of the step before."""
         go_on = functools.partial(self._run, request, steps, reply)
 
         def worked(error: "Optional[BaseException]", result: "Any") -> None:
@@ -15432,7 +15404,6 @@ class Listings:
             self._reactor.call_in_turn(self._make_slice)
 
     def _make_slice(self) -> None:
-        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
             self._begin_next()
@@ -15471,10 +15442,7 @@ KEPT_ANSWER_BYTES_MAX = 4_096       # of a longer one nothing is kept
 
 
 class KeysApi:
-    """/v2/keys: reads from the local store, writes through consensus, watches.
-
-    Source: etcd 2.3 API, keys.
-    """
+    """/v2/keys: local reads, writes through consensus, watches.  Source: etcd 2.3 API, keys."""
 
     METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
 
@@ -15542,7 +15510,7 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; errors in the form of a PUT or POST go before."""
+        """Answer 401, or an error in the form of a PUT or POST, which comes first."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
             self._parse_slice(self._read(target, request), request, refuse)
@@ -15667,7 +15635,6 @@ class KeysApi:
     def _reply_applied(
         self, request: HttpRequest, command: Request, started: float, result: Any
     ) -> None:
-        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
@@ -15697,7 +15664,6 @@ class KeysApi:
         return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
 
     def count_puts(self) -> None:
-        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
         self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
@@ -15739,10 +15705,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> bytes:
-        """Answer with an event; most requests take the short way, a ready-made head.
-
-        Returns the bytes of a whole answer in one piece, else b"".
-        """
+        """Answer with an event; return the bytes of an answer in one piece, else b""."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -15856,9 +15819,7 @@ class MembersApi:
         """Add a member with the URLs in the body, or give them to member `id`."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
+            self._message(request, 415, f"Bad Content-Type {content_type}, accept application/json")
             return
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
@@ -15873,7 +15834,6 @@ class MembersApi:
         self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
-        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -16018,9 +15978,7 @@ def add_member_metrics(server: EtcdServer) -> None:
     add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
 
 
-def _unlabelled(
-    read: Callable[[EtcdServer], float], server: EtcdServer
-) -> Dict[Labels, float]:
+def _unlabelled(read: Callable[[EtcdServer], float], server: EtcdServer) -> Dict[Labels, float]:
     return {(): read(server)}
 
 
@@ -16054,10 +16012,7 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 # -- the process -----------------------------------------------------------------
 
 
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register readings of this process.  started_ns: unix nanoseconds."""
+def add_process_readings(metrics: Metrics, started_ns: int, now: Callable[[], float]) -> None:
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
@@ -16216,7 +16171,6 @@ class Overview:
                 self._ask(member.id, urls[0])
 
     def stop(self) -> None:
-        """Break off the questions under way."""
         for call in self._calls.values():
             call.cancel()
         self._calls = {}
@@ -16239,7 +16193,6 @@ class Overview:
             self._reports[member_id] = report
 
     def rows(self) -> List[Dict[str, Any]]:
-        """Return what is known of each member, by name."""
         members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
         return [self._row(member) for member in members]
 
@@ -17706,8 +17659,6 @@ class SecondSample(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """The counters at one moment."""
-
     at: float
     writes: int
     reads: int
@@ -17760,9 +17711,8 @@ class Ring:
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
     """Return the value below which `share` of the counted values lie; 0.0 if there are none.
 
-    bounds  upper bounds of the buckets; the last count is of what is above them
-
-    The values of a bucket are taken to lie evenly between its bounds.
+    bounds  upper bounds of the buckets, whose values count as evenly spread; the last count is of
+            what is above them
     """
     wanted = share * sum(counts)
     if not wanted:
@@ -17782,9 +17732,7 @@ def count_keys(store: Store) -> int:
 
 
 # Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
-_NOT_OF_USERS = (
-    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
-)
+_NOT_OF_USERS = ("/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles")
 
 
 # ============================================================================
@@ -17963,8 +17911,8 @@ class StatusApi:
     def log_level(self, request: HttpRequest) -> None:
         """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
 
-        With "Package": "raft" only that of one package.  Without it also that of packages whose
-        level was set before, as in etcd.
+        With "Package": "raft" only that of one package; without it, as in etcd, also that of
+        packages with a level of their own.
         """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
@@ -18013,8 +17961,8 @@ _LEVELS = {
 # ============================================================================
 
 
-PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
-                                    # script of another origin without being asked about
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and a
+                                    # script of another origin only after a CORS preflight
 UI_MODES = ("true", "false", "readonly")
 LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
 HITS_MAX = 500                      # of one search; likewise
@@ -18066,7 +18014,6 @@ class UiApi:
         self._browses = 0               # under way
 
     def stop(self) -> None:
-        """Ask the other members no more."""
         self._overview.stop()
 
     def route(self, head: HttpHead) -> Optional[Handler]:
@@ -18093,9 +18040,8 @@ class UiApi:
     def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
         """Return what refuses a write of a page; None if it is none, or may pass.
 
-        A form on a page elsewhere can POST without that page's script being asked about.
-
-        origins  those that the operator has named in -cors
+        A browser lets a form of any page POST here without a CORS preflight.
+        origins  those of -cors
         """
         headers, is_read = head.headers, head.method in _READS
         if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
@@ -18152,17 +18098,14 @@ class UiApi:
             return lambda request: write_error(request, refused, "")
         wanted = fields.get("q", "").lower()
         browse = functools.partial(
-            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
-            "hidden" in fields,
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""), "hidden" in fields,
         )
         return self._guard.key(
             head, path, write=False, recursive=bool(wanted), passed=browse,
             refused=refuse_credentials,
         )
 
-    def _browse(
-        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
-    ) -> None:
+    def _browse(self, path: str, text: str, where: str, hidden: bool, request: HttpRequest) -> None:
         if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
@@ -18214,8 +18157,7 @@ def _forbid(why: str, request: HttpRequest) -> None:
 
 _refuse_readonly = functools.partial(
     _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
-_refuse_headerless = functools.partial(
-    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_headerless = functools.partial(_forbid, f"a write of the page has the header {PAGE_HEADER}")
 _refuse_foreign = functools.partial(
     _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
     " page's origin in -cors if it may")
@@ -18251,16 +18193,12 @@ def row_json(name: str, node: Node) -> str:
 
 
 def listing(nodes: Nodes) -> Rows:
-    """Rows of the children of a directory."""
     for found in nodes:
         yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
 
 
 def search(nodes: Nodes, text: str, where: str) -> Rows:
-    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
-
-    where  `key`, `value` or "": both
-    """
+    """Rows of nodes with `text`, lower case, in any case in `where`: key, value, or "" (both)."""
     for found in nodes:
         if found is None:
             yield ""
@@ -18315,10 +18253,7 @@ class CorsRequest(HttpRequest):
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
-
-    With a list of origins every reply has `Vary: Origin`, for caches on the way.
-    """
+    """Return `request` so that its reply has CORS headers, with `Vary: Origin` for caches."""
     if not origins:
         return request
     lines, origin = "", "*"
@@ -18373,12 +18308,10 @@ class ClientApi:
         }
 
     def stop(self) -> None:
-        """End what was begun for clients."""
         self._ui.stop()
 
     @property
     def handler(self) -> Handler:
-        """The handler of client requests, with CORS only if that is configured."""
         return self._serve_with_cors if self._origins else self.serve
 
     def _serve_with_cors(self, request: HttpRequest) -> None:
@@ -18439,10 +18372,7 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
-
-    Such a client takes a 404 for a missing key.
-    """
+    """Answer etcd 3's JSON gateway clients 501 and gRPC's 12: a 404 is a missing key to them."""
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -18568,22 +18498,16 @@ class DiscoveryService:
         )
 
     def _forward(self, request: HttpRequest) -> None:
-        """Serve the request as one for the key below the registry."""
         old = request.head
         # All requests with the same bytes share a head, so this one needs a copy.
-        head = HttpHead(
-            old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
-        )
+        head = HttpHead(old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers)
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
 
 
 def make_token(wall_ns: int) -> str:
-    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
-
-    Source: RFC 9562 §5.7, UUID of version 7.
-    """
+    """Return a new token, which nobody can guess: a UUID of version 7 (RFC 9562 §5.7)."""
     token = bytearray(os.urandom(16))
     token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
     token[6] = token[6] & 0x0F | 0x70
@@ -18600,9 +18524,8 @@ _NOT_FOR_PAGES = (
 def is_from_browser(headers: Mapping[str, str]) -> bool:
     """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
-    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
-    it from a program.
+    Browsers send Sec-Fetch-Site on secure and local connections.  On others, and after DNS
+    rebinding of the page's name to this member, only headers of every browser tell it apart.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
