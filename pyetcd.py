@@ -52,9 +52,9 @@ if __name__ == "__main__":
     def _enter_fresh_image() -> None:
         """Run this file's byte code in a fresh image of the process; return if that cannot be.
 
-        Python has just compiled all of this file, which leaves 24 MB behind that are never used
-        again: 28 MB instead of 52.  The image gets the words that the user typed, with a compiled
-        script in memory in the place of this file.  Raises OSError, ValueError.
+        Compiling all of this file leaves 24 MB of unused memory behind: 28 MB instead of 52.  The
+        image gets the user's command line, with a compiled script in memory for this file.
+        Raises OSError, ValueError.
         """
         from importlib.util import MAGIC_NUMBER
         with open("/proc/self/cmdline", "rb") as file:
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     def _leave_past_image(
         image: int, words: "list[bytes]", name: bytes, path: "tuple[str, ...]", script: str
     ) -> None:
-        """Make all as if the user's script had been started, and not a file in memory."""
+        """Restore argv, path and file name of the user's script, and free the file in memory."""
         os.close(image)
         at = len(words) - len(sys.argv)
         sys.argv[0] = os.fsdecode(words[at])
@@ -18562,9 +18562,7 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
-# life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
-# ----------------------------------------------------------------------------
-# Blocks; runs before the reactor starts.
+# life/discovery -- Discovery, before the reactor starts: new members meet at a registry, or by SRV records.
 # ============================================================================
 
 
@@ -18679,10 +18677,9 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Waits without end for an unreachable registry.  Raises DiscoveryError.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
-    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
-    event, so a changed or deleted key leads to a cluster with a member missing.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.  Blocks.
+    Source: etcd 2.3 discovery.  Differs from etcd: only the registration of a new member ends the
+    wait; etcd counts every event, so a changed or deleted key makes a cluster lack a member.
     """
 
     def __init__(
@@ -18784,8 +18781,8 @@ class Discovery:
         """Create the key of this member, or find it from an earlier try; return its index.
 
         A key with the same value is from an earlier try if this process tried before (is_again),
-        or if no other host can have written it.  The second case is a member that was restarted
-        while it waited.  Its peers report later whether it ran and lost its log since.
+        or if no other host can have written it: the member was restarted while it waited.  Its
+        peers report later whether it lost its log.
         Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
@@ -18807,7 +18804,6 @@ class Discovery:
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
     def _wait_until_complete(self) -> List[Registration]:
-        """Return the first `size` members, once all have registered."""
         members = self._until_reached("waiting for other nodes", self._watch_registrations)
         self._log.info("found %d needed peer(s)", len(members))
         return members
@@ -18881,7 +18877,6 @@ class Discovery:
         raise DiscoveryError("discovery: bad discovery endpoint")
 
     def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
-        """Return work(), repeated until the registry answers."""
         while True:
             try:
                 return work()
@@ -18906,7 +18901,6 @@ class Discovery:
         """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
         answer_s  longest silence of the registry; None: no limit, for watches
-
         Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
@@ -18953,10 +18947,7 @@ class Discovery:
 
 
 def check_discovery_url(url: str) -> str:
-    """Return `url` with its scheme in lower case.
-
-    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
-    """
+    """Return `url`, scheme in lower case.  Raises DiscoveryError unless it ends with a token."""
     why = ""
     try:
         scheme, authority, rest = split_url(url)
@@ -19009,7 +19000,6 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -19207,7 +19197,6 @@ def default_initial_cluster(config: ServerConfig) -> str:
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -19618,8 +19607,6 @@ _PATH = ("coreos", "etcd2")
 
 
 class _Row(NamedTuple):
-    """A line with something on it."""
-
     line: int                           # from 1
     indent: int                         # spaces before the text
     text: str
@@ -19628,8 +19615,8 @@ class _Row(NamedTuple):
 def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
-    All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.  Raises FlagError with the line and `path`.
+    Other sections may be any YAML: their indentation tells where they end.  Raises FlagError with
+    the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
@@ -19761,9 +19748,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
-        boot = Bootstrap(
-            data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
-        )
+        boot = Bootstrap(data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot)
         if _is_blank(boot):
             boot = _begin_again(config, boot)
         on_failure.pop_all()
@@ -19801,8 +19786,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
     The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
-    members have the log and send it.  Differs from etcd, where a single member then has no voter
-    for ever.
+    members have the log and send it.  Differs from etcd: a single member never gets a voter.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
@@ -19820,10 +19804,10 @@ def _stand_alone(
 ) -> WalContents:
     """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries after the commit index are kept, up to the removal of this member: they may be
-    committed, as the commit index on disk lags.  Committed entries that remove every other voter
-    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
-    drops all entries after the commit index, and with them the last acknowledged writes.
+    Entries after the commit index, up to the removal of this member, are kept: they may be
+    committed, as the index on disk lags.  Committed entries that remove every other voter follow.
+    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which drops
+    all entries after the commit index, and so the last acknowledged writes.
     """
     state = contents.hard_state
     kept = list(itertools.takewhile(
@@ -19863,7 +19847,6 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:
@@ -19876,25 +19859,20 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# life/bootstrap -- Bootstrap: a member of a new cluster, a joining member, or a restart.
-# ----------------------------------------------------------------------------
-# Blocks; runs before the reactor starts.
+# life/bootstrap -- Bootstrap, before the reactor starts: a member of a new cluster, a joining one, or a restart.
 # ============================================================================
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
     """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A log on disk goes before every flag.  The log is open and locked afterwards.
-
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    A log on disk takes precedence over every flag, and stays open and locked.  Raises StartError.
+    Thread: the caller's; blocks, with discovery until all members have registered.
     Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
-    fresh = absent_dirs(
-        config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
-    )
+    fresh = absent_dirs(config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
@@ -19955,9 +19933,9 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
+    """Return the TLS context for calls to members; None if no flag or URL speaks of TLS.
 
-    Calls to https members that join later trust the system's authorities then.  Raises StartError.
+    Without it, calls to https members trust the system's authorities.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -20114,8 +20092,7 @@ def _form(
 
 
 def _create_log(
-    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
-    initial: Mapping[str, Sequence[str]],
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster, initial: Mapping[str, Sequence[str]],
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
@@ -20142,7 +20119,6 @@ def is_published(id: int, members: Sequence[Member]) -> bool:
 
 
 def data_lost(id: int) -> StartError:
-    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -20234,7 +20210,7 @@ class DataLossCheck:
     Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
     until that peer confirms that this member's client URLs were never published.  If a peer
     reports that they were, the data directory was lost and refuse() ends the member.  The check
-    ends with the first leader: before, this member has published nothing.
+    ends with the first leader, as before it this member publishes nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
@@ -20299,7 +20275,6 @@ class DataLossCheck:
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and accept the messages of all peers."""
         if self._transport.drop == self._drops:
             self._transport.drop = None
         self._timer.cancel()
@@ -20309,9 +20284,7 @@ class DataLossCheck:
 
 
 # ============================================================================
-# life/embedding -- Embedding: a member inside any program.
-# ----------------------------------------------------------------------------
-# Threads: the caller's, and the one it starts, `reactor`.
+# life/embedding -- Embedding: a member inside any program, on a thread of its own, `reactor`.
 # ============================================================================
 
 
@@ -20336,8 +20309,8 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 class ServerThread:
     """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    an unknown setting, ValueError for a bad URL.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.
+    Raises TypeError for an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
@@ -20377,7 +20350,6 @@ class ServerThread:
         self.stop()
 
     def start(self) -> None:
-        """Bind and serve."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -20447,7 +20419,6 @@ class ServerThread:
         """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
@@ -20556,10 +20527,7 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result.
-
-        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
-        """
+        """Return work(etcd), run on the reactor's thread.  Raises TimeoutError, ServerStopped."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
@@ -20584,7 +20552,7 @@ class Server(ServerThread):
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     def set_ready(self) -> None:
-        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        """Note that this member is published; programs that start `etcd` wait for this log line."""
         if not self._ready.is_set():
             ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
@@ -20639,7 +20607,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """End the member for a reason that bootstrap would have refused, had it known."""
+        """End the member with an error that bootstrap would have raised, had it known."""
         ETCD_LOG.critical("%s", error)
         self._halt(error)
 
@@ -20825,10 +20793,9 @@ class ProxyDialer:
 class Endpoint:
     """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
-    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
-    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
-    wait.  Differs from etcd, which waits for ever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would also
+    end watches.  So an endpoint that is silent for PROXY_PROBE_SECONDS, with requests waiting,
+    gets a probe.  An unanswered probe fails them all.  Differs from etcd, which waits for ever.
     """
 
     def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
@@ -20855,11 +20822,9 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
@@ -20920,7 +20885,6 @@ class Endpoints:
         self._timer: Optional[Timer] = None
 
     def available(self) -> List[Endpoint]:
-        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
@@ -20962,17 +20926,12 @@ class Endpoints:
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _fetch(
-        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
-    ) -> Optional[ClusterFile]:
-        """Return the URLs that the first peer to answer lists, and keep them in the file.
+    def _fetch(self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file; or None.
 
-        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
-        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
-        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
-        the service for good.
-
-        Thread: any; blocks.
+        Differs from etcd: the peer URL that answered stays, last in the list, and the `working`
+        client URLs stay in the file if the peer lists none of them.  Otherwise URLs that are wrong
+        on this machine, such as `localhost`, would end the service for good.  Thread: any; blocks.
         """
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
@@ -21024,8 +20983,7 @@ class Endpoints:
         """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
-            is_local(own) and url_address(own)[1] == port
-            for own in self._config.listen_client_urls
+            is_local(own) and url_address(own)[1] == port for own in self._config.listen_client_urls
         )
 
 
@@ -21054,11 +21012,10 @@ def _method_label(request: HttpRequest) -> str:
 
 
 class Forward:
-    """One request: tries one endpoint after the other, and passes the answer to the client.
+    """One request: tries one endpoint after the other, until one answers the client.
 
-    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
-    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
-    was made, as the first member may have executed it.  Thread: reactor.
+    Differs from etcd: a request that is not GET or HEAD goes to the next endpoint only if no
+    connection was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
@@ -21092,7 +21049,6 @@ class Forward:
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop the request without an answer."""
         self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
@@ -21111,13 +21067,11 @@ class Forward:
                 self._tried += 1
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
-                self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self)
+                self._call = self._dialer.call(endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
@@ -21346,9 +21300,9 @@ class Settings:
     values   flag name -> parsed value, for the flags that were given
     sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
-
     flags    the flags to accept; (): those of a member
-    A flag on the command line goes before its variable.  Raises FlagError.
+
+    A flag on the command line takes precedence over its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -21389,7 +21343,6 @@ class Settings:
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _take_flags(self) -> None:
-        """Take the flags before the next word off the command line."""
         while not self.help and self._next_flag():
             pass
 
@@ -21440,14 +21393,12 @@ class Settings:
         return words
 
     def check_leftover(self) -> None:
-        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -21593,7 +21544,6 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
@@ -21674,10 +21624,9 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In the sections client-transport-security and
-    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
-    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
-    Raises FlagError with file and line.
+    The names are those of the flags; in etcd 3's sections client-transport-security and
+    peer-transport-security without `peer-`.  Empty settings are skipped.  Of YAML a flat file may
+    have comments, quotes and [a, b].  Anything else raises FlagError, with file and line.
     """
     text = _read_text(path)
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
@@ -21685,10 +21634,7 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
 
 
 def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
-    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
-
-    Its lines are as those of a configuration file.  Raises FlagError with file and line.
-    """
+    """Return (line, flag, text) below coreos.etcd2; a name may have _ for -.  Raises FlagError."""
     section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
     return _checked_settings(path, (
         (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
@@ -21833,9 +21779,8 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
-    /etc/environment.  Without a private one, the interface with the default route has it.
-    Raises FlagError, which names `source`, if an address is unknown.
+    They are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or /etc/environment; the
+    default private one is that of the default route.  Raises FlagError for an unknown address.
     """
     def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
@@ -22030,7 +21975,6 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -22040,8 +21984,7 @@ def check_restore_settings(settings: Settings) -> None:
 def _check_host(settings: Settings, name: str, url: str) -> None:
     """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which accepts such a URL, and whose members then never find each other.
-    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
+    Differs from etcd, whose members then never find each other: often $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -22066,9 +22009,7 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
-    """Check and log the settings of TLS on one side, `client` or `peer`.
-
-    urls  the -listen URLs of that side
+    """Check and log the settings of TLS on one side, `client` or `peer`; urls: its -listen URLs.
 
     Raises StartError for files that cannot work, or that protect less than their flags promise.
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
@@ -22206,11 +22147,11 @@ class _Repeats:
 
 
 class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+    """Passes records to another handler; counts those that repeat within LOG_REPEAT_SECONDS.
 
-    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
-    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
-    all others.  Lines of raft that differ only in the term are the same line.
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  Without a
+    timer: the next line of the log, of any kind, brings the counts that are due, and close() all
+    others.  Lines of raft that differ only in the term are the same line.
     """
 
     def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
@@ -22220,7 +22161,7 @@ class RepeatHandler(logging.Handler):
         self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        """Pass on or count a record; those of DEBUG or with a traceback are never counted."""
         now = self._now()
         while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
             key, repeats = self._logged.popitem(last=False)
@@ -22257,7 +22198,6 @@ class RepeatHandler(logging.Handler):
             self._tell(self._logged.popitem(last=False)[1])
 
     def close(self) -> None:
-        """Log what was counted so far."""
         self._tell_all()
         super().close()
 
@@ -22445,8 +22385,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def data_source(
-    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot],
-    contents: WalContents,
+    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot], contents: WalContents,
 ) -> DataSource:
     state, entries = contents.hard_state, contents.entries
     committed = sum(entry.index <= state.commit for entry in entries)
@@ -22508,7 +22447,6 @@ def _file_kind_advice(path: str, content: bytes) -> str:
 
 
 def _newest_intact(directory: str) -> str:
-    """Return the path of the newest good snapshot in a directory, or ""."""
     for path, _ in snapshot_files(directory):
         with contextlib.suppress(CodecError, OSError):
             decode_snapshot_file(_READ_ONLY_DISK.read(path))
@@ -22575,10 +22513,7 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all files are complete.
-
-    Raises BackupError, and removes all new files then.
-    """
+    """Make a data directory: `member` appears when all is durable.  BackupError leaves no file."""
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
     begun = [path for path in (data_dir, wal_dir) if path and not os.path.exists(path)]
@@ -22652,10 +22587,10 @@ def backup(
 ) -> CopyReport:
     """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
-    with all indexes and member changes, but without uncommitted entries.
-    progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
-    Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
+    The copy is for a start with -force-new-cluster: the snapshot and log of the source, with all
+    indexes and member changes, without uncommitted entries.  progress is called with the share
+    done, 0.0 to 1.0, and a number of keys.  Raises BackupError.
+    Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
     if not os.path.isdir(data_dir):
         what = "is a file" if os.path.exists(data_dir) else "does not exist"
@@ -22676,8 +22611,7 @@ def backup(
     report = CopyReport(
         source, store.current_index, store.count_files("/1"),
         (file.size if file else 0) + sum(len(entry.data or b"") for entry in entries), *new_ids,
-        tuple(sorted(cluster.members.values())),
-        tuple(filter(None, (backup_dir, backup_wal_dir))),
+        tuple(sorted(cluster.members.values())), tuple(filter(None, (backup_dir, backup_wal_dir))),
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
@@ -22695,9 +22629,9 @@ def restore(
 
     source  a snapshot file, or a data directory, of which the committed entries count
 
-    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
-    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
-    old id.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times;
+    users and roles are kept.  The members are those given, with new ids.
+    progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
@@ -22846,7 +22780,6 @@ class Inspection:
     def _newest_intact_snapshot(
         self, directory: str, known: Container[EntryID]
     ) -> Tuple[Optional[Snapshot], str]:
-        """Return the newest intact snapshot that the log knows, and the name of its file."""
         for path, id in snapshot_files(directory):
             if id in known:
                 try:
@@ -22855,9 +22788,7 @@ class Inspection:
                     self.faults.append(f"{path} is damaged ({error}), so the one before counts")
         return None, ""
 
-    def _source(
-        self, path: str, snapshot: Optional[Snapshot], contents: WalContents
-    ) -> DataSource:
+    def _source(self, path: str, snapshot: Optional[Snapshot], contents: WalContents) -> DataSource:
         member_id = cluster_id = 0
         try:
             member_id, cluster_id = decode_metadata(contents.metadata)
@@ -22921,7 +22852,6 @@ def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
 
 
 def _read_database(path: str) -> Optional[Database]:
-    """Return what the database says, or None if there is none."""
     if not os.path.exists(path):
         return None
     try:
@@ -22938,9 +22868,9 @@ def _read_database(path: str) -> Optional[Database]:
 # ============================================================================
 # life/records -- Keys on their way between clusters: read from a directory, a cluster or a file; written to one.
 # ----------------------------------------------------------------------------
-# A file is what `pyetcdctl export` writes too, a record a line; a shell script for etcdctl of etcd 3;
-# or a database that `etcdctl snapshot restore` of etcd 3 takes.  All is read and written record by
-# record, so big data costs no more memory than its largest directory or what a member holds anyhow.
+# A file is an export like that of `pyetcdctl export`, a record a line; a shell script for etcdctl of
+# etcd 3; or a database for its `etcdctl snapshot restore`.  Records are read and written one by one:
+# memory holds the largest directory at most, or what a member holds anyhow.
 # ============================================================================
 
 
@@ -22982,7 +22912,7 @@ def parse_key_map(text: str) -> KeyMap:
 
 
 def mapped(key: str, key_map: KeyMap) -> str:
-    """Return `key` with the longest prefix of the map that fits replaced: of whole parts only."""
+    """Replace the longest prefix of `key`, of whole parts only, that the map has."""
     for old, new in key_map:
         if key == old or key.startswith(old if old.endswith("/") else old + "/"):
             return new + key[len(old):]
@@ -23063,7 +22993,7 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
 
 
 def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
-    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    """Return lease -> unix nanoseconds of its end: a whole ttl from now, as etcd 3 restarts it."""
     ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}
@@ -23239,10 +23169,7 @@ class KeysClient:
             waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
-        """Write a node; False if it exists: a directory, or with `keep` any.
-
-        Raises ValueError with the cluster's words if it refuses the node.
-        """
+        """Write a node; False if it exists (directory, or any with `keep`); ValueError: refused."""
         form: Dict[str, str] = {"ttl": str(ttl_s)} if ttl_s else {}
         if record.value is None:
             form["dir"] = "true"
@@ -23280,7 +23207,7 @@ class KeysClient:
 
     def _exchange(self, method: str, target: str, body: Optional[str],
                   headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """Return status and body.  A write whose answer is lost is sent again: it may be."""
+        """Return status and body.  A write without an answer is sent again, which does no harm."""
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
@@ -23316,11 +23243,9 @@ def export_keys(
     source: str, access: Access, *, form: str, target: str, key_map: KeyMap, leases: bool,
     wal_dir: str, progress: OnProgress,
 ) -> ExportReport:
-    """Write the keys of a data directory or a cluster to the file `target`, "" for stdout.
+    """Write the keys of a data directory, or a cluster if source is "", to `target`, "": stdout.
 
-    source  a data directory; "": the cluster of `access`
-
-    Raises BackupError; then the file is not there, or as it was.
+    After a BackupError the file is absent, or as it was.
     """
     if form == "db" and not target:
         raise BackupError("a database is no text: name a file with -output")
@@ -23347,7 +23272,6 @@ def export_keys(
 
 
 def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
-    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
@@ -23402,7 +23326,7 @@ def import_keys(
     source: str, access: Access, *, key_map: KeyMap, keep: bool, dry_run: bool,
     progress: OnProgress,
 ) -> ImportReport:
-    """Write the keys of a file to a cluster.  Raises BackupError.
+    """Write the keys of `source` to a cluster.  Raises BackupError.
 
     source  JSON of export, a snapshot or database of etcd 3, or a data directory with one
     """
@@ -23450,9 +23374,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
 
 
 # ============================================================================
-# life/testkit -- The test kit: members that a test kills, freezes and cuts off.
-# ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.
+# life/testkit -- The test kit: members that a test kills, freezes and cuts off, on threads of their own.
 # ============================================================================
 
 
@@ -23484,9 +23406,8 @@ def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], s
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
-    that is cut in both directions is closed.  Requests for /members and /version, which members
-    send at their first start, pass.
+    Sender and receiver drop the messages, also those on their way.  A link cut in both directions
+    is closed.  Requests for /members and /version, as at a first start, pass.
     """
 
     _mute: _Ids = frozenset()           # members to which nothing is sent
@@ -23564,9 +23485,8 @@ class _LocalServer(Server):
 def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
     """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
-    While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
-    Raises OSError.
+    While the member is down, no program or outgoing connection gets the port, and connections to it
+    are refused.  macOS allows one socket per port: there nothing keeps it.  Raises OSError.
     """
     sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     if port:                            # despite old connections, but not beside a listener
@@ -23631,7 +23551,6 @@ class LocalMember:
         """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
-
         Raises TimeoutError, StartError.
         """
         if not self.is_running:
@@ -23670,10 +23589,7 @@ class LocalMember:
               lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End the member at once, as `kill -9` does: it writes and sends nothing more.
-
-        A write that was under way may or may not have reached the disk.
-        """
+        """End the member at once, as `kill -9` does; an unfinished write may reach the disk."""
         if self._server is not None:
             if self.is_paused:
                 self._server.abandon()
@@ -23692,10 +23608,9 @@ class LocalMember:
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.  Raises ServerStopped.
 
         Only the batch that the disk thread has already received is written.
-        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
             held, release = threading.Event(), threading.Event()
@@ -23755,15 +23670,8 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(
-        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
-    ) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known.
-
-        client_port, peer_port  0: a free port
-
-        Raises OSError.
-        """
+    def reserve(self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0) -> None:
+        """Reserve the two ports, if that is not yet done; 0: a free one.  Raises OSError."""
         if self.client_url:
             return
         directory = self._directory
@@ -23871,10 +23779,7 @@ class LocalCluster:
     # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the running member that leads in the newest term; None if there is none.
-
-        Paused members do not count.
-        """
+        """Return the running member, not paused, that leads in the newest term, or None."""
         return self._leader_of(self.members)
 
     def wait_leader(
@@ -23883,7 +23788,6 @@ class LocalCluster:
         """Wait for a leader that has committed an entry in its term, and return it.
 
         among  the members that count, such as one side of a partition; (): all
-
         Raises TimeoutError, which names the state of each member.
         """
         candidates = list(among) or self.members
@@ -23937,10 +23841,9 @@ class LocalCluster:
     # -- the first election ------------------------------------------------
 
     def _campaign_in_new_cluster(self) -> bool:
-        """Let the last member of a new cluster campaign as soon as the others accept its messages.
+        """Let the last member campaign as soon as the others of a new cluster accept its messages.
 
-        So the first election starts without an election timeout, and without rivals.  Returns
-        True when the campaign has begun, or if the cluster had an election before.
+        The first election then needs no timeout and has no rivals.  Returns True from then on.
         """
         candidate = self.members[-1]
         return bool(candidate.call(_has_begun)) or all(
@@ -23992,10 +23895,7 @@ class PytestPlugin:
 
 
 # ============================================================================
-# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
-# ----------------------------------------------------------------------------
-# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
-# process starts them in a fraction of a second, and none is left behind when it ends.
+# life/dev -- `pyetcd dev`: a LocalCluster in this process, to try things on.
 # ============================================================================
 
 
@@ -24091,9 +23991,7 @@ class EndSignals:
 def plan_addresses(settings: Settings, size: int) -> List[Address]:
     """Return the addresses of all members: those of a kept data directory, or new ones.
 
-    size  0: as many as the data directory has, or one
-
-    Raises FlagError for what does not go together.
+    size  0: as many as the data directory has, or one.  Raises FlagError for contradictions.
     """
     port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
     recorded = _read_kept(data_dir) if data_dir else []
@@ -24167,7 +24065,6 @@ def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
 
 
 def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
-    """Return the lines that say where the members serve and what to try."""
     first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
     count = len(cluster.members)
     kept = "is kept" if data_dir else "is removed then"
@@ -24187,9 +24084,7 @@ def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
 def discovery_lines(client_url: str) -> List[str]:
     """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
     try:
-        status, _, body = blocking_get(
-            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
-        )
+        status, _, body = blocking_get(client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}")
     except (OSError, http.client.HTTPException) as error:
         raise StartError(f"no discovery URL from {client_url}: {error}") from None
     text = body.decode("utf-8", "replace").strip()
@@ -24262,7 +24157,6 @@ class Verdict(NamedTuple):
 
 
 def verdicts(found: Inspection) -> List[Verdict]:
-    """Return a verdict for each version, in order."""
     return [_verdict(version, found) for version in _VERSIONS]
 
 
@@ -24387,13 +24281,11 @@ def _shown(path: str) -> str:
 
 
 def entry_text(entry: CommandEntry) -> str:
-    """An entry in a line."""
     return (f"entry {entry.index}: {entry.request.method} {_shown(entry.request.path)}"
             f"{'' if entry.committed else ' (not known to be committed)'}")
 
 
 def next_step(found: Inspection) -> str:
-    """Return what to do next: one command, or a few words."""
     path = found.source.path
     if found.faults:
         return (f"replace the member from an intact one, or `pyetcd export {path}` to save what"
@@ -24411,7 +24303,6 @@ def next_step(found: Inspection) -> str:
 
 
 def check_json(found: Inspection) -> Dict[str, Any]:
-    """The report of `pyetcd check -json`."""
     source, database = found.source, found.database
     return {
         "directory": source.path,
@@ -24448,10 +24339,7 @@ def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
 
 
 def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
-    """Yield an object for each node of v2, users and roles too, then for each command of the log.
-
-    No object holds a password.
-    """
+    """Yield an object per node of v2, users and roles too, then per command; no password."""
     for space in ("/1", "/2"):
         for path, node in found.store.nodes_below(space):
             entry = found.place(node.modified_index)
@@ -24576,7 +24464,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
 
 
 def write_warnings(settings: Settings, name: str) -> None:
-    """Write what is odd about the flags of a command; variables of a member are not its flags."""
+    """Write the warnings about flags of a command, not about the variables of a member."""
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
@@ -24588,7 +24476,6 @@ def _print(*lines: str) -> None:
 
 
 def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
-    """Return the only word.  Raises FlagError."""
     if not words or not words[0]:
         raise FlagError(f"{name} is missing: {meaning}")
     if len(words) > 1:
@@ -24866,10 +24753,7 @@ def version_text() -> str:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
-
-    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
-    """
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new."""
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
@@ -24908,7 +24792,7 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
+    """At SIGINT or SIGTERM stops the member, then ends the process by that signal.
 
     Before install() the signals end the process at once: the member serves nothing yet.
     """
