@@ -13542,7 +13542,7 @@ class Proposals:
 
 
 class LateProposals:
-    """Proposals that peers forwarded without a leader, kept for it for two election timeouts."""
+    """Proposals that peers forward while no leader is known, kept for two election timeouts."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -15219,7 +15219,7 @@ class AuthApi:
     def _run(
         self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
     ) -> None:
-        """Make a change; reply(its result), or answer its error.  value: of the step before."""
+        """Run `steps` on from `value`; at their end call reply(result), or answer the error."""
         go_on = functools.partial(self._run, request, steps, reply)
 
         def worked(error: "Optional[BaseException]", result: "Any") -> None:
@@ -18198,7 +18198,7 @@ def listing(nodes: Nodes) -> Rows:
 
 
 def search(nodes: Nodes, text: str, where: str) -> Rows:
-    """Rows of nodes with `text`, lower case, in any case in `where`: key, value, or "" (both)."""
+    """Yield rows of nodes whose `where` (key, value, "": both) has `text`, given in lower case."""
     for found in nodes:
         if found is None:
             yield ""
@@ -18679,7 +18679,7 @@ class Discovery:
 
     Waits without end for an unreachable registry.  Raises DiscoveryError.  Blocks.
     Source: etcd 2.3 discovery.  Differs from etcd: only the registration of a new member ends the
-    wait; etcd counts every event, so a changed or deleted key makes a cluster lack a member.
+    wait; etcd counts every event, so a changed or deleted key leaves a member out.
     """
 
     def __init__(
@@ -20210,7 +20210,7 @@ class DataLossCheck:
     Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
     until that peer confirms that this member's client URLs were never published.  If a peer
     reports that they were, the data directory was lost and refuse() ends the member.  The check
-    ends with the first leader, as before it this member publishes nothing.
+    ends with the first leader: until then this member publishes nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
@@ -24792,7 +24792,7 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """At SIGINT or SIGTERM stops the member, then ends the process by that signal.
+    """Stops the member at SIGINT or SIGTERM, then ends the process by that signal.
 
     Before install() the signals end the process at once: the member serves nothing yet.
     """

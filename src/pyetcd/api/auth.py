@@ -213,7 +213,7 @@ class AuthApi:
     def _run(
         self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
     ) -> None:
-        """Make a change; reply(its result), or answer its error.  value: of the step before."""
+        """Run `steps` on from `value`; at their end call reply(result), or answer the error."""
         go_on = functools.partial(self._run, request, steps, reply)
 
         def worked(error: Optional[BaseException], result: Any) -> None:

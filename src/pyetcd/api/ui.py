@@ -271,7 +271,7 @@ def listing(nodes: Nodes) -> Rows:
 
 
 def search(nodes: Nodes, text: str, where: str) -> Rows:
-    """Rows of nodes with `text`, lower case, in any case in `where`: key, value, or "" (both)."""
+    """Yield rows of nodes whose `where` (key, value, "": both) has `text`, given in lower case."""
     for found in nodes:
         if found is None:
             yield ""

@@ -103,7 +103,7 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """At SIGINT or SIGTERM stops the member, then ends the process by that signal.
+    """Stops the member at SIGINT or SIGTERM, then ends the process by that signal.
 
     Before install() the signals end the process at once: the member serves nothing yet.
     """

@@ -152,7 +152,7 @@ class Discovery:
 
     Waits without end for an unreachable registry.  Raises DiscoveryError.  Blocks.
     Source: etcd 2.3 discovery.  Differs from etcd: only the registration of a new member ends the
-    wait; etcd counts every event, so a changed or deleted key makes a cluster lack a member.
+    wait; etcd counts every event, so a changed or deleted key leaves a member out.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class Proposals:
 
 
 class LateProposals:
-    """Proposals that peers forwarded without a leader, kept for it for two election timeouts."""
+    """Proposals that peers forward while no leader is known, kept for two election timeouts."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
