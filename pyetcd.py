@@ -52,9 +52,9 @@ if __name__ == "__main__":
     def _enter_fresh_image() -> None:
         """Run this file's byte code in a fresh image of the process; return if that cannot be.
 
-        Python has just compiled all of this file, which leaves 24 MB behind that are never used
-        again: 28 MB instead of 52.  The image gets the words that the user typed, with a compiled
-        script in memory in the place of this file.  Raises OSError, ValueError.
+        Compiling all of this file leaves 24 MB of unused memory behind: 28 MB instead of 52.  The
+        image gets the user's command line, with a compiled script in memory for this file.
+        Raises OSError, ValueError.
         """
         from importlib.util import MAGIC_NUMBER
         with open("/proc/self/cmdline", "rb") as file:
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     def _leave_past_image(
         image: int, words: "list[bytes]", name: bytes, path: "tuple[str, ...]", script: str
     ) -> None:
-        """Make all as if the user's script had been started, and not a file in memory."""
+        """Restore argv, path and file name of the user's script, and free the file in memory."""
         os.close(image)
         at = len(words) - len(sys.argv)
         sys.argv[0] = os.fsdecode(words[at])
@@ -10688,7 +10688,6 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
@@ -10728,8 +10727,8 @@ def _hash_id(data: bytes) -> int:
 def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
-    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
+    The token is the whole URL with `discovery`, and the unix seconds for a member added at run
+    time.  Source: etcd 2.3 etcdserver/member.go.
     """
     return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
@@ -10742,10 +10741,10 @@ def cluster_id(member_ids: Iterable[int]) -> int:
 def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tuple[str, ...]]:
     """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
 
-    nameless  take `=url` too: a member of a running cluster has no name before its first start.
-              Each gets `=url` for a name, which no member can have
+    nameless  take `=url` too, named `=url`, as no member can be: a member of a running cluster
+              has no name before its first start
 
-    Raises ValueError with etcd's words.
+    Raises ValueError in etcd's words.
     """
     urls: Dict[str, List[str]] = {}
     for piece in filter(None, (part.strip() for part in text.split(","))):
@@ -10760,7 +10759,6 @@ def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tup
 
 
 def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
-    """Return the text form: all name=url pairs sorted, joined by commas."""
     return ",".join(sorted(
         f"{name.partition('=')[0]}={url}" for name, urls in initial.items() for url in urls
     ))
@@ -10828,7 +10826,6 @@ class Cluster:
         return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
-        """True if every member has published that it has `feature`."""
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
@@ -10838,10 +10835,7 @@ class Cluster:
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """True if the addition of this member is applied.
-
-        The store decides, as it is the same everywhere; `members` also holds those of the flags.
-        """
+        """True if the store has the member; `members` has those of the flags, too."""
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
@@ -10923,10 +10917,7 @@ class Cluster:
             peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
-        """Apply: the cluster version (the store is written by the Applier).
-
-        Raises InvariantError if this program is older than the cluster.
-        """
+        """Apply the cluster version (the Applier writes the store).  Raises InvariantError."""
         self._check_version(version)
         short = version.rpartition(".")[0]
         if self.version is None:
@@ -11001,10 +10992,7 @@ class Cluster:
 
 
 def parse_member(context: bytes, id: int) -> Member:
-    """Return the member in a conf change's context; parts that are missing are empty.
-
-    Raises CodecError.
-    """
+    """Return the member in a conf change's context; missing parts are empty.  Raises CodecError."""
     try:
         fields = load_json(context)
         name = as_unicode(str(fields.get("name") or ""))
@@ -11053,10 +11041,7 @@ class Applier:
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Decode a slice of an entry of more than LONG_REQUEST_BYTES; True when it is decoded.
-
-        10 MB take 40 ms, or 0.5 s.
-        """
+        """Decode a slice of a long entry; True when all of it is decoded.  10 MB: 40-500 ms."""
         if self._long is not entry:
             self._long, self._steps = entry, decode_long_request(entry.data)
         try:
@@ -11074,8 +11059,7 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
-        API, and garbage; they count as applied and do nothing here.
+        Returns None for a leader's first entry, operations of etcd 3's API, and garbage.
         """
         request = entry.request
         if request is None:
@@ -11146,9 +11130,7 @@ class Applier:
             return self._store.compare_and_delete(
                 r.path, prev_value=r.prev_value, prev_index=r.prev_index, now_ns=self.clock()
             )
-        return self._store.delete(
-            r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock()
-        )
+        return self._store.delete(r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock())
 
     def _get(self, r: Request) -> Applied:
         return self._store.get(r.path, recursive=r.recursive, now_ns=self.clock())
@@ -11217,10 +11199,7 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
-
-    Raises CodecError.
-    """
+    """Decode a request as UTF-8, with a clean path as in etcd's store.  Raises CodecError."""
     request = decode_request(data)
     if request is None:
         return None
@@ -11252,7 +11231,7 @@ def check_entry(
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
 
-    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+    is_proposal  also refuse what the API of a member refuses: an entry in a leader's log must be
                  accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
@@ -11314,7 +11293,7 @@ def _check_change(data: bytes, is_proposal: bool) -> None:
 
 
 class MemberInspector(MessageInspector):
-    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+    """Refuses messages that would be fatal when applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
         self._cluster = cluster
@@ -11473,9 +11452,7 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/passwords -- Users, roles, permissions and passwords.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 etcdserver/auth.
+# member/passwords -- Users, roles, permissions and passwords.  Source: etcd 2.3 etcdserver/auth.
 # ============================================================================
 
 
@@ -11528,7 +11505,7 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: "Permissions") -> "Permissions":
-        """Return both together, sorted.  Raises AuthError for a duplicate."""
+        """Return the union, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
@@ -11564,7 +11541,6 @@ class Role(NamedTuple):
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if the role covers this access; root covers any."""
         return self.name == ROOT or self.permissions.allow(key, write=write, recursive=recursive)
 
 
@@ -11582,7 +11558,6 @@ class User(NamedTuple):
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> "User":
-        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -11614,14 +11589,12 @@ def string_list(value: object) -> Names:
 
 
 def make_permissions(read: object, write: object) -> Permissions:
-    """Return permissions from lists of JSON; empty patterns are dropped.  Raises ValueError.
+    """Return permissions from lists of JSON.  Raises ValueError.
 
-    Differs from etcd, whose requests crash on an empty pattern.
+    Differs from etcd: drops empty patterns, on which its requests crash.
     """
     lists = (string_list(read), string_list(write))
-    return Permissions(*(
-        None if names is None else tuple(filter(None, names)) for names in lists
-    ))
+    return Permissions(*(None if names is None else tuple(filter(None, names)) for names in lists))
 
 
 # A program of its own with low priority: a thread of this process would take Python's lock, or the
@@ -11653,10 +11626,7 @@ def _python() -> str:
 
 
 class Passwords:
-    """Hashing with bcrypt where the system's libcrypt has it, else with PBKDF2.  Slow on purpose.
-
-    Thread: any; every call takes tens of milliseconds.
-    """
+    """Hashes by bcrypt where libcrypt has it, else by PBKDF2; takes tens of ms.  Thread: any."""
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
@@ -11716,10 +11686,7 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`.
-
-        "": this system has no bcrypt; None: the program that computes it has failed.
-        """
+        """Hash with the algorithm, cost and salt of `setting`; "": no bcrypt here; None: failed."""
         try:
             import subprocess
             python = _python()
@@ -11765,14 +11732,14 @@ class PasswordCheck:
 class PasswordChecks:
     """Verifies passwords one at a time, and remembers the results.
 
-    The level of a check is the logarithm of the wrong passwords that its sender had lately and
-    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
-    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
+    The level of a check is the logarithm of its sender's recent wrong passwords and waiting
+    checks.  Low levels go first, and a pause precedes each check above level 0: guessing is slow,
+    and no other sender waits for it.  Known passwords never wait.
 
-    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
-    a host has guessed under many names, every check from there waits for the pause, so that an
-    answer takes as long for users that do not exist.  Existing users without a wrong password go
-    before the others.  Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as users may share it.  Once a host
+    has guessed under many names, all its checks wait for the pause, so that answers take as long
+    for users that do not exist.  Existing users without a wrong password go before the others.
+    Thread: reactor.
     """
 
     LEVELS = 9
@@ -11844,7 +11811,6 @@ class PasswordChecks:
         return (count + self._pending.get(place, 0)).bit_length()
 
     def _start_next(self) -> None:
-        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
@@ -11958,10 +11924,7 @@ class Auth:
             self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
 
     def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user.
-
-        An unknown user gets one like root's, so that a refusal takes as long.
-        """
+        """Return a user's password hash; for an unknown one, a hash as slow as root's."""
         user = self.user(name)
         if user is not None:
             return user.password
@@ -11969,10 +11932,7 @@ class Auth:
         return self.checks.passwords.decoy(root.password if root is not None else "")
 
     def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
+        """Return sorted names of `users`, or `roles` with root; as in etcd no hidden ones, `_*`."""
         children = self._store.children(f"{AUTH_PREFIX}/{kind}")
         names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
         return sorted(names + [ROOT] if kind == "roles" else names)
@@ -11996,7 +11956,6 @@ class Auth:
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
             AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
@@ -12019,17 +11978,17 @@ def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
         return None
 
 
-# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
-# callable, which runs on another thread, and gets its result.
+# A change in steps: yields a Request and gets its Event or EtcdError, or yields a callable, which
+# runs on another thread, and gets its result.
 Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus: each method returns Steps.
+    """Changes of users and roles, through consensus: each method returns Steps to the new record.
 
-    A change reads its record through consensus, too, and is written only if the record is the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.  All methods raise AuthError.
+    A change reads its record through consensus, too, and begins again if the record has changed
+    when it writes.  Differs from etcd, where one of two concurrent changes of a user is lost.
+    All methods raise AuthError.
     """
 
     def __init__(self, auth: Auth) -> None:
@@ -12037,7 +11996,6 @@ class AuthStore:
         self._ensured = False
 
     def create_user(self, user: User) -> Steps:
-        """Return the new user."""
         if not user.password:
             raise AuthError(400, f"Cannot create user {user.name} with an empty password")
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
@@ -12047,7 +12005,6 @@ class AuthStore:
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user."""
         hashed = ""
         if password:
             hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
@@ -12066,14 +12023,12 @@ class AuthStore:
         AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
-        """Return the new role."""
         self._check_role(role.name)
         yield from self._create("role", role)
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
-        """Return the changed role."""
         self._check_role(name)
 
         def change(old: "Role") -> "Role":
@@ -12117,9 +12072,7 @@ class AuthStore:
             prev_exist=False,
         )
 
-    def _update(
-        self, kind: str, name: str, change: Callable[[Any], Any], options: str
-    ) -> Steps:
+    def _update(self, kind: str, name: str, change: Callable[[Any], Any], options: str) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
@@ -12157,7 +12110,7 @@ class AuthStore:
             raise refusal if refusal is not None and isinstance(result, error) else result
 
     def _ensure_directories(self) -> Steps:
-        """Make the places before the first change: four indexes of the store, as in etcd."""
+        """Make the directories before the first change: four indexes of the store, as in etcd."""
         if not self._ensured:
             for path in ("", "/users", "/roles"):
                 yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
@@ -12213,7 +12166,7 @@ class Guard:
     ) -> Handler:
         """Return the handler for a request that only the role root may make.
 
-        hashes  the answer holds password hashes: needs root without auth, too, if there are users
+        hashes  the answer holds password hashes: if there are users, needs root also without auth
         """
         always = hashes and self._auth.has_users
         return self._decide(head, self._auth.is_root, passed, refused, always=always)
@@ -12229,9 +12182,7 @@ class Guard:
             return functools.partial(self._verify, head, may, passed, refused)
         return passed if verdict else refused
 
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
+    def _verdict(self, head: HttpHead, may: Callable[[Optional[User]], bool]) -> Optional[bool]:
         """True if the request may pass; None: the password has not been verified yet."""
         header = head.headers.get("authorization", "")
         if not header:
@@ -12337,13 +12288,11 @@ class ServerStats:
         self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
         self._received.add(size)
 
@@ -12366,7 +12315,6 @@ class ServerStats:
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -12404,7 +12352,6 @@ class LeaderStats:
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -12450,7 +12397,6 @@ class ServerCounts:
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -12502,15 +12448,11 @@ class Counter(Reading):
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
-    """Return the bounds start * 2**n of a histogram, n < count."""
     return [start * (1 << step) for step in range(count)]
 
 
 class Histogram:
-    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
-
-    Thread: one observes; any may read.
-    """
+    """Counts of values per bucket; `bounds` are upper, inclusive, ascending.  One thread writes."""
 
     kind = "histogram"
     __slots__ = ("bounds", "counts", "sum")
@@ -12587,7 +12529,6 @@ class Metrics:
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -12603,14 +12544,12 @@ class Metrics:
         self.add(name, help, Reading("gauge", (label,), lambda: {(read(),): 1}))
 
     def total(
-        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]],
-        labels: Labels = (),
+        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]], labels: Labels = (),
     ) -> None:
         """Add counters that are kept elsewhere: label values -> count."""
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -12625,10 +12564,7 @@ class Metrics:
 
 
 class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
+    """Counts the messages that the transport sends and receives, by member id."""
 
     def __init__(
         self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
@@ -12647,7 +12583,6 @@ class Traffic:
         self._labels: Dict[Tuple[str, int, int], Labels] = {}
 
     def sent(self, sent: Sent) -> None:
-        """Count a message that has left, or could not leave."""
         to, message = sent.to, sent.message
         key = (sent.channel, to, message.type)
         labels = self._labels.get(key)
@@ -12804,10 +12739,7 @@ class WalWriter:
             job.done()
 
     def stop(self) -> None:
-        """Finish the queued jobs if there is space, close the files, end the thread.
-
-        Blocks for the last sync.
-        """
+        """Finish the queued jobs if there is space, end the thread, close the files.  Blocks."""
         self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
@@ -12900,8 +12832,7 @@ class Journal:
     """
 
     def __init__(
-        self, wal: Wal, writer: WalWriter, hard_state: HardState,
-        durable: Callable[[Batch], None],
+        self, wal: Wal, writer: WalWriter, hard_state: HardState, durable: Callable[[Batch], None],
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
@@ -12922,7 +12853,6 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -12945,7 +12875,7 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        """Give an idle writer the next batch; a commit index alone waits for other work."""
         if self._steps is not None:
             self._encode_on()
         if self._record is not None and not self.busy:
@@ -13022,9 +12952,7 @@ class Journal:
         self.visits += 1
         self.writer.submit(job)
 
-    def _encode_job(
-        self, batch: Batch, done: Callable[[], None]
-    ) -> Generator[None, None, WalJob]:
+    def _encode_job(self, batch: Batch, done: Callable[[], None]) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
             record = self._wal.encode_snapshot(batch.snapshot.id)
@@ -13041,16 +12969,12 @@ class Journal:
 
 
 class SnapshotJob:
-    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
-
-    walk  to be closed if the snapshot is given up
-    """
+    """Encodes the store, as it is now, as a snapshot file, in slices; close `walk` to give up."""
 
     SLICE_S = 0.002
 
     def __init__(
-        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...],
-        now: Callable[[], float],
+        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...], now: Callable[[], float],
     ) -> None:
         self.id = snapshot_id
         self.etcd_index = store.current_index
@@ -13096,10 +13020,7 @@ SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
-
-    Thread: reactor.
-    """
+    """Writes snapshots when they are due, lends them to followers and clients.  Thread: reactor."""
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -13128,13 +13049,11 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if a new file is needed, and the disk was not just full.
+        """True if the newest file is older than `count` entries, or than least_index.
 
-        The newest one is older than `count` entries, or than least_index.
-
-        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
-        nodes, as it would cost more than the entries do; they take less memory than the nodes.
-        The nodes of the last snapshot count: a store that only grows has one at each doubling.
+        False for a while after the disk was full.  A walk takes 4 us per node: that of a large
+        store waits for as many entries as it has nodes, as they cost less time and memory.  The
+        nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if not self.index < self.least_index <= raft_index and (
@@ -13143,13 +13062,8 @@ class SnapshotKeeper:
             return False
         return self._reactor.now() >= self._not_before
 
-    def begin(
-        self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
-    ) -> None:
-        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
-
-        lent  for the receivers that wait, instead of the disk
-        """
+    def begin(self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool) -> None:
+        """Begin to walk the store as of entry `applied`; lent: for waiting receivers, no file."""
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
@@ -13173,7 +13087,7 @@ class SnapshotKeeper:
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """Forget a receiver; a walk without receivers ends."""
+        """Forget a receiver; end a walk without receivers."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -13315,10 +13229,7 @@ class Proposals:
         return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail requests that waited too long with error(start time); return how many.
-
-        WORK_ENTRIES_MAX at most: then call again.
-        """
+        """Fail late requests, WORK_ENTRIES_MAX at most, with error(start time); return how many."""
         callbacks, deadlines, expired = self._callbacks, self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
             deadlines[0][1] not in callbacks or deadlines[0][0] <= now
@@ -13338,10 +13249,7 @@ class Proposals:
 
 
 class LateProposals:
-    """Proposals that peers forwarded while there was no leader, kept for the next one.
-
-    After two election timeouts the clients have given up, and the proposals are dropped.
-    """
+    """Proposals that peers forward while no leader is known, kept for two election timeouts."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -13352,7 +13260,6 @@ class LateProposals:
         return len(self._entries)
 
     def add(self, entries: Sequence[Entry], now: float) -> None:
-        """Keep copies, as far as there is room."""
         until = now + self._keep_s
         for entry in entries:
             if len(self._entries) < PROPOSALS_PENDING_MAX and self._bytes <= QUEUED_BYTES_MAX:
@@ -13364,7 +13271,6 @@ class LateProposals:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -13375,10 +13281,9 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question is under way at a time; requests that arrive meanwhile share the next.  A question
-    without an answer is asked again after two ticks: its leader is gone, or not ready.
-    Thread: reactor.  Source: Raft thesis §6.4.
-    Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  Without
+    an answer for two ticks it is repeated: the leader is gone, or not ready.  Thread: reactor.
+    Source: Raft thesis §6.4.  Differs from etcd 2.3, which logs each such read.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
@@ -13478,7 +13383,6 @@ class Leadership:
         return True
 
     def unled_s(self) -> float:
-        """Return the seconds without a leader, 0 if one is known."""
         return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
@@ -13493,10 +13397,7 @@ class Leadership:
         return up > len(raft.voters) // 2
 
     def explain_timeout(self, started: float) -> EtcdError:
-        """Say why a request got no answer (etcd 2.3: the same three sentences).
-
-        started  when the request came, monotonic
-        """
+        """Say why a request that came at `started` (monotonic) timed out, in etcd 2.3's words."""
         cause = "etcdserver: request timed out"
         started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
         if self._since and self._since - 2 * self._election_s < started < self._since:
@@ -13542,9 +13443,9 @@ class Leadership:
     def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
         """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
 
-        A leader that removes itself may exit before its followers learn that the entry is
-        committed.  Of two members the second one then waits for ever for the vote of the first
-        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        A leader that removes itself may exit before its followers learn of the commit.  The other
+        of two members then waits for ever for its vote (thesis §4.2.2).  If no other member takes
+        over, this one proposes the change all the same.
         """
         raft = self._node.raft
         if raft.term != self._removal_term and any(
@@ -13563,9 +13464,8 @@ class Leadership:
     def watch_disk(self) -> None:
         """Transfer leadership if our disk has not answered for an election timeout; every tick.
 
-        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
-        more on its disk than we have on ours: where all members share one slow disk, a transfer
-        would win nothing.
+        Heartbeats need no disk, so no follower would notice.  The transferee must have more on its
+        disk than we have: if all members share one slow disk, a transfer gains nothing.
         """
         journal, raft = self._journal, self._node.raft
         visit = journal.visits if journal.busy else 0
@@ -13579,10 +13479,7 @@ class Leadership:
                 )
 
     def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
-        """Transfer leadership and let `proposals` get their answer; then call done().
-
-        Takes one election timeout at most.
-        """
+        """Transfer leadership and await answers to `proposals`, an election timeout at most."""
         deadline = self._reactor.now() + self._election_s
         self._wait_to_leave(proposals, self.transfer(), deadline, done)
 
@@ -13614,7 +13511,6 @@ def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
-    unled_s  seconds without a leader
     """
     members = cluster.members
     if unled_s < LEADER_WAIT_SECONDS / 2:
@@ -13644,14 +13540,13 @@ class Publication:
         self._is_applied = False
 
     def propose(self) -> None:
-        """Propose it unless it is applied; one more proposal is harmless."""
+        """Propose the attributes unless they are applied; one more proposal is harmless."""
         if self._is_applied:
             return
         config, id = self._config, self._cluster.local_id
         member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
         path = f"/0/members/{format_id(id)}/attributes"
-        self._propose(
-            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+        self._propose(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
     def _applied(self, result: Any) -> None:
         if self._is_applied or isinstance(result, ServerStopped):
@@ -13672,7 +13567,7 @@ class Publication:
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
     """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
 
-    Says nothing of default URLs, nor of those of a port that the system chose.
+    Ignores default URLs, and ports that the system chose.
     """
     if member is None:                  # removed before its publication was applied
         return
@@ -13765,7 +13660,6 @@ class VersionMonitor:
 
 
 def _server_version(body: bytes) -> str:
-    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
     try:
         version = str(load_json(body)["etcdserver"])
         version_key(version)
@@ -13777,7 +13671,7 @@ def _server_version(body: bytes) -> str:
 class ExpirySync:
     """Puts the leader's clock into the log, where every member expires keys alike.
 
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    Differs from etcd: if many keys expire, the time in the log catches up with the clock in
     steps, each after the one before is applied, so that no other request waits for all of them.
     """
 
@@ -13810,10 +13704,7 @@ class ExpirySync:
 def purge_periodically(
     reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
 ) -> None:
-    """Remove old files now, and again 30 s after each time.
-
-    kept  (directory, suffix, number of its newest files to keep), ...
-    """
+    """Remove old files now and every 30 s.  kept: (directory, suffix, number of newest), ..."""
     def purge() -> None:
         for directory, suffix, keep in kept:
             purge_files(directory, suffix, keep, disk=disk)
@@ -14035,7 +13926,7 @@ class EtcdServer:
 
         The command may still be applied after a RequestTimeout.
 
-        encoded  its encode_request, where that is known; then it has an id
+        encoded  encode_request(request), if known; then the request has an id
         """
         if self.stopping or self.no_space and request.method != "QGET":
             done(ServerStopped() if self.stopping else NoSpace(self.no_space))
@@ -14080,8 +13971,8 @@ class EtcdServer:
     def _deliver(self, message: Message) -> None:
         """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
-        Differs from etcd, which drops them, so that the peer's client waits for its timeout.
-        While the disk is full entries are dropped: they would fill the memory instead.
+        Differs from etcd, which drops them: the peer's client then waits for its timeout.  While
+        the disk is full, entries are dropped, as they would fill the memory.
         """
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
@@ -14114,7 +14005,7 @@ class EtcdServer:
     # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
-        """Propose, hand out, write, apply.  Called once per turn of the reactor."""
+        """Propose, send, write, apply: once per turn of the reactor."""
         if self.stopping:
             return
         node, log, hub, refused = self.node, self.node.raft.log, self.store.hub, False
@@ -14142,8 +14033,8 @@ class EtcdServer:
     def _propose_queued(self) -> bool:
         """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
-        and a message to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  A message to a
+        dead leader is lost, and its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
@@ -14237,8 +14128,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it had counted
-        before, and let it commit alone an entry that the others never saw.
+        After a crash, a member could otherwise know fewer voters than it had counted, and commit
+        alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -14275,8 +14166,7 @@ class EtcdServer:
     def _maybe_campaign_alone(self) -> None:
         """Campaign at once in a cluster of one, where no other member can lead.
 
-        All entries known to be committed must be applied: before that the voters are those of an
-        earlier time.
+        Not before all committed entries are applied: until then the voters are of an earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
@@ -14354,10 +14244,7 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
 
 
 def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
-    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
-
-    An empty piece stands for work without a result.
-    """
+    """Send pieces, one a turn, as fast as the client reads; end the reply.  b"": only a pause."""
     if reply.closed:
         return
     piece = next(pieces, None)
@@ -14418,7 +14305,6 @@ def form_steps(
 
 
 def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
-    """Decode a long name or value, with pauses."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     pieces, start = [], 0
     try:
@@ -14449,10 +14335,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 
 @functools.lru_cache(maxsize=64)
 def is_form_type(content_type: str) -> bool:
-    """True if a body of this Content-Type is a form.
-
-    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
-    """
+    """True for the type of a form.  Raises InvalidForm.  Source: Go mime.ParseMediaType."""
     if not content_type:
         return False
     if len(content_type) > SHORT_HEADER_BYTES_MAX:
@@ -14494,7 +14377,6 @@ GO_BOOLS = {
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
@@ -14514,7 +14396,6 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -14535,12 +14416,8 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
     return wrap_int64(now_ns + wrap_int64(ttl_s * NS))
 
 
-def parse_key_request(
-    method: str, path: str, fields: Mapping[str, str], now_ns: int
-) -> Request:
-    """Return the command, with id 0, that the merged fields of a request describe.
-
-    path  internal, clean
+def parse_key_request(method: str, path: str, fields: Mapping[str, str], now_ns: int) -> Request:
+    """Return the command, with id 0, that merged fields describe; path: internal, clean.
 
     Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
     Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
@@ -14632,9 +14509,7 @@ class KeyTarget:
             self.fields or self.bad_key or self.bad_type or self.bad_query
         )
 
-    def request(
-        self, request: HttpRequest, now_ns: int
-    ) -> Generator[None, None, Request]:
+    def request(self, request: HttpRequest, now_ns: int) -> Generator[None, None, Request]:
         """Return the command of a PUT or POST, with pauses.  Raises EtcdError."""
         if self.is_form and request.body_too_large:
             raise InvalidForm("http: POST too large")
@@ -14671,8 +14546,7 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
-    `stream`.
+    """A watch of one client: each event is a chunk; without `stream` the first one ends the reply.
 
     Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
     disconnected, so that it notices; etcd keeps the connection and sends nothing more.
@@ -14680,9 +14554,7 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(
-        self, store: Store, command: Request, request: HttpRequest, headers: str
-    ) -> None:
+    def __init__(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
         """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
         self._stream = command.stream
@@ -14729,7 +14601,6 @@ class KeyWatch:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
         for size in reversed(self._unsent):
@@ -14865,14 +14736,11 @@ _STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeade
 
 
 def raft_state_name(role: RaftRole) -> str:
-    """Return etcd's name of a role."""
     return _STATE_NAMES.get(role, "StateCandidate")
 
 
 # ============================================================================
-# api/auth -- The auth API: users and roles over HTTP.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
+# api/auth -- The auth API: users, roles.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
 # ============================================================================
 
 
@@ -14915,7 +14783,6 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of a request below /v2/auth/."""
         if not self._is_capable:
             # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
@@ -14941,7 +14808,6 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -14958,7 +14824,6 @@ class AuthApi:
     # -- users and roles ---------------------------------------------------
 
     def _item(self, kind: str, name: str, request: HttpRequest) -> None:
-        """Answer a request for one user or role.  kind: `users` or `roles`."""
         is_user = kind == "users"
         if request.method == "GET":
             try:
@@ -15061,10 +14926,7 @@ class AuthApi:
     def _run(
         self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
     ) -> None:
-        """Make a change; then call reply(its result), or answer with its error.
-
-        value  the result of the step before
-        """
+        """Run `steps` on from `value`; at their end call reply(result), or answer the error."""
         go_on = functools.partial(self._run, request, steps, reply)
 
         def worked(error: "Optional[BaseException]", result: "Any") -> None:
@@ -15249,7 +15111,6 @@ class Listings:
             self._reactor.call_in_turn(self._make_slice)
 
     def _make_slice(self) -> None:
-        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
             self._begin_next()
@@ -15288,10 +15149,7 @@ KEPT_ANSWER_BYTES_MAX = 4_096       # of a longer one nothing is kept
 
 
 class KeysApi:
-    """/v2/keys: reads from the local store, writes through consensus, watches.
-
-    Source: etcd 2.3 API, keys.
-    """
+    """/v2/keys: local reads, writes through consensus, watches.  Source: etcd 2.3 API, keys."""
 
     METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
 
@@ -15359,7 +15217,7 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; errors in the form of a PUT or POST go before."""
+        """Answer 401, or an error in the form of a PUT or POST, which comes first."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
             self._parse_slice(self._read(target, request), request, refuse)
@@ -15484,7 +15342,6 @@ class KeysApi:
     def _reply_applied(
         self, request: HttpRequest, command: Request, started: float, result: Any
     ) -> None:
-        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
@@ -15514,7 +15371,6 @@ class KeysApi:
         return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
 
     def count_puts(self) -> None:
-        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
         self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
@@ -15556,10 +15412,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> bytes:
-        """Answer with an event; most requests take the short way, a ready-made head.
-
-        Returns the bytes of a whole answer in one piece, else b"".
-        """
+        """Answer with an event; return the bytes of an answer in one piece, else b""."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -15673,9 +15526,7 @@ class MembersApi:
         """Add a member with the URLs in the body, or give them to member `id`."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
+            self._message(request, 415, f"Bad Content-Type {content_type}, accept application/json")
             return
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
@@ -15690,7 +15541,6 @@ class MembersApi:
         self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
-        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -15835,9 +15685,7 @@ def add_member_metrics(server: EtcdServer) -> None:
     add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
 
 
-def _unlabelled(
-    read: Callable[[EtcdServer], float], server: EtcdServer
-) -> Dict[Labels, float]:
+def _unlabelled(read: Callable[[EtcdServer], float], server: EtcdServer) -> Dict[Labels, float]:
     return {(): read(server)}
 
 
@@ -15871,10 +15719,7 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 # -- the process -----------------------------------------------------------------
 
 
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register readings of this process.  started_ns: unix nanoseconds."""
+def add_process_readings(metrics: Metrics, started_ns: int, now: Callable[[], float]) -> None:
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
@@ -16033,7 +15878,6 @@ class Overview:
                 self._ask(member.id, urls[0])
 
     def stop(self) -> None:
-        """Break off the questions under way."""
         for call in self._calls.values():
             call.cancel()
         self._calls = {}
@@ -16056,7 +15900,6 @@ class Overview:
             self._reports[member_id] = report
 
     def rows(self) -> List[Dict[str, Any]]:
-        """Return what is known of each member, by name."""
         members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
         return [self._row(member) for member in members]
 
@@ -17523,8 +17366,6 @@ class SecondSample(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """The counters at one moment."""
-
     at: float
     writes: int
     reads: int
@@ -17577,9 +17418,8 @@ class Ring:
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
     """Return the value below which `share` of the counted values lie; 0.0 if there are none.
 
-    bounds  upper bounds of the buckets; the last count is of what is above them
-
-    The values of a bucket are taken to lie evenly between its bounds.
+    bounds  upper bounds of the buckets, whose values count as evenly spread; the last count is of
+            what is above them
     """
     wanted = share * sum(counts)
     if not wanted:
@@ -17599,9 +17439,7 @@ def count_keys(store: Store) -> int:
 
 
 # Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
-_NOT_OF_USERS = (
-    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
-)
+_NOT_OF_USERS = ("/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles")
 
 
 # ============================================================================
@@ -17780,8 +17618,8 @@ class StatusApi:
     def log_level(self, request: HttpRequest) -> None:
         """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
 
-        With "Package": "raft" only that of one package.  Without it also that of packages whose
-        level was set before, as in etcd.
+        With "Package": "raft" only that of one package; without it, as in etcd, also that of
+        packages with a level of their own.
         """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
@@ -17830,8 +17668,8 @@ _LEVELS = {
 # ============================================================================
 
 
-PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
-                                    # script of another origin without being asked about
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and a
+                                    # script of another origin only after a CORS preflight
 UI_MODES = ("true", "false", "readonly")
 LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
 HITS_MAX = 500                      # of one search; likewise
@@ -17883,7 +17721,6 @@ class UiApi:
         self._browses = 0               # under way
 
     def stop(self) -> None:
-        """Ask the other members no more."""
         self._overview.stop()
 
     def route(self, head: HttpHead) -> Optional[Handler]:
@@ -17910,9 +17747,8 @@ class UiApi:
     def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
         """Return what refuses a write of a page; None if it is none, or may pass.
 
-        A form on a page elsewhere can POST without that page's script being asked about.
-
-        origins  those that the operator has named in -cors
+        A browser lets a form of any page POST here without a CORS preflight.
+        origins  those of -cors
         """
         headers, is_read = head.headers, head.method in _READS
         if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
@@ -17969,17 +17805,14 @@ class UiApi:
             return lambda request: write_error(request, refused, "")
         wanted = fields.get("q", "").lower()
         browse = functools.partial(
-            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
-            "hidden" in fields,
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""), "hidden" in fields,
         )
         return self._guard.key(
             head, path, write=False, recursive=bool(wanted), passed=browse,
             refused=refuse_credentials,
         )
 
-    def _browse(
-        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
-    ) -> None:
+    def _browse(self, path: str, text: str, where: str, hidden: bool, request: HttpRequest) -> None:
         if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
@@ -18031,8 +17864,7 @@ def _forbid(why: str, request: HttpRequest) -> None:
 
 _refuse_readonly = functools.partial(
     _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
-_refuse_headerless = functools.partial(
-    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_headerless = functools.partial(_forbid, f"a write of the page has the header {PAGE_HEADER}")
 _refuse_foreign = functools.partial(
     _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
     " page's origin in -cors if it may")
@@ -18068,16 +17900,12 @@ def row_json(name: str, node: Node) -> str:
 
 
 def listing(nodes: Nodes) -> Rows:
-    """Rows of the children of a directory."""
     for found in nodes:
         yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
 
 
 def search(nodes: Nodes, text: str, where: str) -> Rows:
-    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
-
-    where  `key`, `value` or "": both
-    """
+    """Yield rows of nodes whose `where` (key, value, "": both) has `text`, given in lower case."""
     for found in nodes:
         if found is None:
             yield ""
@@ -18132,10 +17960,7 @@ class CorsRequest(HttpRequest):
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
-
-    With a list of origins every reply has `Vary: Origin`, for caches on the way.
-    """
+    """Return `request` so that its reply has CORS headers, with `Vary: Origin` for caches."""
     if not origins:
         return request
     lines, origin = "", "*"
@@ -18190,12 +18015,10 @@ class ClientApi:
         }
 
     def stop(self) -> None:
-        """End what was begun for clients."""
         self._ui.stop()
 
     @property
     def handler(self) -> Handler:
-        """The handler of client requests, with CORS only if that is configured."""
         return self._serve_with_cors if self._origins else self.serve
 
     def _serve_with_cors(self, request: HttpRequest) -> None:
@@ -18256,10 +18079,7 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
-
-    Such a client takes a 404 for a missing key.
-    """
+    """Answer etcd 3's JSON gateway clients 501 and gRPC's 12: a 404 is a missing key to them."""
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -18385,22 +18205,16 @@ class DiscoveryService:
         )
 
     def _forward(self, request: HttpRequest) -> None:
-        """Serve the request as one for the key below the registry."""
         old = request.head
         # All requests with the same bytes share a head, so this one needs a copy.
-        head = HttpHead(
-            old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
-        )
+        head = HttpHead(old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers)
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
 
 
 def make_token(wall_ns: int) -> str:
-    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
-
-    Source: RFC 9562 §5.7, UUID of version 7.
-    """
+    """Return a new token, which nobody can guess: a UUID of version 7 (RFC 9562 §5.7)."""
     token = bytearray(os.urandom(16))
     token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
     token[6] = token[6] & 0x0F | 0x70
@@ -18417,9 +18231,8 @@ _NOT_FOR_PAGES = (
 def is_from_browser(headers: Mapping[str, str]) -> bool:
     """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
-    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
-    it from a program.
+    Browsers send Sec-Fetch-Site on secure and local connections.  On others, and after DNS
+    rebinding of the page's name to this member, only headers of every browser tell it apart.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -18456,9 +18269,7 @@ def _wanted_size(request: HttpRequest) -> int:
 
 
 # ============================================================================
-# life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
-# ----------------------------------------------------------------------------
-# Blocks; runs before the reactor starts.
+# life/discovery -- Discovery, before the reactor starts: new members meet at a registry, or by SRV records.
 # ============================================================================
 
 
@@ -18573,10 +18384,9 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Waits without end for an unreachable registry.  Raises DiscoveryError.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
-    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
-    event, so a changed or deleted key leads to a cluster with a member missing.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.  Blocks.
+    Source: etcd 2.3 discovery.  Differs from etcd: only the registration of a new member ends the
+    wait; etcd counts every event, so a changed or deleted key leaves a member out.
     """
 
     def __init__(
@@ -18678,8 +18488,8 @@ class Discovery:
         """Create the key of this member, or find it from an earlier try; return its index.
 
         A key with the same value is from an earlier try if this process tried before (is_again),
-        or if no other host can have written it.  The second case is a member that was restarted
-        while it waited.  Its peers report later whether it ran and lost its log since.
+        or if no other host can have written it: the member was restarted while it waited.  Its
+        peers report later whether it lost its log.
         Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
@@ -18701,7 +18511,6 @@ class Discovery:
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
     def _wait_until_complete(self) -> List[Registration]:
-        """Return the first `size` members, once all have registered."""
         members = self._until_reached("waiting for other nodes", self._watch_registrations)
         self._log.info("found %d needed peer(s)", len(members))
         return members
@@ -18775,7 +18584,6 @@ class Discovery:
         raise DiscoveryError("discovery: bad discovery endpoint")
 
     def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
-        """Return work(), repeated until the registry answers."""
         while True:
             try:
                 return work()
@@ -18800,7 +18608,6 @@ class Discovery:
         """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
         answer_s  longest silence of the registry; None: no limit, for watches
-
         Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
@@ -18847,10 +18654,7 @@ class Discovery:
 
 
 def check_discovery_url(url: str) -> str:
-    """Return `url` with its scheme in lower case.
-
-    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
-    """
+    """Return `url`, scheme in lower case.  Raises DiscoveryError unless it ends with a token."""
     why = ""
     try:
         scheme, authority, rest = split_url(url)
@@ -18903,7 +18707,6 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -19101,7 +18904,6 @@ def default_initial_cluster(config: ServerConfig) -> str:
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -19512,8 +19314,6 @@ _PATH = ("coreos", "etcd2")
 
 
 class _Row(NamedTuple):
-    """A line with something on it."""
-
     line: int                           # from 1
     indent: int                         # spaces before the text
     text: str
@@ -19522,8 +19322,8 @@ class _Row(NamedTuple):
 def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
-    All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.  Raises FlagError with the line and `path`.
+    Other sections may be any YAML: their indentation tells where they end.  Raises FlagError with
+    the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
@@ -19655,9 +19455,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
-        boot = Bootstrap(
-            data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
-        )
+        boot = Bootstrap(data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot)
         if _is_blank(boot):
             boot = _begin_again(config, boot)
         on_failure.pop_all()
@@ -19695,8 +19493,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
     The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
-    members have the log and send it.  Differs from etcd, where a single member then has no voter
-    for ever.
+    members have the log and send it.  Differs from etcd: a single member never gets a voter.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
@@ -19714,10 +19511,10 @@ def _stand_alone(
 ) -> WalContents:
     """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries after the commit index are kept, up to the removal of this member: they may be
-    committed, as the commit index on disk lags.  Committed entries that remove every other voter
-    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
-    drops all entries after the commit index, and with them the last acknowledged writes.
+    Entries after the commit index, up to the removal of this member, are kept: they may be
+    committed, as the index on disk lags.  Committed entries that remove every other voter follow.
+    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which drops
+    all entries after the commit index, and so the last acknowledged writes.
     """
     state = contents.hard_state
     kept = list(itertools.takewhile(
@@ -19757,7 +19554,6 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:
@@ -19770,25 +19566,20 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# life/bootstrap -- Bootstrap: a member of a new cluster, a joining member, or a restart.
-# ----------------------------------------------------------------------------
-# Blocks; runs before the reactor starts.
+# life/bootstrap -- Bootstrap, before the reactor starts: a member of a new cluster, a joining one, or a restart.
 # ============================================================================
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
     """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A log on disk goes before every flag.  The log is open and locked afterwards.
-
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    A log on disk takes precedence over every flag, and stays open and locked.  Raises StartError.
+    Thread: the caller's; blocks, with discovery until all members have registered.
     Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
-    fresh = absent_dirs(
-        config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
-    )
+    fresh = absent_dirs(config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
@@ -19849,9 +19640,9 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
+    """Return the TLS context for calls to members; None if no flag or URL speaks of TLS.
 
-    Calls to https members that join later trust the system's authorities then.  Raises StartError.
+    Without it, calls to https members trust the system's authorities.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -20008,8 +19799,7 @@ def _form(
 
 
 def _create_log(
-    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
-    initial: Mapping[str, Sequence[str]],
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster, initial: Mapping[str, Sequence[str]],
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
@@ -20036,7 +19826,6 @@ def is_published(id: int, members: Sequence[Member]) -> bool:
 
 
 def data_lost(id: int) -> StartError:
-    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -20128,7 +19917,7 @@ class DataLossCheck:
     Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
     until that peer confirms that this member's client URLs were never published.  If a peer
     reports that they were, the data directory was lost and refuse() ends the member.  The check
-    ends with the first leader: before, this member has published nothing.
+    ends with the first leader: until then this member publishes nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
@@ -20193,7 +19982,6 @@ class DataLossCheck:
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and accept the messages of all peers."""
         if self._transport.drop == self._drops:
             self._transport.drop = None
         self._timer.cancel()
@@ -20203,9 +19991,7 @@ class DataLossCheck:
 
 
 # ============================================================================
-# life/embedding -- Embedding: a member inside any program.
-# ----------------------------------------------------------------------------
-# Threads: the caller's, and the one it starts, `reactor`.
+# life/embedding -- Embedding: a member inside any program, on a thread of its own, `reactor`.
 # ============================================================================
 
 
@@ -20230,8 +20016,8 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 class ServerThread:
     """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    an unknown setting, ValueError for a bad URL.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.
+    Raises TypeError for an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
@@ -20271,7 +20057,6 @@ class ServerThread:
         self.stop()
 
     def start(self) -> None:
-        """Bind and serve."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -20341,7 +20126,6 @@ class ServerThread:
         """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
@@ -20450,10 +20234,7 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result.
-
-        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
-        """
+        """Return work(etcd), run on the reactor's thread.  Raises TimeoutError, ServerStopped."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
@@ -20478,7 +20259,7 @@ class Server(ServerThread):
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     def set_ready(self) -> None:
-        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        """Note that this member is published; programs that start `etcd` wait for this log line."""
         if not self._ready.is_set():
             ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
@@ -20533,7 +20314,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """End the member for a reason that bootstrap would have refused, had it known."""
+        """End the member with an error that bootstrap would have raised, had it known."""
         ETCD_LOG.critical("%s", error)
         self._halt(error)
 
@@ -20719,10 +20500,9 @@ class ProxyDialer:
 class Endpoint:
     """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
-    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
-    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
-    wait.  Differs from etcd, which waits for ever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would also
+    end watches.  So an endpoint that is silent for PROXY_PROBE_SECONDS, with requests waiting,
+    gets a probe.  An unanswered probe fails them all.  Differs from etcd, which waits for ever.
     """
 
     def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
@@ -20749,11 +20529,9 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
@@ -20814,7 +20592,6 @@ class Endpoints:
         self._timer: Optional[Timer] = None
 
     def available(self) -> List[Endpoint]:
-        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
@@ -20856,17 +20633,12 @@ class Endpoints:
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _fetch(
-        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
-    ) -> Optional[ClusterFile]:
-        """Return the URLs that the first peer to answer lists, and keep them in the file.
+    def _fetch(self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file; or None.
 
-        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
-        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
-        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
-        the service for good.
-
-        Thread: any; blocks.
+        Differs from etcd: the peer URL that answered stays, last in the list, and the `working`
+        client URLs stay in the file if the peer lists none of them.  Otherwise URLs that are wrong
+        on this machine, such as `localhost`, would end the service for good.  Thread: any; blocks.
         """
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
@@ -20918,8 +20690,7 @@ class Endpoints:
         """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
-            is_local(own) and url_address(own)[1] == port
-            for own in self._config.listen_client_urls
+            is_local(own) and url_address(own)[1] == port for own in self._config.listen_client_urls
         )
 
 
@@ -20948,11 +20719,10 @@ def _method_label(request: HttpRequest) -> str:
 
 
 class Forward:
-    """One request: tries one endpoint after the other, and passes the answer to the client.
+    """One request: tries one endpoint after the other, until one answers the client.
 
-    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
-    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
-    was made, as the first member may have executed it.  Thread: reactor.
+    Differs from etcd: a request that is not GET or HEAD goes to the next endpoint only if no
+    connection was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
@@ -20986,7 +20756,6 @@ class Forward:
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop the request without an answer."""
         self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
@@ -21005,13 +20774,11 @@ class Forward:
                 self._tried += 1
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
-                self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self)
+                self._call = self._dialer.call(endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
@@ -21240,9 +21007,9 @@ class Settings:
     values   flag name -> parsed value, for the flags that were given
     sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
-
     flags    the flags to accept; (): those of a member
-    A flag on the command line goes before its variable.  Raises FlagError.
+
+    A flag on the command line takes precedence over its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -21283,7 +21050,6 @@ class Settings:
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _take_flags(self) -> None:
-        """Take the flags before the next word off the command line."""
         while not self.help and self._next_flag():
             pass
 
@@ -21334,14 +21100,12 @@ class Settings:
         return words
 
     def check_leftover(self) -> None:
-        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -21487,7 +21251,6 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
@@ -21568,10 +21331,9 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In the sections client-transport-security and
-    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
-    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
-    Raises FlagError with file and line.
+    The names are those of the flags; in etcd 3's sections client-transport-security and
+    peer-transport-security without `peer-`.  Empty settings are skipped.  Of YAML a flat file may
+    have comments, quotes and [a, b].  Anything else raises FlagError, with file and line.
     """
     text = _read_text(path)
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
@@ -21579,10 +21341,7 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
 
 
 def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
-    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
-
-    Its lines are as those of a configuration file.  Raises FlagError with file and line.
-    """
+    """Return (line, flag, text) below coreos.etcd2; a name may have _ for -.  Raises FlagError."""
     section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
     return _checked_settings(path, (
         (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
@@ -21727,9 +21486,8 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
-    /etc/environment.  Without a private one, the interface with the default route has it.
-    Raises FlagError, which names `source`, if an address is unknown.
+    They are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or /etc/environment; the
+    default private one is that of the default route.  Raises FlagError for an unknown address.
     """
     def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
@@ -21924,7 +21682,6 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -21934,8 +21691,7 @@ def check_restore_settings(settings: Settings) -> None:
 def _check_host(settings: Settings, name: str, url: str) -> None:
     """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which accepts such a URL, and whose members then never find each other.
-    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
+    Differs from etcd, whose members then never find each other: often $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -21960,9 +21716,7 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
-    """Check and log the settings of TLS on one side, `client` or `peer`.
-
-    urls  the -listen URLs of that side
+    """Check and log the settings of TLS on one side, `client` or `peer`; urls: its -listen URLs.
 
     Raises StartError for files that cannot work, or that protect less than their flags promise.
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
@@ -22100,11 +21854,11 @@ class _Repeats:
 
 
 class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+    """Passes records to another handler; counts those that repeat within LOG_REPEAT_SECONDS.
 
-    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
-    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
-    all others.  Lines of raft that differ only in the term are the same line.
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  Without a
+    timer: the next line of the log, of any kind, brings the counts that are due, and close() all
+    others.  Lines of raft that differ only in the term are the same line.
     """
 
     def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
@@ -22114,7 +21868,7 @@ class RepeatHandler(logging.Handler):
         self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        """Pass on or count a record; those of DEBUG or with a traceback are never counted."""
         now = self._now()
         while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
             key, repeats = self._logged.popitem(last=False)
@@ -22151,7 +21905,6 @@ class RepeatHandler(logging.Handler):
             self._tell(self._logged.popitem(last=False)[1])
 
     def close(self) -> None:
-        """Log what was counted so far."""
         self._tell_all()
         super().close()
 
@@ -22339,8 +22092,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def data_source(
-    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot],
-    contents: WalContents,
+    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot], contents: WalContents,
 ) -> DataSource:
     state, entries = contents.hard_state, contents.entries
     committed = sum(entry.index <= state.commit for entry in entries)
@@ -22402,7 +22154,6 @@ def _file_kind_advice(path: str, content: bytes) -> str:
 
 
 def _newest_intact(directory: str) -> str:
-    """Return the path of the newest good snapshot in a directory, or ""."""
     for path, _ in snapshot_files(directory):
         with contextlib.suppress(CodecError, OSError):
             decode_snapshot_file(_READ_ONLY_DISK.read(path))
@@ -22469,10 +22220,7 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all files are complete.
-
-    Raises BackupError, and removes all new files then.
-    """
+    """Make a data directory: `member` appears when all is durable.  BackupError leaves no file."""
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
     begun = [path for path in (data_dir, wal_dir) if path and not os.path.exists(path)]
@@ -22546,10 +22294,10 @@ def backup(
 ) -> CopyReport:
     """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
-    with all indexes and member changes, but without uncommitted entries.
-    progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
-    Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
+    The copy is for a start with -force-new-cluster: the snapshot and log of the source, with all
+    indexes and member changes, without uncommitted entries.  progress is called with the share
+    done, 0.0 to 1.0, and a number of keys.  Raises BackupError.
+    Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
     if not os.path.isdir(data_dir):
         what = "is a file" if os.path.exists(data_dir) else "does not exist"
@@ -22570,8 +22318,7 @@ def backup(
     report = CopyReport(
         source, store.current_index, store.count_files("/1"),
         (file.size if file else 0) + sum(len(entry.data or b"") for entry in entries), *new_ids,
-        tuple(sorted(cluster.members.values())),
-        tuple(filter(None, (backup_dir, backup_wal_dir))),
+        tuple(sorted(cluster.members.values())), tuple(filter(None, (backup_dir, backup_wal_dir))),
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
@@ -22589,9 +22336,9 @@ def restore(
 
     source  a snapshot file, or a data directory, of which the committed entries count
 
-    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
-    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
-    old id.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times;
+    users and roles are kept.  The members are those given, with new ids.
+    progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
@@ -22740,7 +22487,6 @@ class Inspection:
     def _newest_intact_snapshot(
         self, directory: str, known: Container[EntryID]
     ) -> Tuple[Optional[Snapshot], str]:
-        """Return the newest intact snapshot that the log knows, and the name of its file."""
         for path, id in snapshot_files(directory):
             if id in known:
                 try:
@@ -22749,9 +22495,7 @@ class Inspection:
                     self.faults.append(f"{path} is damaged ({error}), so the one before counts")
         return None, ""
 
-    def _source(
-        self, path: str, snapshot: Optional[Snapshot], contents: WalContents
-    ) -> DataSource:
+    def _source(self, path: str, snapshot: Optional[Snapshot], contents: WalContents) -> DataSource:
         member_id = cluster_id = 0
         try:
             member_id, cluster_id = decode_metadata(contents.metadata)
@@ -22815,7 +22559,6 @@ def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
 
 
 def _read_database(path: str) -> Optional[Database]:
-    """Return what the database says, or None if there is none."""
     if not os.path.exists(path):
         return None
     try:
@@ -22832,9 +22575,9 @@ def _read_database(path: str) -> Optional[Database]:
 # ============================================================================
 # life/records -- Keys on their way between clusters: read from a directory, a cluster or a file; written to one.
 # ----------------------------------------------------------------------------
-# A file is what `pyetcdctl export` writes too, a record a line; a shell script for etcdctl of etcd 3;
-# or a database that `etcdctl snapshot restore` of etcd 3 takes.  All is read and written record by
-# record, so big data costs no more memory than its largest directory or what a member holds anyhow.
+# A file is an export like that of `pyetcdctl export`, a record a line; a shell script for etcdctl of
+# etcd 3; or a database for its `etcdctl snapshot restore`.  Records are read and written one by one:
+# memory holds the largest directory at most, or what a member holds anyhow.
 # ============================================================================
 
 
@@ -22876,7 +22619,7 @@ def parse_key_map(text: str) -> KeyMap:
 
 
 def mapped(key: str, key_map: KeyMap) -> str:
-    """Return `key` with the longest prefix of the map that fits replaced: of whole parts only."""
+    """Replace the longest prefix of `key`, of whole parts only, that the map has."""
     for old, new in key_map:
         if key == old or key.startswith(old if old.endswith("/") else old + "/"):
             return new + key[len(old):]
@@ -22957,7 +22700,7 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
 
 
 def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
-    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    """Return lease -> unix nanoseconds of its end: a whole ttl from now, as etcd 3 restarts it."""
     ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}
@@ -23133,10 +22876,7 @@ class KeysClient:
             waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
-        """Write a node; False if it exists: a directory, or with `keep` any.
-
-        Raises ValueError with the cluster's words if it refuses the node.
-        """
+        """Write a node; False if it exists (directory, or any with `keep`); ValueError: refused."""
         form: Dict[str, str] = {"ttl": str(ttl_s)} if ttl_s else {}
         if record.value is None:
             form["dir"] = "true"
@@ -23174,7 +22914,7 @@ class KeysClient:
 
     def _exchange(self, method: str, target: str, body: Optional[str],
                   headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """Return status and body.  A write whose answer is lost is sent again: it may be."""
+        """Return status and body.  A write without an answer is sent again, which does no harm."""
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
@@ -23210,11 +22950,9 @@ def export_keys(
     source: str, access: Access, *, form: str, target: str, key_map: KeyMap, leases: bool,
     wal_dir: str, progress: OnProgress,
 ) -> ExportReport:
-    """Write the keys of a data directory or a cluster to the file `target`, "" for stdout.
+    """Write the keys of a data directory, or a cluster if source is "", to `target`, "": stdout.
 
-    source  a data directory; "": the cluster of `access`
-
-    Raises BackupError; then the file is not there, or as it was.
+    After a BackupError the file is absent, or as it was.
     """
     if form == "db" and not target:
         raise BackupError("a database is no text: name a file with -output")
@@ -23241,7 +22979,6 @@ def export_keys(
 
 
 def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
-    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
@@ -23296,7 +23033,7 @@ def import_keys(
     source: str, access: Access, *, key_map: KeyMap, keep: bool, dry_run: bool,
     progress: OnProgress,
 ) -> ImportReport:
-    """Write the keys of a file to a cluster.  Raises BackupError.
+    """Write the keys of `source` to a cluster.  Raises BackupError.
 
     source  JSON of export, a snapshot or database of etcd 3, or a data directory with one
     """
@@ -23344,9 +23081,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
 
 
 # ============================================================================
-# life/testkit -- The test kit: members that a test kills, freezes and cuts off.
-# ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.
+# life/testkit -- The test kit: members that a test kills, freezes and cuts off, on threads of their own.
 # ============================================================================
 
 
@@ -23378,9 +23113,8 @@ def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], s
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
-    that is cut in both directions is closed.  Requests for /members and /version, which members
-    send at their first start, pass.
+    Sender and receiver drop the messages, also those on their way.  A link cut in both directions
+    is closed.  Requests for /members and /version, as at a first start, pass.
     """
 
     _mute: _Ids = frozenset()           # members to which nothing is sent
@@ -23458,9 +23192,8 @@ class _LocalServer(Server):
 def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
     """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
-    While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
-    Raises OSError.
+    While the member is down, no program or outgoing connection gets the port, and connections to it
+    are refused.  macOS allows one socket per port: there nothing keeps it.  Raises OSError.
     """
     sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     if port:                            # despite old connections, but not beside a listener
@@ -23525,7 +23258,6 @@ class LocalMember:
         """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
-
         Raises TimeoutError, StartError.
         """
         if not self.is_running:
@@ -23564,10 +23296,7 @@ class LocalMember:
               lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End the member at once, as `kill -9` does: it writes and sends nothing more.
-
-        A write that was under way may or may not have reached the disk.
-        """
+        """End the member at once, as `kill -9` does; an unfinished write may reach the disk."""
         if self._server is not None:
             if self.is_paused:
                 self._server.abandon()
@@ -23586,10 +23315,9 @@ class LocalMember:
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.  Raises ServerStopped.
 
         Only the batch that the disk thread has already received is written.
-        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
             held, release = threading.Event(), threading.Event()
@@ -23649,15 +23377,8 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(
-        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
-    ) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known.
-
-        client_port, peer_port  0: a free port
-
-        Raises OSError.
-        """
+    def reserve(self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0) -> None:
+        """Reserve the two ports, if that is not yet done; 0: a free one.  Raises OSError."""
         if self.client_url:
             return
         directory = self._directory
@@ -23765,10 +23486,7 @@ class LocalCluster:
     # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the running member that leads in the newest term; None if there is none.
-
-        Paused members do not count.
-        """
+        """Return the running member, not paused, that leads in the newest term, or None."""
         return self._leader_of(self.members)
 
     def wait_leader(
@@ -23777,7 +23495,6 @@ class LocalCluster:
         """Wait for a leader that has committed an entry in its term, and return it.
 
         among  the members that count, such as one side of a partition; (): all
-
         Raises TimeoutError, which names the state of each member.
         """
         candidates = list(among) or self.members
@@ -23831,10 +23548,9 @@ class LocalCluster:
     # -- the first election ------------------------------------------------
 
     def _campaign_in_new_cluster(self) -> bool:
-        """Let the last member of a new cluster campaign as soon as the others accept its messages.
+        """Let the last member campaign as soon as the others of a new cluster accept its messages.
 
-        So the first election starts without an election timeout, and without rivals.  Returns
-        True when the campaign has begun, or if the cluster had an election before.
+        The first election then needs no timeout and has no rivals.  Returns True from then on.
         """
         candidate = self.members[-1]
         return bool(candidate.call(_has_begun)) or all(
@@ -23886,10 +23602,7 @@ class PytestPlugin:
 
 
 # ============================================================================
-# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
-# ----------------------------------------------------------------------------
-# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
-# process starts them in a fraction of a second, and none is left behind when it ends.
+# life/dev -- `pyetcd dev`: a LocalCluster in this process, to try things on.
 # ============================================================================
 
 
@@ -23985,9 +23698,7 @@ class EndSignals:
 def plan_addresses(settings: Settings, size: int) -> List[Address]:
     """Return the addresses of all members: those of a kept data directory, or new ones.
 
-    size  0: as many as the data directory has, or one
-
-    Raises FlagError for what does not go together.
+    size  0: as many as the data directory has, or one.  Raises FlagError for contradictions.
     """
     port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
     recorded = _read_kept(data_dir) if data_dir else []
@@ -24061,7 +23772,6 @@ def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
 
 
 def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
-    """Return the lines that say where the members serve and what to try."""
     first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
     count = len(cluster.members)
     kept = "is kept" if data_dir else "is removed then"
@@ -24081,9 +23791,7 @@ def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
 def discovery_lines(client_url: str) -> List[str]:
     """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
     try:
-        status, _, body = blocking_get(
-            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
-        )
+        status, _, body = blocking_get(client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}")
     except (OSError, http.client.HTTPException) as error:
         raise StartError(f"no discovery URL from {client_url}: {error}") from None
     text = body.decode("utf-8", "replace").strip()
@@ -24156,7 +23864,6 @@ class Verdict(NamedTuple):
 
 
 def verdicts(found: Inspection) -> List[Verdict]:
-    """Return a verdict for each version, in order."""
     return [_verdict(version, found) for version in _VERSIONS]
 
 
@@ -24281,13 +23988,11 @@ def _shown(path: str) -> str:
 
 
 def entry_text(entry: CommandEntry) -> str:
-    """An entry in a line."""
     return (f"entry {entry.index}: {entry.request.method} {_shown(entry.request.path)}"
             f"{'' if entry.committed else ' (not known to be committed)'}")
 
 
 def next_step(found: Inspection) -> str:
-    """Return what to do next: one command, or a few words."""
     path = found.source.path
     if found.faults:
         return (f"replace the member from an intact one, or `pyetcd export {path}` to save what"
@@ -24305,7 +24010,6 @@ def next_step(found: Inspection) -> str:
 
 
 def check_json(found: Inspection) -> Dict[str, Any]:
-    """The report of `pyetcd check -json`."""
     source, database = found.source, found.database
     return {
         "directory": source.path,
@@ -24342,10 +24046,7 @@ def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
 
 
 def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
-    """Yield an object for each node of v2, users and roles too, then for each command of the log.
-
-    No object holds a password.
-    """
+    """Yield an object per node of v2, users and roles too, then per command; no password."""
     for space in ("/1", "/2"):
         for path, node in found.store.nodes_below(space):
             entry = found.place(node.modified_index)
@@ -24470,7 +24171,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
 
 
 def write_warnings(settings: Settings, name: str) -> None:
-    """Write what is odd about the flags of a command; variables of a member are not its flags."""
+    """Write the warnings about flags of a command, not about the variables of a member."""
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
@@ -24482,7 +24183,6 @@ def _print(*lines: str) -> None:
 
 
 def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
-    """Return the only word.  Raises FlagError."""
     if not words or not words[0]:
         raise FlagError(f"{name} is missing: {meaning}")
     if len(words) > 1:
@@ -24760,10 +24460,7 @@ def version_text() -> str:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
-
-    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
-    """
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new."""
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
@@ -24802,7 +24499,7 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
+    """Stops the member at SIGINT or SIGTERM, then ends the process by that signal.
 
     Before install() the signals end the process at once: the member serves nothing yet.
     """

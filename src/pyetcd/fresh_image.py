@@ -10,9 +10,9 @@ if __name__ == "__main__":
     def _enter_fresh_image() -> None:
         """Run this file's byte code in a fresh image of the process; return if that cannot be.
 
-        Python has just compiled all of this file, which leaves 24 MB behind that are never used
-        again: 28 MB instead of 52.  The image gets the words that the user typed, with a compiled
-        script in memory in the place of this file.  Raises OSError, ValueError.
+        Compiling all of this file leaves 24 MB of unused memory behind: 28 MB instead of 52.  The
+        image gets the user's command line, with a compiled script in memory for this file.
+        Raises OSError, ValueError.
         """
         from importlib.util import MAGIC_NUMBER
         with open("/proc/self/cmdline", "rb") as file:
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     def _leave_past_image(
         image: int, words: list[bytes], name: bytes, path: tuple[str, ...], script: str
     ) -> None:
-        """Make all as if the user's script had been started, and not a file in memory."""
+        """Restore argv, path and file name of the user's script, and free the file in memory."""
         os.close(image)
         at = len(words) - len(sys.argv)
         sys.argv[0] = os.fsdecode(words[at])

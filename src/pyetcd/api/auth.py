@@ -1,7 +1,4 @@
-"""The auth API: users and roles over HTTP.
-
-Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
-"""
+"""The auth API: users, roles.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go."""
 
 from __future__ import annotations
 
@@ -73,7 +70,6 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of a request below /v2/auth/."""
         if not self._is_capable:
             # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
@@ -99,7 +95,6 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -116,7 +111,6 @@ class AuthApi:
     # -- users and roles ---------------------------------------------------
 
     def _item(self, kind: str, name: str, request: HttpRequest) -> None:
-        """Answer a request for one user or role.  kind: `users` or `roles`."""
         is_user = kind == "users"
         if request.method == "GET":
             try:
@@ -219,10 +213,7 @@ class AuthApi:
     def _run(
         self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None], value: Any = None
     ) -> None:
-        """Make a change; then call reply(its result), or answer with its error.
-
-        value  the result of the step before
-        """
+        """Run `steps` on from `value`; at their end call reply(result), or answer the error."""
         go_on = functools.partial(self._run, request, steps, reply)
 
         def worked(error: Optional[BaseException], result: Any) -> None:

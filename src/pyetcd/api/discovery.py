@@ -90,22 +90,16 @@ class DiscoveryService:
         )
 
     def _forward(self, request: HttpRequest) -> None:
-        """Serve the request as one for the key below the registry."""
         old = request.head
         # All requests with the same bytes share a head, so this one needs a copy.
-        head = HttpHead(
-            old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
-        )
+        head = HttpHead(old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers)
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
 
 
 def make_token(wall_ns: int) -> str:
-    """Return a new token: nobody can guess it, and it has an age.  wall_ns: unix nanoseconds.
-
-    Source: RFC 9562 §5.7, UUID of version 7.
-    """
+    """Return a new token, which nobody can guess: a UUID of version 7 (RFC 9562 §5.7)."""
     token = bytearray(os.urandom(16))
     token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
     token[6] = token[6] & 0x0F | 0x70
@@ -122,9 +116,8 @@ _NOT_FOR_PAGES = (
 def is_from_browser(headers: Mapping[str, str]) -> bool:
     """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
-    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
-    it from a program.
+    Browsers send Sec-Fetch-Site on secure and local connections.  On others, and after DNS
+    rebinding of the page's name to this member, only headers of every browser tell it apart.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:

@@ -67,10 +67,7 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
 
 
 def send_pieces(reply: StreamReply, pieces: Iterator[bytes], reactor: Reactor) -> None:
-    """Send each piece in a turn of its own, as fast as the client reads, and end the reply.
-
-    An empty piece stands for work without a result.
-    """
+    """Send pieces, one a turn, as fast as the client reads; end the reply.  b"": only a pause."""
     if reply.closed:
         return
     piece = next(pieces, None)
@@ -131,7 +128,6 @@ def form_steps(
 
 
 def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
-    """Decode a long name or value, with pauses."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     pieces, start = [], 0
     try:
@@ -162,10 +158,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 
 @functools.lru_cache(maxsize=64)
 def is_form_type(content_type: str) -> bool:
-    """True if a body of this Content-Type is a form.
-
-    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
-    """
+    """True for the type of a form.  Raises InvalidForm.  Source: Go mime.ParseMediaType."""
     if not content_type:
         return False
     if len(content_type) > SHORT_HEADER_BYTES_MAX:
@@ -207,7 +200,6 @@ GO_BOOLS = {
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
@@ -227,7 +219,6 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -248,12 +239,8 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
     return wrap_int64(now_ns + wrap_int64(ttl_s * NS))
 
 
-def parse_key_request(
-    method: str, path: str, fields: Mapping[str, str], now_ns: int
-) -> Request:
-    """Return the command, with id 0, that the merged fields of a request describe.
-
-    path  internal, clean
+def parse_key_request(method: str, path: str, fields: Mapping[str, str], now_ns: int) -> Request:
+    """Return the command, with id 0, that merged fields describe; path: internal, clean.
 
     Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
     Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
@@ -345,9 +332,7 @@ class KeyTarget:
             self.fields or self.bad_key or self.bad_type or self.bad_query
         )
 
-    def request(
-        self, request: HttpRequest, now_ns: int
-    ) -> Generator[None, None, Request]:
+    def request(self, request: HttpRequest, now_ns: int) -> Generator[None, None, Request]:
         """Return the command of a PUT or POST, with pauses.  Raises EtcdError."""
         if self.is_form and request.body_too_large:
             raise InvalidForm("http: POST too large")
@@ -384,8 +369,7 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
-    `stream`.
+    """A watch of one client: each event is a chunk; without `stream` the first one ends the reply.
 
     Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
     disconnected, so that it notices; etcd keeps the connection and sends nothing more.
@@ -393,9 +377,7 @@ class KeyWatch:
 
     __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
-    def __init__(
-        self, store: Store, command: Request, request: HttpRequest, headers: str
-    ) -> None:
+    def __init__(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
         """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         self._connection = request.connection
         self._stream = command.stream
@@ -442,7 +424,6 @@ class KeyWatch:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
         for size in reversed(self._unsent):

@@ -110,5 +110,4 @@ _STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeade
 
 
 def raft_state_name(role: RaftRole) -> str:
-    """Return etcd's name of a role."""
     return _STATE_NAMES.get(role, "StateCandidate")

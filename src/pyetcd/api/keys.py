@@ -25,10 +25,7 @@ KEPT_ANSWER_BYTES_MAX = 4_096       # of a longer one nothing is kept
 
 
 class KeysApi:
-    """/v2/keys: reads from the local store, writes through consensus, watches.
-
-    Source: etcd 2.3 API, keys.
-    """
+    """/v2/keys: local reads, writes through consensus, watches.  Source: etcd 2.3 API, keys."""
 
     METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
 
@@ -96,7 +93,7 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; errors in the form of a PUT or POST go before."""
+        """Answer 401, or an error in the form of a PUT or POST, which comes first."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
             self._parse_slice(self._read(target, request), request, refuse)
@@ -221,7 +218,6 @@ class KeysApi:
     def _reply_applied(
         self, request: HttpRequest, command: Request, started: float, result: Any
     ) -> None:
-        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
@@ -251,7 +247,6 @@ class KeysApi:
         return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
 
     def count_puts(self) -> None:
-        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
         self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
@@ -293,10 +288,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> bytes:
-        """Answer with an event; most requests take the short way, a ready-made head.
-
-        Returns the bytes of a whole answer in one piece, else b"".
-        """
+        """Answer with an event; return the bytes of an answer in one piece, else b""."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)

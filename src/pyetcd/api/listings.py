@@ -140,7 +140,6 @@ class Listings:
             self._reactor.call_in_turn(self._make_slice)
 
     def _make_slice(self) -> None:
-        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
             self._begin_next()

@@ -116,9 +116,7 @@ class MembersApi:
         """Add a member with the URLs in the body, or give them to member `id`."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
-            self._message(
-                request, 415, f"Bad Content-Type {content_type}, accept application/json"
-            )
+            self._message(request, 415, f"Bad Content-Type {content_type}, accept application/json")
             return
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
@@ -133,7 +131,6 @@ class MembersApi:
         self._change(request, change, Member(id, urls))
 
     def _warn_of_local(self, urls: Sequence[str]) -> None:
-        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):

@@ -117,9 +117,7 @@ def add_member_metrics(server: EtcdServer) -> None:
     add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
 
 
-def _unlabelled(
-    read: Callable[[EtcdServer], float], server: EtcdServer
-) -> Dict[Labels, float]:
+def _unlabelled(read: Callable[[EtcdServer], float], server: EtcdServer) -> Dict[Labels, float]:
     return {(): read(server)}
 
 
@@ -153,10 +151,7 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 # -- the process -----------------------------------------------------------------
 
 
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register readings of this process.  started_ns: unix nanoseconds."""
+def add_process_readings(metrics: Metrics, started_ns: int, now: Callable[[], float]) -> None:
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): sum(os.times()[:2])})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))

@@ -83,7 +83,6 @@ class Overview:
                 self._ask(member.id, urls[0])
 
     def stop(self) -> None:
-        """Break off the questions under way."""
         for call in self._calls.values():
             call.cancel()
         self._calls = {}
@@ -106,7 +105,6 @@ class Overview:
             self._reports[member_id] = report
 
     def rows(self) -> List[Dict[str, Any]]:
-        """Return what is known of each member, by name."""
         members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
         return [self._row(member) for member in members]
 

@@ -33,8 +33,6 @@ class SecondSample(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """The counters at one moment."""
-
     at: float
     writes: int
     reads: int
@@ -87,9 +85,8 @@ class Ring:
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
     """Return the value below which `share` of the counted values lie; 0.0 if there are none.
 
-    bounds  upper bounds of the buckets; the last count is of what is above them
-
-    The values of a bucket are taken to lie evenly between its bounds.
+    bounds  upper bounds of the buckets, whose values count as evenly spread; the last count is of
+            what is above them
     """
     wanted = share * sum(counts)
     if not wanted:
@@ -109,6 +106,4 @@ def count_keys(store: Store) -> int:
 
 
 # Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
-_NOT_OF_USERS = (
-    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
-)
+_NOT_OF_USERS = ("/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles")

@@ -50,10 +50,7 @@ class CorsRequest(HttpRequest):
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
-
-    With a list of origins every reply has `Vary: Origin`, for caches on the way.
-    """
+    """Return `request` so that its reply has CORS headers, with `Vary: Origin` for caches."""
     if not origins:
         return request
     lines, origin = "", "*"
@@ -108,12 +105,10 @@ class ClientApi:
         }
 
     def stop(self) -> None:
-        """End what was begun for clients."""
         self._ui.stop()
 
     @property
     def handler(self) -> Handler:
-        """The handler of client requests, with CORS only if that is configured."""
         return self._serve_with_cors if self._origins else self.serve
 
     def _serve_with_cors(self, request: HttpRequest) -> None:
@@ -174,10 +169,7 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
-
-    Such a client takes a 404 for a missing key.
-    """
+    """Answer etcd 3's JSON gateway clients 501 and gRPC's 12: a 404 is a missing key to them."""
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 

@@ -115,8 +115,8 @@ class StatusApi:
     def log_level(self, request: HttpRequest) -> None:
         """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
 
-        With "Package": "raft" only that of one package.  Without it also that of packages whose
-        level was set before, as in etcd.
+        With "Package": "raft" only that of one package; without it, as in etcd, also that of
+        packages with a level of their own.
         """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")

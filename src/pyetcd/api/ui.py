@@ -34,8 +34,8 @@ from .overview import Overview
 from .page_text import PAGE_CSS, PAGE_HTML, PAGE_JS
 from .ring import Ring
 
-PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
-                                    # script of another origin without being asked about
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and a
+                                    # script of another origin only after a CORS preflight
 UI_MODES = ("true", "false", "readonly")
 LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
 HITS_MAX = 500                      # of one search; likewise
@@ -87,7 +87,6 @@ class UiApi:
         self._browses = 0               # under way
 
     def stop(self) -> None:
-        """Ask the other members no more."""
         self._overview.stop()
 
     def route(self, head: HttpHead) -> Optional[Handler]:
@@ -114,9 +113,8 @@ class UiApi:
     def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
         """Return what refuses a write of a page; None if it is none, or may pass.
 
-        A form on a page elsewhere can POST without that page's script being asked about.
-
-        origins  those that the operator has named in -cors
+        A browser lets a form of any page POST here without a CORS preflight.
+        origins  those of -cors
         """
         headers, is_read = head.headers, head.method in _READS
         if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
@@ -173,17 +171,14 @@ class UiApi:
             return lambda request: write_error(request, refused, "")
         wanted = fields.get("q", "").lower()
         browse = functools.partial(
-            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
-            "hidden" in fields,
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""), "hidden" in fields,
         )
         return self._guard.key(
             head, path, write=False, recursive=bool(wanted), passed=browse,
             refused=refuse_credentials,
         )
 
-    def _browse(
-        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
-    ) -> None:
+    def _browse(self, path: str, text: str, where: str, hidden: bool, request: HttpRequest) -> None:
         if self._browses >= BROWSES_MAX:
             write_message(request, 503, "too many listings are under way; try again")
             return
@@ -235,8 +230,7 @@ def _forbid(why: str, request: HttpRequest) -> None:
 
 _refuse_readonly = functools.partial(
     _forbid, "the page may not write here: the member runs with -ui=readonly, or -ui=false")
-_refuse_headerless = functools.partial(
-    _forbid, f"a write of the page has the header {PAGE_HEADER}")
+_refuse_headerless = functools.partial(_forbid, f"a write of the page has the header {PAGE_HEADER}")
 _refuse_foreign = functools.partial(
     _forbid, "a web page elsewhere may have sent this, without its reader's knowledge: name the"
     " page's origin in -cors if it may")
@@ -272,16 +266,12 @@ def row_json(name: str, node: Node) -> str:
 
 
 def listing(nodes: Nodes) -> Rows:
-    """Rows of the children of a directory."""
     for found in nodes:
         yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
 
 
 def search(nodes: Nodes, text: str, where: str) -> Rows:
-    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
-
-    where  `key`, `value` or "": both
-    """
+    """Yield rows of nodes whose `where` (key, value, "": both) has `text`, given in lower case."""
     for found in nodes:
         if found is None:
             yield ""

@@ -64,10 +64,7 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all files are complete.
-
-    Raises BackupError, and removes all new files then.
-    """
+    """Make a data directory: `member` appears when all is durable.  BackupError leaves no file."""
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
     begun = [path for path in (data_dir, wal_dir) if path and not os.path.exists(path)]
@@ -141,10 +138,10 @@ def backup(
 ) -> CopyReport:
     """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
-    with all indexes and member changes, but without uncommitted entries.
-    progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
-    Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
+    The copy is for a start with -force-new-cluster: the snapshot and log of the source, with all
+    indexes and member changes, without uncommitted entries.  progress is called with the share
+    done, 0.0 to 1.0, and a number of keys.  Raises BackupError.
+    Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
     if not os.path.isdir(data_dir):
         what = "is a file" if os.path.exists(data_dir) else "does not exist"
@@ -165,8 +162,7 @@ def backup(
     report = CopyReport(
         source, store.current_index, store.count_files("/1"),
         (file.size if file else 0) + sum(len(entry.data or b"") for entry in entries), *new_ids,
-        tuple(sorted(cluster.members.values())),
-        tuple(filter(None, (backup_dir, backup_wal_dir))),
+        tuple(sorted(cluster.members.values())), tuple(filter(None, (backup_dir, backup_wal_dir))),
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
@@ -184,9 +180,9 @@ def restore(
 
     source  a snapshot file, or a data directory, of which the committed entries count
 
-    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
-    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
-    old id.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times;
+    users and roles are kept.  The members are those given, with new ids.
+    progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated_wal_dir(data_dir, wal_dir)

@@ -1,7 +1,4 @@
-"""Bootstrap: a member of a new cluster, a joining member, or a restart.
-
-Blocks; runs before the reactor starts.
-"""
+"""Bootstrap, before the reactor starts: a member of a new cluster, a joining one, or a restart."""
 
 from __future__ import annotations
 
@@ -74,16 +71,13 @@ from .restart import _restart
 def bootstrap(config: ServerConfig) -> Bootstrap:
     """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A log on disk goes before every flag.  The log is open and locked afterwards.
-
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    A log on disk takes precedence over every flag, and stays open and locked.  Raises StartError.
+    Thread: the caller's; blocks, with discovery until all members have registered.
     Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
-    fresh = absent_dirs(
-        config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
-    )
+    fresh = absent_dirs(config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(remove_dirs, fresh)
         boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
@@ -144,9 +138,9 @@ def _log_identity(compat_version: str, identity: Identity) -> None:
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
+    """Return the TLS context for calls to members; None if no flag or URL speaks of TLS.
 
-    Calls to https members that join later trust the system's authorities then.  Raises StartError.
+    Without it, calls to https members trust the system's authorities.  Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
     if any(config.peer_tls) or "https:" in urls:
@@ -303,8 +297,7 @@ def _form(
 
 
 def _create_log(
-    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
-    initial: Mapping[str, Sequence[str]],
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster, initial: Mapping[str, Sequence[str]],
 ) -> Bootstrap:
     """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
@@ -331,7 +324,6 @@ def is_published(id: int, members: Sequence[Member]) -> bool:
 
 
 def data_lost(id: int) -> StartError:
-    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"

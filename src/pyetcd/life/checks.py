@@ -161,7 +161,6 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -171,8 +170,7 @@ def check_restore_settings(settings: Settings) -> None:
 def _check_host(settings: Settings, name: str, url: str) -> None:
     """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which accepts such a URL, and whose members then never find each other.
-    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
+    Differs from etcd, whose members then never find each other: often $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -197,9 +195,7 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> None:
-    """Check and log the settings of TLS on one side, `client` or `peer`.
-
-    urls  the -listen URLs of that side
+    """Check and log the settings of TLS on one side, `client` or `peer`; urls: its -listen URLs.
 
     Raises StartError for files that cannot work, or that protect less than their flags promise.
     Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which

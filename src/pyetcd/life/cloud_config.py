@@ -16,8 +16,6 @@ _PATH = ("coreos", "etcd2")
 
 
 class _Row(NamedTuple):
-    """A line with something on it."""
-
     line: int                           # from 1
     indent: int                         # spaces before the text
     text: str
@@ -26,8 +24,8 @@ class _Row(NamedTuple):
 def etcd2_section(path: str, text: str) -> str:
     """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
 
-    All other sections are for other programs.  They are skipped by their indentation, so that
-    they may be any YAML.  Raises FlagError with the line and `path`.
+    Other sections may be any YAML: their indentation tells where they end.  Raises FlagError with
+    the line and `path`.
     """
     rows = [
         _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))

@@ -64,10 +64,7 @@ def version_text() -> str:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
-
-    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
-    """
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new."""
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         ETCD_LOG.info("no data-dir provided, using default data-dir ./%s", path)
@@ -106,7 +103,7 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
+    """Stops the member at SIGINT or SIGTERM, then ends the process by that signal.
 
     Before install() the signals end the process at once: the member serves nothing yet.
     """

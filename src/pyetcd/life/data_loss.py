@@ -29,7 +29,7 @@ class DataLossCheck:
     Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
     until that peer confirms that this member's client URLs were never published.  If a peer
     reports that they were, the data directory was lost and refuse() ends the member.  The check
-    ends with the first leader: before, this member has published nothing.
+    ends with the first leader: until then this member publishes nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
@@ -94,7 +94,6 @@ class DataLossCheck:
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and accept the messages of all peers."""
         if self._transport.drop == self._drops:
             self._transport.drop = None
         self._timer.cancel()

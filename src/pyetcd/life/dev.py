@@ -1,8 +1,4 @@
-"""`pyetcd dev`: a cluster in this process, to try things on.
-
-The members are those of LocalCluster, each with its own log on disk and its own thread.  One
-process starts them in a fraction of a second, and none is left behind when it ends.
-"""
+"""`pyetcd dev`: a LocalCluster in this process, to try things on."""
 
 from __future__ import annotations
 
@@ -120,9 +116,7 @@ class EndSignals:
 def plan_addresses(settings: Settings, size: int) -> List[Address]:
     """Return the addresses of all members: those of a kept data directory, or new ones.
 
-    size  0: as many as the data directory has, or one
-
-    Raises FlagError for what does not go together.
+    size  0: as many as the data directory has, or one.  Raises FlagError for contradictions.
     """
     port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
     recorded = _read_kept(data_dir) if data_dir else []
@@ -196,7 +190,6 @@ def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
 
 
 def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
-    """Return the lines that say where the members serve and what to try."""
     first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
     count = len(cluster.members)
     kept = "is kept" if data_dir else "is removed then"
@@ -216,9 +209,7 @@ def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
 def discovery_lines(client_url: str) -> List[str]:
     """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
     try:
-        status, _, body = blocking_get(
-            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
-        )
+        status, _, body = blocking_get(client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}")
     except (OSError, http.client.HTTPException) as error:
         raise StartError(f"no discovery URL from {client_url}: {error}") from None
     text = body.decode("utf-8", "replace").strip()

@@ -1,7 +1,4 @@
-"""The discovery client: new members find each other at a registry, or by SRV records.
-
-Blocks; runs before the reactor starts.
-"""
+"""Discovery, before the reactor starts: new members meet at a registry, or by SRV records."""
 
 from __future__ import annotations
 
@@ -153,10 +150,9 @@ class Discovery:
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Waits without end for an unreachable registry.  Raises DiscoveryError.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
-    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
-    event, so a changed or deleted key leads to a cluster with a member missing.
+    Waits without end for an unreachable registry.  Raises DiscoveryError.  Blocks.
+    Source: etcd 2.3 discovery.  Differs from etcd: only the registration of a new member ends the
+    wait; etcd counts every event, so a changed or deleted key leaves a member out.
     """
 
     def __init__(
@@ -258,8 +254,8 @@ class Discovery:
         """Create the key of this member, or find it from an earlier try; return its index.
 
         A key with the same value is from an earlier try if this process tried before (is_again),
-        or if no other host can have written it.  The second case is a member that was restarted
-        while it waited.  Its peers report later whether it ran and lost its log since.
+        or if no other host can have written it: the member was restarted while it waited.  Its
+        peers report later whether it lost its log.
         Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
@@ -281,7 +277,6 @@ class Discovery:
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
     def _wait_until_complete(self) -> List[Registration]:
-        """Return the first `size` members, once all have registered."""
         members = self._until_reached("waiting for other nodes", self._watch_registrations)
         self._log.info("found %d needed peer(s)", len(members))
         return members
@@ -355,7 +350,6 @@ class Discovery:
         raise DiscoveryError("discovery: bad discovery endpoint")
 
     def _until_reached(self, step: str, work: Callable[[], _Reached]) -> _Reached:
-        """Return work(), repeated until the registry answers."""
         while True:
             try:
                 return work()
@@ -380,7 +374,6 @@ class Discovery:
         """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
         answer_s  longest silence of the registry; None: no limit, for watches
-
         Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
@@ -427,10 +420,7 @@ class Discovery:
 
 
 def check_discovery_url(url: str) -> str:
-    """Return `url` with its scheme in lower case.
-
-    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
-    """
+    """Return `url`, scheme in lower case.  Raises DiscoveryError unless it ends with a token."""
     why = ""
     try:
         scheme, authority, rest = split_url(url)
@@ -483,7 +473,6 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"

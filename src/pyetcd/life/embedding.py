@@ -1,7 +1,4 @@
-"""Embedding: a member inside any program.
-
-Threads: the caller's, and the one it starts, `reactor`.
-"""
+"""Embedding: a member inside any program, on a thread of its own, `reactor`."""
 
 from __future__ import annotations
 
@@ -59,8 +56,8 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 class ServerThread:
     """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    an unknown setting, ValueError for a bad URL.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.
+    Raises TypeError for an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: Unpack[ServerSettings]) -> None:
@@ -100,7 +97,6 @@ class ServerThread:
         self.stop()
 
     def start(self) -> None:
-        """Bind and serve."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -170,7 +166,6 @@ class ServerThread:
         """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
@@ -279,10 +274,7 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result.
-
-        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
-        """
+        """Return work(etcd), run on the reactor's thread.  Raises TimeoutError, ServerStopped."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
@@ -307,7 +299,7 @@ class Server(ServerThread):
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     def set_ready(self) -> None:
-        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        """Note that this member is published; programs that start `etcd` wait for this log line."""
         if not self._ready.is_set():
             ETCD_LOG.info("ready to serve client requests")
         self._ready.set()
@@ -362,7 +354,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """End the member for a reason that bootstrap would have refused, had it known."""
+        """End the member with an error that bootstrap would have raised, had it known."""
         ETCD_LOG.critical("%s", error)
         self._halt(error)
 

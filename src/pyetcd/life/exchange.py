@@ -78,10 +78,7 @@ class KeysClient:
             waiting += [record.key for record in reversed(found) if record.value is None]
 
     def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
-        """Write a node; False if it exists: a directory, or with `keep` any.
-
-        Raises ValueError with the cluster's words if it refuses the node.
-        """
+        """Write a node; False if it exists (directory, or any with `keep`); ValueError: refused."""
         form: Dict[str, str] = {"ttl": str(ttl_s)} if ttl_s else {}
         if record.value is None:
             form["dir"] = "true"
@@ -119,7 +116,7 @@ class KeysClient:
 
     def _exchange(self, method: str, target: str, body: Optional[str],
                   headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """Return status and body.  A write whose answer is lost is sent again: it may be."""
+        """Return status and body.  A write without an answer is sent again, which does no harm."""
         failure: Optional[Exception] = None
         for _ in range(2 * len(self._urls)):
             try:
@@ -155,11 +152,9 @@ def export_keys(
     source: str, access: Access, *, form: str, target: str, key_map: KeyMap, leases: bool,
     wal_dir: str, progress: OnProgress,
 ) -> ExportReport:
-    """Write the keys of a data directory or a cluster to the file `target`, "" for stdout.
+    """Write the keys of a data directory, or a cluster if source is "", to `target`, "": stdout.
 
-    source  a data directory; "": the cluster of `access`
-
-    Raises BackupError; then the file is not there, or as it was.
+    After a BackupError the file is absent, or as it was.
     """
     if form == "db" and not target:
         raise BackupError("a database is no text: name a file with -output")
@@ -186,7 +181,6 @@ def export_keys(
 
 
 def _moved(records: Records, key_map: KeyMap, progress: OnProgress) -> Iterator[Record]:
-    """Yield the records under their new keys, and report progress."""
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
@@ -241,7 +235,7 @@ def import_keys(
     source: str, access: Access, *, key_map: KeyMap, keep: bool, dry_run: bool,
     progress: OnProgress,
 ) -> ImportReport:
-    """Write the keys of a file to a cluster.  Raises BackupError.
+    """Write the keys of `source` to a cluster.  Raises BackupError.
 
     source  JSON of export, a snapshot or database of etcd 3, or a data directory with one
     """

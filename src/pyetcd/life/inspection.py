@@ -112,7 +112,6 @@ class Inspection:
     def _newest_intact_snapshot(
         self, directory: str, known: Container[EntryID]
     ) -> Tuple[Optional[Snapshot], str]:
-        """Return the newest intact snapshot that the log knows, and the name of its file."""
         for path, id in snapshot_files(directory):
             if id in known:
                 try:
@@ -121,9 +120,7 @@ class Inspection:
                     self.faults.append(f"{path} is damaged ({error}), so the one before counts")
         return None, ""
 
-    def _source(
-        self, path: str, snapshot: Optional[Snapshot], contents: WalContents
-    ) -> DataSource:
+    def _source(self, path: str, snapshot: Optional[Snapshot], contents: WalContents) -> DataSource:
         member_id = cluster_id = 0
         try:
             member_id, cluster_id = decode_metadata(contents.metadata)
@@ -187,7 +184,6 @@ def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
 
 
 def _read_database(path: str) -> Optional[Database]:
-    """Return what the database says, or None if there is none."""
     if not os.path.exists(path):
         return None
     try:

@@ -71,11 +71,11 @@ class _Repeats:
 
 
 class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
+    """Passes records to another handler; counts those that repeat within LOG_REPEAT_SECONDS.
 
-    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
-    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
-    all others.  Lines of raft that differ only in the term are the same line.
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  Without a
+    timer: the next line of the log, of any kind, brings the counts that are due, and close() all
+    others.  Lines of raft that differ only in the term are the same line.
     """
 
     def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
@@ -85,7 +85,7 @@ class RepeatHandler(logging.Handler):
         self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        """Pass on or count a record; those of DEBUG or with a traceback are never counted."""
         now = self._now()
         while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
             key, repeats = self._logged.popitem(last=False)
@@ -122,7 +122,6 @@ class RepeatHandler(logging.Handler):
             self._tell(self._logged.popitem(last=False)[1])
 
     def close(self) -> None:
-        """Log what was counted so far."""
         self._tell_all()
         super().close()
 

@@ -85,10 +85,9 @@ class ProxyDialer:
 class Endpoint:
     """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
-    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
-    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
-    wait.  Differs from etcd, which waits for ever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would also
+    end watches.  So an endpoint that is silent for PROXY_PROBE_SECONDS, with requests waiting,
+    gets a probe.  An unanswered probe fails them all.  Differs from etcd, which waits for ever.
     """
 
     def __init__(self, url: str, dialer: ProxyDialer, *, has_worked: bool = False) -> None:
@@ -115,11 +114,9 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
@@ -180,7 +177,6 @@ class Endpoints:
         self._timer: Optional[Timer] = None
 
     def available(self) -> List[Endpoint]:
-        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
@@ -222,17 +218,12 @@ class Endpoints:
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _fetch(
-        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
-    ) -> Optional[ClusterFile]:
-        """Return the URLs that the first peer to answer lists, and keep them in the file.
+    def _fetch(self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file; or None.
 
-        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
-        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
-        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
-        the service for good.
-
-        Thread: any; blocks.
+        Differs from etcd: the peer URL that answered stays, last in the list, and the `working`
+        client URLs stay in the file if the peer lists none of them.  Otherwise URLs that are wrong
+        on this machine, such as `localhost`, would end the service for good.  Thread: any; blocks.
         """
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
         found, url = None, ""
@@ -284,8 +275,7 @@ class Endpoints:
         """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
-            is_local(own) and url_address(own)[1] == port
-            for own in self._config.listen_client_urls
+            is_local(own) and url_address(own)[1] == port for own in self._config.listen_client_urls
         )
 
 
@@ -314,11 +304,10 @@ def _method_label(request: HttpRequest) -> str:
 
 
 class Forward:
-    """One request: tries one endpoint after the other, and passes the answer to the client.
+    """One request: tries one endpoint after the other, until one answers the client.
 
-    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
-    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
-    was made, as the first member may have executed it.  Thread: reactor.
+    Differs from etcd: a request that is not GET or HEAD goes to the next endpoint only if no
+    connection was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
@@ -352,7 +341,6 @@ class Forward:
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop the request without an answer."""
         self._request.connection.on_close = None
         if self._call is not None:
             self._call.cancel()
@@ -371,13 +359,11 @@ class Forward:
                 self._tried += 1
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
-                self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self)
+                self._call = self._dialer.call(endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
         dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect

@@ -1,8 +1,8 @@
 """Keys on their way between clusters: read from a directory, a cluster or a file; written to one.
 
-A file is what `pyetcdctl export` writes too, a record a line; a shell script for etcdctl of etcd 3;
-or a database that `etcdctl snapshot restore` of etcd 3 takes.  All is read and written record by
-record, so big data costs no more memory than its largest directory or what a member holds anyhow.
+A file is an export like that of `pyetcdctl export`, a record a line; a shell script for etcdctl of
+etcd 3; or a database for its `etcdctl snapshot restore`.  Records are read and written one by one:
+memory holds the largest directory at most, or what a member holds anyhow.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parse_key_map(text: str) -> KeyMap:
 
 
 def mapped(key: str, key_map: KeyMap) -> str:
-    """Return `key` with the longest prefix of the map that fits replaced: of whole parts only."""
+    """Replace the longest prefix of `key`, of whole parts only, that the map has."""
     for old, new in key_map:
         if key == old or key.startswith(old if old.endswith("/") else old + "/"):
             return new + key[len(old):]
@@ -151,7 +151,7 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
 
 
 def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
-    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    """Return lease -> unix nanoseconds of its end: a whole ttl from now, as etcd 3 restarts it."""
     ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}

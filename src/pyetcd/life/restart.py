@@ -120,9 +120,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
-        boot = Bootstrap(
-            data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
-        )
+        boot = Bootstrap(data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot)
         if _is_blank(boot):
             boot = _begin_again(config, boot)
         on_failure.pop_all()
@@ -160,8 +158,7 @@ def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
     """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
     The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
-    members have the log and send it.  Differs from etcd, where a single member then has no voter
-    for ever.
+    members have the log and send it.  Differs from etcd: a single member never gets a voter.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
@@ -179,10 +176,10 @@ def _stand_alone(
 ) -> WalContents:
     """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries after the commit index are kept, up to the removal of this member: they may be
-    committed, as the commit index on disk lags.  Committed entries that remove every other voter
-    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
-    drops all entries after the commit index, and with them the last acknowledged writes.
+    Entries after the commit index, up to the removal of this member, are kept: they may be
+    committed, as the index on disk lags.  Committed entries that remove every other voter follow.
+    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which drops
+    all entries after the commit index, and so the last acknowledged writes.
     """
     state = contents.hard_state
     kept = list(itertools.takewhile(
@@ -222,7 +219,6 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:

@@ -34,9 +34,9 @@ class Settings:
     values   flag name -> parsed value, for the flags that were given
     sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
-
     flags    the flags to accept; (): those of a member
-    A flag on the command line goes before its variable.  Raises FlagError.
+
+    A flag on the command line takes precedence over its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -77,7 +77,6 @@ class Settings:
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _take_flags(self) -> None:
-        """Take the flags before the next word off the command line."""
         while not self.help and self._next_flag():
             pass
 
@@ -128,14 +127,12 @@ class Settings:
         return words
 
     def check_leftover(self) -> None:
-        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -281,7 +278,6 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
@@ -362,10 +358,9 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In the sections client-transport-security and
-    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
-    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
-    Raises FlagError with file and line.
+    The names are those of the flags; in etcd 3's sections client-transport-security and
+    peer-transport-security without `peer-`.  Empty settings are skipped.  Of YAML a flat file may
+    have comments, quotes and [a, b].  Anything else raises FlagError, with file and line.
     """
     text = _read_text(path)
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
@@ -373,10 +368,7 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
 
 
 def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
-    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
-
-    Its lines are as those of a configuration file.  Raises FlagError with file and line.
-    """
+    """Return (line, flag, text) below coreos.etcd2; a name may have _ for -.  Raises FlagError."""
     section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
     return _checked_settings(path, (
         (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
@@ -521,9 +513,8 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
-    /etc/environment.  Without a private one, the interface with the default route has it.
-    Raises FlagError, which names `source`, if an address is unknown.
+    They are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or /etc/environment; the
+    default private one is that of the default route.  Raises FlagError for an unknown address.
     """
     def address(match: re.Match[str]) -> str:
         kind = match.group(1)

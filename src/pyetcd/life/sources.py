@@ -187,8 +187,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def data_source(
-    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot],
-    contents: WalContents,
+    path: str, member_id: int, cluster_id: int, snapshot: Optional[Snapshot], contents: WalContents,
 ) -> DataSource:
     state, entries = contents.hard_state, contents.entries
     committed = sum(entry.index <= state.commit for entry in entries)
@@ -250,7 +249,6 @@ def _file_kind_advice(path: str, content: bytes) -> str:
 
 
 def _newest_intact(directory: str) -> str:
-    """Return the path of the newest good snapshot in a directory, or ""."""
     for path, _ in snapshot_files(directory):
         with contextlib.suppress(CodecError, OSError):
             decode_snapshot_file(_READ_ONLY_DISK.read(path))

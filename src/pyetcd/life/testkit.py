@@ -1,7 +1,4 @@
-"""The test kit: members that a test kills, freezes and cuts off.
-
-Threads: the test's, and those of the members.
-"""
+"""The test kit: members that a test kills, freezes and cuts off, on threads of their own."""
 
 from __future__ import annotations
 
@@ -66,9 +63,8 @@ def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], s
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
-    that is cut in both directions is closed.  Requests for /members and /version, which members
-    send at their first start, pass.
+    Sender and receiver drop the messages, also those on their way.  A link cut in both directions
+    is closed.  Requests for /members and /version, as at a first start, pass.
     """
 
     _mute: _Ids = frozenset()           # members to which nothing is sent
@@ -146,9 +142,8 @@ class _LocalServer(Server):
 def _reserve_url(owned: contextlib.ExitStack, host: str, port: int) -> str:
     """Return the URL of a port, 0: of a free one; a socket, closed with `owned`, reserves it.
 
-    While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
-    Raises OSError.
+    While the member is down, no program or outgoing connection gets the port, and connections to it
+    are refused.  macOS allows one socket per port: there nothing keeps it.  Raises OSError.
     """
     sock = owned.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     if port:                            # despite old connections, but not beside a listener
@@ -213,7 +208,6 @@ class LocalMember:
         """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
-
         Raises TimeoutError, StartError.
         """
         if not self.is_running:
@@ -252,10 +246,7 @@ class LocalMember:
               lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End the member at once, as `kill -9` does: it writes and sends nothing more.
-
-        A write that was under way may or may not have reached the disk.
-        """
+        """End the member at once, as `kill -9` does; an unfinished write may reach the disk."""
         if self._server is not None:
             if self.is_paused:
                 self._server.abandon()
@@ -274,10 +265,9 @@ class LocalMember:
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.  Raises ServerStopped.
 
         Only the batch that the disk thread has already received is written.
-        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
             held, release = threading.Event(), threading.Event()
@@ -337,15 +327,8 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(
-        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
-    ) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known.
-
-        client_port, peer_port  0: a free port
-
-        Raises OSError.
-        """
+    def reserve(self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0) -> None:
+        """Reserve the two ports, if that is not yet done; 0: a free one.  Raises OSError."""
         if self.client_url:
             return
         directory = self._directory
@@ -453,10 +436,7 @@ class LocalCluster:
     # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the running member that leads in the newest term; None if there is none.
-
-        Paused members do not count.
-        """
+        """Return the running member, not paused, that leads in the newest term, or None."""
         return self._leader_of(self.members)
 
     def wait_leader(
@@ -465,7 +445,6 @@ class LocalCluster:
         """Wait for a leader that has committed an entry in its term, and return it.
 
         among  the members that count, such as one side of a partition; (): all
-
         Raises TimeoutError, which names the state of each member.
         """
         candidates = list(among) or self.members
@@ -519,10 +498,9 @@ class LocalCluster:
     # -- the first election ------------------------------------------------
 
     def _campaign_in_new_cluster(self) -> bool:
-        """Let the last member of a new cluster campaign as soon as the others accept its messages.
+        """Let the last member campaign as soon as the others of a new cluster accept its messages.
 
-        So the first election starts without an election timeout, and without rivals.  Returns
-        True when the campaign has begun, or if the cluster had an election before.
+        The first election then needs no timeout and has no rivals.  Returns True from then on.
         """
         candidate = self.members[-1]
         return bool(candidate.call(_has_begun)) or all(

@@ -104,7 +104,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
 
 
 def write_warnings(settings: Settings, name: str) -> None:
-    """Write what is odd about the flags of a command; variables of a member are not its flags."""
+    """Write the warnings about flags of a command, not about the variables of a member."""
     for level, package, text in settings.lines:
         if level >= logging.WARNING and package == "etcd":
             sys.stderr.write(f"{name}: {text}\n")
@@ -116,7 +116,6 @@ def _print(*lines: str) -> None:
 
 
 def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
-    """Return the only word.  Raises FlagError."""
     if not words or not words[0]:
         raise FlagError(f"{name} is missing: {meaning}")
     if len(words) > 1:

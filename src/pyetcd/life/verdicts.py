@@ -37,7 +37,6 @@ class Verdict(NamedTuple):
 
 
 def verdicts(found: Inspection) -> List[Verdict]:
-    """Return a verdict for each version, in order."""
     return [_verdict(version, found) for version in _VERSIONS]
 
 
@@ -162,13 +161,11 @@ def _shown(path: str) -> str:
 
 
 def entry_text(entry: CommandEntry) -> str:
-    """An entry in a line."""
     return (f"entry {entry.index}: {entry.request.method} {_shown(entry.request.path)}"
             f"{'' if entry.committed else ' (not known to be committed)'}")
 
 
 def next_step(found: Inspection) -> str:
-    """Return what to do next: one command, or a few words."""
     path = found.source.path
     if found.faults:
         return (f"replace the member from an intact one, or `pyetcd export {path}` to save what"
@@ -186,7 +183,6 @@ def next_step(found: Inspection) -> str:
 
 
 def check_json(found: Inspection) -> Dict[str, Any]:
-    """The report of `pyetcd check -json`."""
     source, database = found.source, found.database
     return {
         "directory": source.path,
@@ -223,10 +219,7 @@ def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
 
 
 def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
-    """Yield an object for each node of v2, users and roles too, then for each command of the log.
-
-    No object holds a password.
-    """
+    """Yield an object per node of v2, users and roles too, then per command; no password."""
     for space in ("/1", "/2"):
         for path, node in found.store.nodes_below(space):
             entry = found.place(node.modified_index)

@@ -60,10 +60,7 @@ class Applier:
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Decode a slice of an entry of more than LONG_REQUEST_BYTES; True when it is decoded.
-
-        10 MB take 40 ms, or 0.5 s.
-        """
+        """Decode a slice of a long entry; True when all of it is decoded.  10 MB: 40-500 ms."""
         if self._long is not entry:
             self._long, self._steps = entry, decode_long_request(entry.data)
         try:
@@ -81,8 +78,7 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
-        API, and garbage; they count as applied and do nothing here.
+        Returns None for a leader's first entry, operations of etcd 3's API, and garbage.
         """
         request = entry.request
         if request is None:
@@ -153,9 +149,7 @@ class Applier:
             return self._store.compare_and_delete(
                 r.path, prev_value=r.prev_value, prev_index=r.prev_index, now_ns=self.clock()
             )
-        return self._store.delete(
-            r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock()
-        )
+        return self._store.delete(r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock())
 
     def _get(self, r: Request) -> Applied:
         return self._store.get(r.path, recursive=r.recursive, now_ns=self.clock())
@@ -224,10 +218,7 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
-
-    Raises CodecError.
-    """
+    """Decode a request as UTF-8, with a clean path as in etcd's store.  Raises CodecError."""
     request = decode_request(data)
     if request is None:
         return None
@@ -259,7 +250,7 @@ def check_entry(
 
     The command of a normal entry stays in entry.request, so that it is decoded once.
 
-    is_proposal  refuse also what no API of a member lets in: an entry in a leader's log must be
+    is_proposal  also refuse what the API of a member refuses: an entry in a leader's log must be
                  accepted, as other members have it already
     """
     if entry.type == EntryType.CONF_CHANGE:
@@ -321,7 +312,7 @@ def _check_change(data: bytes, is_proposal: bool) -> None:
 
 
 class MemberInspector(MessageInspector):
-    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+    """Refuses messages that would be fatal when applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
         self._cluster = cluster

@@ -90,10 +90,7 @@ class Auth:
             self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
 
     def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user.
-
-        An unknown user gets one like root's, so that a refusal takes as long.
-        """
+        """Return a user's password hash; for an unknown one, a hash as slow as root's."""
         user = self.user(name)
         if user is not None:
             return user.password
@@ -101,10 +98,7 @@ class Auth:
         return self.checks.passwords.decoy(root.password if root is not None else "")
 
     def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
+        """Return sorted names of `users`, or `roles` with root; as in etcd no hidden ones, `_*`."""
         children = self._store.children(f"{AUTH_PREFIX}/{kind}")
         names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
         return sorted(names + [ROOT] if kind == "roles" else names)
@@ -128,7 +122,6 @@ class Auth:
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
             AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
@@ -151,17 +144,17 @@ def parse_stored(kind: str, name: str, text: str) -> Union[User, Role, None]:
         return None
 
 
-# A change that waits several times.  It yields a Request, and gets its Event or EtcdError; or a
-# callable, which runs on another thread, and gets its result.
+# A change in steps: yields a Request and gets its Event or EtcdError, or yields a callable, which
+# runs on another thread, and gets its result.
 Steps = Generator[Union[Request, Callable[[], Any]], Any, Any]
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus: each method returns Steps.
+    """Changes of users and roles, through consensus: each method returns Steps to the new record.
 
-    A change reads its record through consensus, too, and is written only if the record is the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.  All methods raise AuthError.
+    A change reads its record through consensus, too, and begins again if the record has changed
+    when it writes.  Differs from etcd, where one of two concurrent changes of a user is lost.
+    All methods raise AuthError.
     """
 
     def __init__(self, auth: Auth) -> None:
@@ -169,7 +162,6 @@ class AuthStore:
         self._ensured = False
 
     def create_user(self, user: User) -> Steps:
-        """Return the new user."""
         if not user.password:
             raise AuthError(400, f"Cannot create user {user.name} with an empty password")
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
@@ -179,7 +171,6 @@ class AuthStore:
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user."""
         hashed = ""
         if password:
             hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
@@ -198,14 +189,12 @@ class AuthStore:
         AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
-        """Return the new role."""
         self._check_role(role.name)
         yield from self._create("role", role)
         AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(self, name: str, grant: Permissions, revoke: Permissions) -> Steps:
-        """Return the changed role."""
         self._check_role(name)
 
         def change(old: Role) -> Role:
@@ -249,9 +238,7 @@ class AuthStore:
             prev_exist=False,
         )
 
-    def _update(
-        self, kind: str, name: str, change: Callable[[Any], Any], options: str
-    ) -> Steps:
+    def _update(self, kind: str, name: str, change: Callable[[Any], Any], options: str) -> Steps:
         """Return the changed record; begins again if another change was faster."""
         path, what = f"/{kind}s/{name}", kind.capitalize()
         missing = AuthError(404, f"{what} {name} does not exist.")
@@ -289,7 +276,7 @@ class AuthStore:
             raise refusal if refusal is not None and isinstance(result, error) else result
 
     def _ensure_directories(self) -> Steps:
-        """Make the places before the first change: four indexes of the store, as in etcd."""
+        """Make the directories before the first change: four indexes of the store, as in etcd."""
         if not self._ensured:
             for path in ("", "/users", "/roles"):
                 yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
@@ -345,7 +332,7 @@ class Guard:
     ) -> Handler:
         """Return the handler for a request that only the role root may make.
 
-        hashes  the answer holds password hashes: needs root without auth, too, if there are users
+        hashes  the answer holds password hashes: if there are users, needs root also without auth
         """
         always = hashes and self._auth.has_users
         return self._decide(head, self._auth.is_root, passed, refused, always=always)
@@ -361,9 +348,7 @@ class Guard:
             return functools.partial(self._verify, head, may, passed, refused)
         return passed if verdict else refused
 
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
+    def _verdict(self, head: HttpHead, may: Callable[[Optional[User]], bool]) -> Optional[bool]:
         """True if the request may pass; None: the password has not been verified yet."""
         header = head.headers.get("authorization", "")
         if not header:

@@ -45,7 +45,6 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
@@ -85,8 +84,8 @@ def _hash_id(data: bytes) -> int:
 def member_id(peer_urls: Iterable[str], token: str) -> int:
     """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
 
-    With `discovery` the token is the whole discovery URL; for a member that is added at run time,
-    the unix seconds of that.  Source: etcd 2.3 etcdserver/member.go.
+    The token is the whole URL with `discovery`, and the unix seconds for a member added at run
+    time.  Source: etcd 2.3 etcdserver/member.go.
     """
     return _hash_id(utf8("".join(sorted(peer_urls)) + token))
 
@@ -99,10 +98,10 @@ def cluster_id(member_ids: Iterable[int]) -> int:
 def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tuple[str, ...]]:
     """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
 
-    nameless  take `=url` too: a member of a running cluster has no name before its first start.
-              Each gets `=url` for a name, which no member can have
+    nameless  take `=url` too, named `=url`, as no member can be: a member of a running cluster
+              has no name before its first start
 
-    Raises ValueError with etcd's words.
+    Raises ValueError in etcd's words.
     """
     urls: Dict[str, List[str]] = {}
     for piece in filter(None, (part.strip() for part in text.split(","))):
@@ -117,7 +116,6 @@ def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tup
 
 
 def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
-    """Return the text form: all name=url pairs sorted, joined by commas."""
     return ",".join(sorted(
         f"{name.partition('=')[0]}={url}" for name, urls in initial.items() for url in urls
     ))
@@ -185,7 +183,6 @@ class Cluster:
         return attributes._replace(peer_urls=raft.peer_urls, is_learner=raft.is_learner)
 
     def all_have(self, feature: str) -> bool:
-        """True if every member has published that it has `feature`."""
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
@@ -195,10 +192,7 @@ class Cluster:
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """True if the addition of this member is applied.
-
-        The store decides, as it is the same everywhere; `members` also holds those of the flags.
-        """
+        """True if the store has the member; `members` has those of the flags, too."""
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
@@ -280,10 +274,7 @@ class Cluster:
             peer_urls=known.peer_urls, is_learner=known.is_learner)
 
     def set_version(self, version: str) -> None:
-        """Apply: the cluster version (the store is written by the Applier).
-
-        Raises InvariantError if this program is older than the cluster.
-        """
+        """Apply the cluster version (the Applier writes the store).  Raises InvariantError."""
         self._check_version(version)
         short = version.rpartition(".")[0]
         if self.version is None:
@@ -358,10 +349,7 @@ class Cluster:
 
 
 def parse_member(context: bytes, id: int) -> Member:
-    """Return the member in a conf change's context; parts that are missing are empty.
-
-    Raises CodecError.
-    """
+    """Return the member in a conf change's context; missing parts are empty.  Raises CodecError."""
     try:
         fields = load_json(context)
         name = as_unicode(str(fields.get("name") or ""))

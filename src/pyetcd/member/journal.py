@@ -143,10 +143,7 @@ class WalWriter:
             job.done()
 
     def stop(self) -> None:
-        """Finish the queued jobs if there is space, close the files, end the thread.
-
-        Blocks for the last sync.
-        """
+        """Finish the queued jobs if there is space, end the thread, close the files.  Blocks."""
         self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
@@ -239,8 +236,7 @@ class Journal:
     """
 
     def __init__(
-        self, wal: Wal, writer: WalWriter, hard_state: HardState,
-        durable: Callable[[Batch], None],
+        self, wal: Wal, writer: WalWriter, hard_state: HardState, durable: Callable[[Batch], None],
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
@@ -261,7 +257,6 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -284,7 +279,7 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        """Give an idle writer the next batch; a commit index alone waits for other work."""
         if self._steps is not None:
             self._encode_on()
         if self._record is not None and not self.busy:
@@ -361,9 +356,7 @@ class Journal:
         self.visits += 1
         self.writer.submit(job)
 
-    def _encode_job(
-        self, batch: Batch, done: Callable[[], None]
-    ) -> Generator[None, None, WalJob]:
+    def _encode_job(self, batch: Batch, done: Callable[[], None]) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
             record = self._wal.encode_snapshot(batch.snapshot.id)

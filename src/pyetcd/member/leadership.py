@@ -66,7 +66,6 @@ class Leadership:
         return True
 
     def unled_s(self) -> float:
-        """Return the seconds without a leader, 0 if one is known."""
         return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
 
     def has_links(self, since_s: float = math.inf) -> bool:
@@ -81,10 +80,7 @@ class Leadership:
         return up > len(raft.voters) // 2
 
     def explain_timeout(self, started: float) -> EtcdError:
-        """Say why a request got no answer (etcd 2.3: the same three sentences).
-
-        started  when the request came, monotonic
-        """
+        """Say why a request that came at `started` (monotonic) timed out, in etcd 2.3's words."""
         cause = "etcdserver: request timed out"
         started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
         if self._since and self._since - 2 * self._election_s < started < self._since:
@@ -130,9 +126,9 @@ class Leadership:
     def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
         """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
 
-        A leader that removes itself may exit before its followers learn that the entry is
-        committed.  Of two members the second one then waits for ever for the vote of the first
-        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        A leader that removes itself may exit before its followers learn of the commit.  The other
+        of two members then waits for ever for its vote (thesis §4.2.2).  If no other member takes
+        over, this one proposes the change all the same.
         """
         raft = self._node.raft
         if raft.term != self._removal_term and any(
@@ -151,9 +147,8 @@ class Leadership:
     def watch_disk(self) -> None:
         """Transfer leadership if our disk has not answered for an election timeout; every tick.
 
-        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
-        more on its disk than we have on ours: where all members share one slow disk, a transfer
-        would win nothing.
+        Heartbeats need no disk, so no follower would notice.  The transferee must have more on its
+        disk than we have: if all members share one slow disk, a transfer gains nothing.
         """
         journal, raft = self._journal, self._node.raft
         visit = journal.visits if journal.busy else 0
@@ -167,10 +162,7 @@ class Leadership:
                 )
 
     def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
-        """Transfer leadership and let `proposals` get their answer; then call done().
-
-        Takes one election timeout at most.
-        """
+        """Transfer leadership and await answers to `proposals`, an election timeout at most."""
         deadline = self._reactor.now() + self._election_s
         self._wait_to_leave(proposals, self.transfer(), deadline, done)
 

@@ -1,7 +1,4 @@
-"""Users, roles, permissions and passwords.
-
-Source: etcd 2.3 etcdserver/auth.
-"""
+"""Users, roles, permissions and passwords.  Source: etcd 2.3 etcdserver/auth."""
 
 from __future__ import annotations
 
@@ -66,7 +63,7 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: Permissions) -> Permissions:
-        """Return both together, sorted.  Raises AuthError for a duplicate."""
+        """Return the union, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
@@ -102,7 +99,6 @@ class Role(NamedTuple):
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if the role covers this access; root covers any."""
         return self.name == ROOT or self.permissions.allow(key, write=write, recursive=recursive)
 
 
@@ -120,7 +116,6 @@ class User(NamedTuple):
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> User:
-        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -152,14 +147,12 @@ def string_list(value: object) -> Names:
 
 
 def make_permissions(read: object, write: object) -> Permissions:
-    """Return permissions from lists of JSON; empty patterns are dropped.  Raises ValueError.
+    """Return permissions from lists of JSON.  Raises ValueError.
 
-    Differs from etcd, whose requests crash on an empty pattern.
+    Differs from etcd: drops empty patterns, on which its requests crash.
     """
     lists = (string_list(read), string_list(write))
-    return Permissions(*(
-        None if names is None else tuple(filter(None, names)) for names in lists
-    ))
+    return Permissions(*(None if names is None else tuple(filter(None, names)) for names in lists))
 
 
 # A program of its own with low priority: a thread of this process would take Python's lock, or the
@@ -191,10 +184,7 @@ def _python() -> str:
 
 
 class Passwords:
-    """Hashing with bcrypt where the system's libcrypt has it, else with PBKDF2.  Slow on purpose.
-
-    Thread: any; every call takes tens of milliseconds.
-    """
+    """Hashes by bcrypt where libcrypt has it, else by PBKDF2; takes tens of ms.  Thread: any."""
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
@@ -254,10 +244,7 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`.
-
-        "": this system has no bcrypt; None: the program that computes it has failed.
-        """
+        """Hash with the algorithm, cost and salt of `setting`; "": no bcrypt here; None: failed."""
         try:
             import subprocess
             python = _python()
@@ -303,14 +290,14 @@ class PasswordCheck:
 class PasswordChecks:
     """Verifies passwords one at a time, and remembers the results.
 
-    The level of a check is the logarithm of the wrong passwords that its sender had lately and
-    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
-    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
+    The level of a check is the logarithm of its sender's recent wrong passwords and waiting
+    checks.  Low levels go first, and a pause precedes each check above level 0: guessing is slow,
+    and no other sender waits for it.  Known passwords never wait.
 
-    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
-    a host has guessed under many names, every check from there waits for the pause, so that an
-    answer takes as long for users that do not exist.  Existing users without a wrong password go
-    before the others.  Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as users may share it.  Once a host
+    has guessed under many names, all its checks wait for the pause, so that answers take as long
+    for users that do not exist.  Existing users without a wrong password go before the others.
+    Thread: reactor.
     """
 
     LEVELS = 9
@@ -382,7 +369,6 @@ class PasswordChecks:
         return (count + self._pending.get(place, 0)).bit_length()
 
     def _start_next(self) -> None:
-        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return

@@ -261,7 +261,7 @@ class EtcdServer:
 
         The command may still be applied after a RequestTimeout.
 
-        encoded  its encode_request, where that is known; then it has an id
+        encoded  encode_request(request), if known; then the request has an id
         """
         if self.stopping or self.no_space and request.method != "QGET":
             done(ServerStopped() if self.stopping else NoSpace(self.no_space))
@@ -306,8 +306,8 @@ class EtcdServer:
     def _deliver(self, message: Message) -> None:
         """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
-        Differs from etcd, which drops them, so that the peer's client waits for its timeout.
-        While the disk is full entries are dropped: they would fill the memory instead.
+        Differs from etcd, which drops them: the peer's client then waits for its timeout.  While
+        the disk is full, entries are dropped, as they would fill the memory.
         """
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
@@ -340,7 +340,7 @@ class EtcdServer:
     # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
-        """Propose, hand out, write, apply.  Called once per turn of the reactor."""
+        """Propose, send, write, apply: once per turn of the reactor."""
         if self.stopping:
             return
         node, log, hub, refused = self.node, self.node.raft.log, self.store.hub, False
@@ -368,8 +368,8 @@ class EtcdServer:
     def _propose_queued(self) -> bool:
         """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
-        and a message to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  A message to a
+        dead leader is lost, and its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
@@ -463,8 +463,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it had counted
-        before, and let it commit alone an entry that the others never saw.
+        After a crash, a member could otherwise know fewer voters than it had counted, and commit
+        alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -501,8 +501,7 @@ class EtcdServer:
     def _maybe_campaign_alone(self) -> None:
         """Campaign at once in a cluster of one, where no other member can lead.
 
-        All entries known to be committed must be applied: before that the voters are those of an
-        earlier time.
+        Not before all committed entries are applied: until then the voters are of an earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:

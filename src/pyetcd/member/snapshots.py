@@ -20,16 +20,12 @@ from .statistics import Histogram, exponential_bounds
 
 
 class SnapshotJob:
-    """Encodes the store, as it is now, as a snapshot file, in slices between other work.
-
-    walk  to be closed if the snapshot is given up
-    """
+    """Encodes the store, as it is now, as a snapshot file, in slices; close `walk` to give up."""
 
     SLICE_S = 0.002
 
     def __init__(
-        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...],
-        now: Callable[[], float],
+        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...], now: Callable[[], float],
     ) -> None:
         self.id = snapshot_id
         self.etcd_index = store.current_index
@@ -75,10 +71,7 @@ SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
-
-    Thread: reactor.
-    """
+    """Writes snapshots when they are due, lends them to followers and clients.  Thread: reactor."""
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -107,13 +100,11 @@ class SnapshotKeeper:
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
-        """True if a new file is needed, and the disk was not just full.
+        """True if the newest file is older than `count` entries, or than least_index.
 
-        The newest one is older than `count` entries, or than least_index.
-
-        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
-        nodes, as it would cost more than the entries do; they take less memory than the nodes.
-        The nodes of the last snapshot count: a store that only grows has one at each doubling.
+        False for a while after the disk was full.  A walk takes 4 us per node: that of a large
+        store waits for as many entries as it has nodes, as they cost less time and memory.  The
+        nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if not self.index < self.least_index <= raft_index and (
@@ -122,13 +113,8 @@ class SnapshotKeeper:
             return False
         return self._reactor.now() >= self._not_before
 
-    def begin(
-        self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
-    ) -> None:
-        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
-
-        lent  for the receivers that wait, instead of the disk
-        """
+    def begin(self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool) -> None:
+        """Begin to walk the store as of entry `applied`; lent: for waiting receivers, no file."""
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
@@ -152,7 +138,7 @@ class SnapshotKeeper:
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """Forget a receiver; a walk without receivers ends."""
+        """Forget a receiver; end a walk without receivers."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:

@@ -66,13 +66,11 @@ class ServerStats:
         self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
         self._received.add(size)
 
@@ -95,7 +93,6 @@ class ServerStats:
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -133,7 +130,6 @@ class LeaderStats:
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -179,7 +175,6 @@ class ServerCounts:
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -231,15 +226,11 @@ class Counter(Reading):
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
-    """Return the bounds start * 2**n of a histogram, n < count."""
     return [start * (1 << step) for step in range(count)]
 
 
 class Histogram:
-    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
-
-    Thread: one observes; any may read.
-    """
+    """Counts of values per bucket; `bounds` are upper, inclusive, ascending.  One thread writes."""
 
     kind = "histogram"
     __slots__ = ("bounds", "counts", "sum")
@@ -316,7 +307,6 @@ class Metrics:
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -332,14 +322,12 @@ class Metrics:
         self.add(name, help, Reading("gauge", (label,), lambda: {(read(),): 1}))
 
     def total(
-        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]],
-        labels: Labels = (),
+        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]], labels: Labels = (),
     ) -> None:
         """Add counters that are kept elsewhere: label values -> count."""
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -354,10 +342,7 @@ class Metrics:
 
 
 class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
+    """Counts the messages that the transport sends and receives, by member id."""
 
     def __init__(
         self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
@@ -376,7 +361,6 @@ class Traffic:
         self._labels: Dict[Tuple[str, int, int], Labels] = {}
 
     def sent(self, sent: Sent) -> None:
-        """Count a message that has left, or could not leave."""
         to, message = sent.to, sent.message
         key = (sent.channel, to, message.type)
         labels = self._labels.get(key)

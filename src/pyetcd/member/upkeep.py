@@ -31,7 +31,6 @@ def report_leader_wait(cluster: Cluster, problem: Callable[[int], str], unled_s:
     """Log which members a member without a leader waits for, unless an election is under way.
 
     problem  member id -> where it is dialed and what fails; "" if it can be reached
-    unled_s  seconds without a leader
     """
     members = cluster.members
     if unled_s < LEADER_WAIT_SECONDS / 2:
@@ -61,14 +60,13 @@ class Publication:
         self._is_applied = False
 
     def propose(self) -> None:
-        """Propose it unless it is applied; one more proposal is harmless."""
+        """Propose the attributes unless they are applied; one more proposal is harmless."""
         if self._is_applied:
             return
         config, id = self._config, self._cluster.local_id
         member = Member(id, (), config.name, config.advertise_client_urls, FEATURES)
         path = f"/0/members/{format_id(id)}/attributes"
-        self._propose(
-            Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+        self._propose(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
 
     def _applied(self, result: Any) -> None:
         if self._is_applied or isinstance(result, ServerStopped):
@@ -89,7 +87,7 @@ class Publication:
 def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
     """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
 
-    Says nothing of default URLs, nor of those of a port that the system chose.
+    Ignores default URLs, and ports that the system chose.
     """
     if member is None:                  # removed before its publication was applied
         return
@@ -182,7 +180,6 @@ class VersionMonitor:
 
 
 def _server_version(body: bytes) -> str:
-    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
     try:
         version = str(load_json(body)["etcdserver"])
         version_key(version)
@@ -194,7 +191,7 @@ def _server_version(body: bytes) -> str:
 class ExpirySync:
     """Puts the leader's clock into the log, where every member expires keys alike.
 
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    Differs from etcd: if many keys expire, the time in the log catches up with the clock in
     steps, each after the one before is applied, so that no other request waits for all of them.
     """
 
@@ -227,10 +224,7 @@ class ExpirySync:
 def purge_periodically(
     reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
 ) -> None:
-    """Remove old files now, and again 30 s after each time.
-
-    kept  (directory, suffix, number of its newest files to keep), ...
-    """
+    """Remove old files now and every 30 s.  kept: (directory, suffix, number of newest), ..."""
     def purge() -> None:
         for directory, suffix, keep in kept:
             purge_files(directory, suffix, keep, disk=disk)

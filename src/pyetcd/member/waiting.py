@@ -44,10 +44,7 @@ class Proposals:
         return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail requests that waited too long with error(start time); return how many.
-
-        WORK_ENTRIES_MAX at most: then call again.
-        """
+        """Fail late requests, WORK_ENTRIES_MAX at most, with error(start time); return how many."""
         callbacks, deadlines, expired = self._callbacks, self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
             deadlines[0][1] not in callbacks or deadlines[0][0] <= now
@@ -67,10 +64,7 @@ class Proposals:
 
 
 class LateProposals:
-    """Proposals that peers forwarded while there was no leader, kept for the next one.
-
-    After two election timeouts the clients have given up, and the proposals are dropped.
-    """
+    """Proposals that peers forward while no leader is known, kept for two election timeouts."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -81,7 +75,6 @@ class LateProposals:
         return len(self._entries)
 
     def add(self, entries: Sequence[Entry], now: float) -> None:
-        """Keep copies, as far as there is room."""
         until = now + self._keep_s
         for entry in entries:
             if len(self._entries) < PROPOSALS_PENDING_MAX and self._bytes <= QUEUED_BYTES_MAX:
@@ -93,7 +86,6 @@ class LateProposals:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -104,10 +96,9 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question is under way at a time; requests that arrive meanwhile share the next.  A question
-    without an answer is asked again after two ticks: its leader is gone, or not ready.
-    Thread: reactor.  Source: Raft thesis §6.4.
-    Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  Without
+    an answer for two ticks it is repeated: the leader is gone, or not ready.  Thread: reactor.
+    Source: Raft thesis §6.4.  Differs from etcd 2.3, which logs each such read.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
