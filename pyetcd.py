@@ -5601,7 +5601,10 @@ def _page_of(
     number: int, kind: int, element: struct.Struct,
     rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
 ) -> bytes:
-    """Return a page with the numbers of each element before and behind its position, its data."""
+    """Return a page.
+
+    rows  for each element its numbers before the position, its numbers behind that, its data
+    """
     table: List[bytes] = []
     at = len(rows) * element.size       # from the place of the present element
     for before, behind, data in rows:
