@@ -331,3 +331,13 @@ def test_codec_garbage_raises_codec_error_only(decode):
             data[rng.randrange(len(data))] = rng.randrange(256)
         with contextlib.suppress(pyetcd.CodecError):
             decode(bytes(data[:rng.randrange(len(data) + 1)]))
+
+
+@pytest.mark.parametrize("text", [
+    "2027-01-15T24:00:00Z", "2027-01-15T08:00:60Z", "2027-02-30T08:00:00Z",
+    "2027-01-15T08:00:00+01:60", "2027-01-15T08:00:00-00:99", "2027-01-15T08:00:00+24:00",
+])
+def test_codec_time_out_of_range_is_refused_by_every_python(text):
+    """Members on different versions of Python read the same snapshot."""
+    with pytest.raises(ValueError):
+        pyetcd.parse_time(text)

@@ -201,7 +201,10 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)\Z")
+# Pythons differ on the hour 24, which 3.14 reads, and on 60 minutes of an offset: none takes them.
+_RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:[0-5]\d)\Z"
+)
 _UTC_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 

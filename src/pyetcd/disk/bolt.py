@@ -272,7 +272,10 @@ def _page_of(
     number: int, kind: int, element: struct.Struct,
     rows: Sequence[Tuple[Tuple[int, ...], Tuple[int, ...], bytes]],
 ) -> bytes:
-    """Return a page; a row is an element's numbers before and behind its position, and its data."""
+    """Return a page.
+
+    rows  for each element its numbers before the position, its numbers behind that, its data
+    """
     table: List[bytes] = []
     at = len(rows) * element.size       # from the place of the present element
     for before, behind, data in rows:
