@@ -168,8 +168,6 @@ class EtcdError(Exception):
     status         HTTP status; 0 without a reply
     endpoint       base URL of the server
     maybe_applied  True if the request was a write that was, or may yet be, applied
-
-    python-etcd calls it EtcdException.
     """
 
     code = 0
@@ -180,11 +178,9 @@ class EtcdError(Exception):
             cls.code = code
             cls.error_exceptions[code] = cls
 
-    def __init__(
-        self, message: "str | None" = "", payload: "Mapping[str, Any] | None" = None,
-        cause: Any = "", *, code: "int | None" = None, index: int = 0, status: int = 0,
-        endpoint: str = "", maybe_applied: bool = False,
-    ) -> None:
+    def __init__(self, message: "str | None" = "", payload: "Mapping[str, Any] | None" = None,
+                 cause: Any = "", *, code: "int | None" = None, index: int = 0, status: int = 0,
+                 endpoint: str = "", maybe_applied: bool = False) -> None:
         super().__init__(message or "")
         self.message = message or ""
         self.payload: dict[str, Any] = dict(payload or {})
@@ -211,13 +207,12 @@ class EtcdError(Exception):
         return (self, *self.others)
 
     @classmethod
-    def from_payload(
-        cls, payload: "Mapping[str, Any]", *, endpoint: str = "", maybe_applied: bool = False,
-    ) -> "EtcdError":
+    def from_payload(cls, payload: "Mapping[str, Any]", *, endpoint: str = "",
+                     maybe_applied: bool = False) -> "EtcdError":
         """Return the error for the JSON of an error reply and its HTTP `status`.
 
-        The keys API sends a code.  For the members and auth APIs the status decides: 401 is
-        Unauthorized, 404 KeyNotFound, all others HttpError.
+        Only the keys API sends a code.  Without one the status decides: 401 is Unauthorized, 404
+        KeyNotFound, all others HttpError.
         """
         status, message = payload.get("status", 0), str(payload.get("message", ""))
         code, index = payload.get("errorCode"), payload.get("index")
@@ -268,11 +263,11 @@ EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdVal
 
 
 class KeyNotFound(EtcdKeyError, KeyError, code=100):
-    """A path component is missing; the cause is its path.  Also a missing user, role or member."""
+    """A path component is missing (the cause is its path), or a user, role or member."""
 
 
 class CompareFailed(EtcdValueError, code=101):
-    """prev_value or prev_index does not match; the cause shows the given and the stored one."""
+    """prev_value or prev_index does not match; the cause shows the given and the stored value."""
 
 
 class NotFile(EtcdKeyError, code=102):
@@ -378,10 +373,7 @@ class ClusterIdChanged(TransportError):
 
 
 class Cancelled(EtcdError):
-    """The Scope of this wait was cancelled, or its client was closed.
-
-    maybe_applied=True: a write had been sent.
-    """
+    """The Scope was cancelled, or the client closed; maybe_applied: a write had been sent."""
 
 
 class LockExpired(EtcdError):
@@ -421,12 +413,12 @@ class _Reply(NamedTuple):
     """One complete HTTP reply; the result of `Client.api_execute`."""
 
     status: int
-    headers: "Mapping[str, str]"      # case-insensitive
+    headers: "Mapping[str, str]"      # by case-insensitive name
     body: bytes
 
     @property
     def data(self) -> bytes:
-        """The body, under python-etcd's name; so are the next two."""
+        """The body; this and the next two are python-etcd's names."""
         return self.body
 
     def getheader(self, name: str, default: "str | None" = None) -> "str | None":
@@ -441,7 +433,6 @@ class _Reply(NamedTuple):
         return int(text) if text.isdigit() and text.isascii() else 0
 
     def json(self) -> Any:
-        """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
 
 
@@ -554,12 +545,10 @@ class EtcdResult:
         "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
         "createdIndex": None, "newKey": False, "dir": False}
 
-    def __init__(
-        self, action: "str | None" = None, node: "Node | Mapping[str, Any] | None" = None,
-        prevNode: "Node | Mapping[str, Any] | None" = None, *, new_key: bool = False,
-        etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
-        raw: "Mapping[str, Any] | None" = None,
-    ) -> None:
+    def __init__(self, action: "str | None" = None, node: "Node | Mapping[str, Any] | None" = None,
+                 prevNode: "Node | Mapping[str, Any] | None" = None, *, new_key: bool = False,
+                 etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0,
+                 relisted: bool = False, raw: "Mapping[str, Any] | None" = None) -> None:
         present = _as_node(node or {})
         self.__dict__.update(
             action=action or "", node=present,
@@ -573,10 +562,7 @@ class EtcdResult:
         return None if self.prev_node is None else EtcdResult(node=self.prev_node)
 
     def get_subtree(self, leaves_only: bool = False) -> "Iterator[EtcdResult]":
-        """Yield this node and all listed nodes below it, parents before their children.
-
-        leaves_only  only nodes without children: files and empty directories
-        """
+        """Yield this and all listed nodes, parents first; `leaves_only`: those without children."""
         if not self.nodes or not leaves_only:
             yield self
         for child in self.nodes:
@@ -629,7 +615,6 @@ class Member:
 
     @classmethod
     def from_json(cls, raw: "Mapping[str, Any]") -> "Member":
-        """Return the member in a server's JSON."""
         return cls(raw["id"], raw["name"], tuple(raw.get("peerURLs") or ()),
                    tuple(raw.get("clientURLs") or ()), raw)
 
@@ -645,12 +630,10 @@ def _parse_result(reply: _Reply) -> EtcdResult:
     previous = raw.get("prevNode")
     return EtcdResult(
         raw["action"], _expect_object(raw["node"]),
-        None if previous is None else _expect_object(previous),
-        new_key=reply.status == 201,
+        None if previous is None else _expect_object(previous), new_key=reply.status == 201,
         etcd_index=reply.header_number("X-Etcd-Index"),
         raft_index=reply.header_number("X-Raft-Index"),
-        raft_term=reply.header_number("X-Raft-Term"),
-        raw=raw)
+        raft_term=reply.header_number("X-Raft-Term"), raw=raw)
 
 
 def _parse_object(reply: _Reply) -> "dict[str, Any]":
@@ -675,9 +658,8 @@ def _describe_reply(reply: _Reply) -> str:
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     """Return the error for an error reply.
 
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
+    After a 5xx to a write the proposal may be in a log and be applied when the quorum returns (as
+    in etcd 2.3), or a proxy may have lost the reply.  A 303 means that the write was applied.
     """
     maybe_applied = write and (reply.status >= 500 or reply.status == 303)
     try:
@@ -685,8 +667,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     except (ValueError, RecursionError):
         payload = {"status": reply.status}
     # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    of_etcd = "message" in payload and (reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
     message = str(payload.get("message", "")) or _describe_reply(reply)
@@ -726,10 +707,9 @@ class Scope:
             client.get("a")
             lock.acquire()
 
-    Every wait of this module in the thread that entered the scope, however deep below, ends at
-    the scope's deadline: requests, retries, watches and recipes.  After `cancel` these waits, and
-    all later ones, raise Cancelled within milliseconds.  Scopes nest: the earliest deadline
-    counts, and cancelling the outer scope cancels the inner one.
+    Every wait of the thread that entered the scope ends at its deadline: requests, retries,
+    watches and recipes.  After `cancel` these and all later waits raise Cancelled within
+    milliseconds.  Scopes nest: the earliest deadline counts, and `cancel` reaches inner scopes.
 
     timeout    seconds from now; None: no limit of its own; 0: each call tries once and waits for
                nothing but the reply, TRY_S at most
@@ -739,8 +719,8 @@ class Scope:
     cancelled  True after `cancel`
 
     Threads do not inherit a scope: the background work of a recipe has scopes of its own.
-    Thread: one enters the scope, once; any thread may cancel it, also before and after.  There is
-    no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
+    Thread: one enters the scope, once; any thread may cancel it, at any time.  There is no lock:
+    each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
     __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
@@ -765,10 +745,7 @@ class Scope:
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
-        """Return the seconds that the next wait may take; 0 after the deadline.
-
-        Raises Cancelled.
-        """
+        """Return the seconds left for a wait, 0 after the deadline.  Raises Cancelled."""
         if self.cancelled:
             raise Cancelled("cancelled")
         return max(0.0, min(longest_s, self.deadline - time.monotonic()))
@@ -845,8 +822,7 @@ def _start_thread(name: str, function: Callable[[], _T]) -> "concurrent.futures.
 def _call_on_thread(name: str, function: Callable[[], _T], left_s: Callable[[], float]) -> _T:
     """Return the result of `function`, which cannot be interrupted, such as a name lookup.
 
-    After a cancellation or when `left_s()` seconds are over the thread is abandoned; `left_s`
-    raises then.
+    After a cancellation or `left_s()` seconds, `left_s` raises and the thread is abandoned.
     """
     woken, scope = threading.Event(), _context.scope or Scope()
     scope.attach(woken.set)
@@ -896,7 +872,6 @@ class _Exchange:
         return left_s
 
     def keeps_waiting(self) -> bool:
-        """Return whether to continue waiting after silence."""
         if self.on_silence is None or time.monotonic() >= self.deadline:
             return False
         waits = self.on_silence()
@@ -904,7 +879,6 @@ class _Exchange:
         return waits
 
     def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
-        """Prepare `sock` for the next wait."""
         self._sock = sock                           # before `cancelled` is read
         sock.settimeout(min(limit_s, self.left_s()))
 
@@ -928,9 +902,8 @@ class _Exchange:
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return _call_on_thread(
-            f"pyetcd-lookup {host}",
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), self.left_s)
+        return _call_on_thread(f"pyetcd-lookup {host}", lambda: socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM), self.left_s)
 
     def guard(self, sock: socket.socket) -> None:
         """Let `cancel` end the TLS handshake, during which the library owns `sock`."""
@@ -967,7 +940,6 @@ class _TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> "int | None":
-        """Fill `buffer` with the next bytes.  Raises socket.timeout after the time limit."""
         exchange = _context.exchange
         while True:
             self._sock.settimeout(exchange.left_s())
@@ -1006,13 +978,11 @@ class _Headers(dict[str, str]):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A reply that is read through a _TimedReader."""
-
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(cast(socket.socket, _TimedReader(sock)), *args, **kwargs)
 
     def begin(self, **_: Any) -> None:
-        """Read the head; http.client's way, the parser for mails, takes five times as long."""
+        """Read the head; http.client's parser, made for mail, takes five times as long."""
         this = cast(Any, self)
         version, status, reason = this._read_status()
         head = self._read_head()
@@ -1056,7 +1026,6 @@ class _HttpConnection(HTTPConnection):
         return _context.exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
-        """Connect, through the proxy if there is one, and perform the TLS handshake."""
         try:
             super().connect()
         except ValueError as error:                 # urllib3 1.26: certificate of another host
@@ -1065,7 +1034,6 @@ class _HttpConnection(HTTPConnection):
             _context.exchange.sent = False          # bytes for a proxy are not the request
 
     def send(self, data: Any) -> None:
-        """Send bytes of the request; from here on the server may have it."""
         if self.sock is None:
             self.connect()
         exchange = _context.exchange
@@ -1112,7 +1080,6 @@ class _Route(NamedTuple):
 
     @classmethod
     def to(cls, endpoint: str, settings: _ConnectionSettings) -> "_Route":
-        """Return the route to `endpoint`.  Raises OSError for a file that is missing."""
         proxy = select_proxy(endpoint, dict(settings.proxies))
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
@@ -1141,7 +1108,6 @@ class _Route(NamedTuple):
         return "\r\n".join([*lines, "\r\n"]).encode("ascii") + (form or b"")
 
     def prepare(self) -> None:
-        """Close a connection that the server has closed; open the tunnel through a proxy."""
         if self.connection.sock is not None and is_connection_dropped(self.connection):
             self.connection.close()
         if self.connection.sock is None and self.open_tunnel is not None:
@@ -1151,7 +1117,7 @@ class _Route(NamedTuple):
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange at a time.
 
-    requests.Session and urllib3's urlopen are not used: their merging of settings, retries and
+    Replaces requests.Session and urllib3's urlopen: their merging of settings, retries and
     wrapping of replies take longer than etcd's reply.
     """
 
@@ -1161,17 +1127,15 @@ class _Connections:
         self._routes: dict[str, _Route] = {}
         self.used_at = time.monotonic()
 
-    def perform(
-        self, exchange: _Exchange, endpoint: str, method: str, target: str, form: "bytes | None",
-        headers: "Mapping[str, str]", on_head: "Callable[[_Reply], None] | None",
-    ) -> _Reply:
+    def perform(self, exchange: _Exchange, endpoint: str, method: str, target: str,
+                form: "bytes | None", headers: "Mapping[str, str]",
+                on_head: "Callable[[_Reply], None] | None") -> _Reply:
         """Send a request and read the reply.  Raises OSError, HTTPException or urllib3's errors.
 
         A server or a load balancer may close an idle connection while the request is on its way.
-        Such a request was probably not executed, but this cannot be known, so for a write it is
-        an error with maybe_applied=True.  A connection whose end has arrived is replaced; the race
-        that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
-        is below the usual idle limits (5 s and more).  The price is one round trip.
+        The request was probably not executed, but the client cannot know: a write raises an error
+        with maybe_applied=True.  To make this rare, a connection that was idle for IDLE_CLOSE_S,
+        below the usual idle limits (5 s and more), is replaced.  The price is one round trip.
         """
         if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
@@ -1198,7 +1162,6 @@ class _Connections:
                 connection.close()                  # the rest of this reply must not be the next
 
     def close(self) -> None:
-        """Close the connections; the next request opens new ones."""
         while self._routes:
             self._routes.popitem()[1].connection.close()
 
@@ -1214,7 +1177,6 @@ def _close_all(idle: "deque[_Connections]") -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the cause of an exception in a few words."""
     inner = next((item for item in error.args if isinstance(item, BaseException)), None)
     if inner is not None:                           # urllib3's errors about certificates
         return _reason(inner)
@@ -1227,9 +1189,8 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _transport_error(
-    error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
-) -> EtcdError:
+def _transport_error(error: Exception, endpoint: str, exchange: _Exchange, *,
+                     write: bool) -> EtcdError:
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -1270,10 +1231,7 @@ def _call_back(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Connectivity:
-    """The connection state of a client, and its listeners.
-
-    A timer changes SUSPENDED to LOST on time without further calls.  Thread: any.
-    """
+    """The connection state of a client; a timer changes SUSPENDED to LOST.  Thread: any."""
 
     def __init__(self, session_timeout_s: float) -> None:
         self.state = ConnectionState.LOST
@@ -1289,7 +1247,6 @@ class _Connectivity:
         self._timer: threading.Timer | None = None
 
     def report(self, answered: bool) -> None:
-        """Note the outcome of a call."""
         if answered == (self.state is ConnectionState.CONNECTED):
             return
         if self._pid != os.getpid():                # a forked child has no timer, and perhaps
@@ -1371,7 +1328,6 @@ def _base_url(text: str, protocol: str = "http") -> str:
 
 
 def _endpoint_advice(text: str) -> str:
-    """Return what is probably wrong with an endpoint; "" if that is unknown."""
     if not text.strip():
         return "; it is empty, or there is a comma too many"
     if re.search(r"[\"'\u2018-\u201f]", text):
@@ -1485,10 +1441,10 @@ def _lookup_srv(name: str, deadline: float) -> "list[str]":
 
 
 def _discover(domain: str, protocol: str, deadline: float) -> "list[str]":
-    """Return the URLs of the servers in the SRV records of `domain`.
+    """Return the URLs of the servers in the SRV records of `domain`.  Raises ConnectionFailed.
 
     _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as in etcdctl 2.3; else
-    _etcd._tcp (`protocol`), as in python-etcd.  Raises ConnectionFailed.
+    _etcd._tcp (`protocol`), as in python-etcd.
     """
     services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
     for service, scheme in services:
@@ -1577,7 +1533,6 @@ def _quote_plus(text: str) -> str:
 
 
 def _encode_fields(fields: "Mapping[str, _Field]") -> str:
-    """Return the parameters that are not None, form-encoded."""
     return "&".join(
         f"{_quote_plus(name)}="
         f"{_quote_plus(str(value).lower() if isinstance(value, bool) else str(value))}"
@@ -1622,8 +1577,7 @@ if TYPE_CHECKING:
 _ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
-_PERMANENT = (
-    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
+_PERMANENT = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
 def _is_permanent(error: EtcdError) -> bool:
@@ -1634,7 +1588,6 @@ def _is_permanent(error: EtcdError) -> bool:
 
 
 def _backoff_s(rounds: int) -> float:
-    """Return the wait after so many failed rounds: doubled each time, with jitter."""
     longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
     return float(longest_s * random.uniform(0.5, 1.0))
 
@@ -1667,28 +1620,24 @@ def _with_settings_of(
 
 
 class _Caller(_Closeable):
-    """Performs calls: endpoints, connections, retries.  The base of all parts of the client.
+    """Performs calls: endpoints, connections, retries.  The base of all parts of the client."""
 
-    on_request  called with method, URL and form of each request before it is sent
-    """
-
+    # Called with method, URL and form of each request before it is sent.
     on_request: "Callable[[str, str, bytes | None], object] | None" = None
 
-    def __init__(
-        self, host: "_Address | Sequence[_Address]" = "127.0.0.1", port: int = 2379,
-        srv_domain: "str | None" = None, version_prefix: str = "/v2",
-        read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
-        cert: "None | str | tuple[str, str]" = None, ca_cert: "str | None" = None,
-        username: "str | None" = None, password: "str | None" = None,
-        allow_reconnect: "bool | None" = None, use_proxies: bool = False,
-        expected_cluster_id: "str | None" = None, per_host_pool_size: int = 10,
-        lock_prefix: str = "/_locks", *, endpoints: "Iterable[str] | None" = None,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        total_timeout: "float | None" = TOTAL_TIMEOUT_S,
-        session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
-        verify: bool = True, proxies: "Mapping[str, str] | None" = None,
-        on_state: "_Listener | None" = None,
-    ) -> None:
+    def __init__(self, host: "_Address | Sequence[_Address]" = "127.0.0.1", port: int = 2379,
+                 srv_domain: "str | None" = None, version_prefix: str = "/v2",
+                 read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True,
+                 protocol: str = "http", cert: "None | str | tuple[str, str]" = None,
+                 ca_cert: "str | None" = None, username: "str | None" = None,
+                 password: "str | None" = None, allow_reconnect: "bool | None" = None,
+                 use_proxies: bool = False, expected_cluster_id: "str | None" = None,
+                 per_host_pool_size: int = 10, lock_prefix: str = "/_locks", *,
+                 endpoints: "Iterable[str] | None" = None, connect_timeout: float = CONNECT_TIMEOUT_S,
+                 total_timeout: "float | None" = TOTAL_TIMEOUT_S,
+                 session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
+                 verify: bool = True, proxies: "Mapping[str, str] | None" = None,
+                 on_state: "_Listener | None" = None) -> None:
         if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
             raise EtcdValueError("timeouts are seconds above 0")
         if (username is None) != (password is None):
@@ -1719,8 +1668,7 @@ class _Caller(_Closeable):
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
-        # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
-        # would wait for that thread.
+        # Also at exit, but only idle ones: closing one that a daemon thread reads from would wait.
         weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
@@ -1759,10 +1707,9 @@ class _Caller(_Closeable):
         return self._connectivity.state
 
     def add_listener(self, listener: _Listener) -> None:
-        """Call `listener(state)` at every change of `state`, in order.
+        """Call `listener(state)` at every change of `state`, in order, until it returns True.
 
-        The listener runs in the thread that noticed the change and must not block.  It is removed
-        when it returns True; its exceptions are logged.
+        It runs in the thread that noticed the change and must not block; its exceptions are logged.
         """
         self._connectivity.add(listener)
 
@@ -1776,10 +1723,7 @@ class _Caller(_Closeable):
         return self.version_prefix + "/keys"
 
     def close(self) -> None:
-        """End every call and watch under way with Cancelled, and close the connections.
-
-        This also ends the background work of recipes.  New calls are possible afterwards.
-        """
+        """End calls, watches and recipes with Cancelled.  New calls are possible afterwards."""
         scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
@@ -1793,7 +1737,7 @@ class _Caller(_Closeable):
         return False
 
     def _perform(self, call: "_Call[_T]") -> _T:
-        """Send `call` to one endpoint after the other, and again, as long as that is safe.
+        """Send `call` to one endpoint after the other, in rounds, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
@@ -1824,8 +1768,7 @@ class _Caller(_Closeable):
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
             until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
             with contextlib.suppress(EtcdError):    # the result of the call is known
-                self._learn_members(
-                    lambda call: self._attempt(self.endpoints.current, call, until))
+                self._learn_members(lambda call: self._attempt(self.endpoints.current, call, until))
 
     def _note_failure(self, endpoint: str, call: "_Call[Any]", error: EtcdError) -> None:
         """Leave `endpoint` if it failed.  Raises `error` unless the next one may be tried."""
@@ -1851,10 +1794,10 @@ class _Caller(_Closeable):
                           error.message if error else "no answer", self.endpoints.current)
 
     def _wait_before_retry(self, rounds: int, errors: "list[EtcdError]", scope: Scope) -> None:
-        """Wait before the next round.  Raises the errors of the last one if it was the final one.
+        """Wait before the next round, or raise the errors of the final one.
 
-        Without a deadline there is one round: a dead cluster must not block for ever.  As long as
-        no server was ever reached there is one round, too: the address is probably wrong.
+        There is one round without a deadline, since a dead cluster must not block for ever, and
+        until a server was reached, since the address is probably wrong.
         """
         pause_s = _backoff_s(rounds)
         final = scope.once or not (self._retry and self._reached) or all(map(_is_permanent, errors))
@@ -1887,10 +1830,7 @@ class _Caller(_Closeable):
             self.endpoints.learn([_base_url(url) for url in urls])
 
     def _attempt(self, endpoint: str, call: "_Call[_T]", deadline: float, sharers: int = 1) -> _T:
-        """Send `call` to `endpoint` once.
-
-        sharers  number of endpoints left to try; a read takes its share of the remaining time
-        """
+        """Send `call` once; a read takes an equal share of the time left to `sharers` endpoints."""
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
         return self._request(endpoint, call, _Exchange(
@@ -1899,9 +1839,8 @@ class _Caller(_Closeable):
     def _request(self, endpoint: str, call: "_Call[_T]", exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return its parsed reply.
 
-        Redirects are followed for reads, and for writes with 307 and 308, whose sender has not
-        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.  Any other
-        redirect of a write is an error; 303 means that the write was applied.
+        Follows redirects of reads, and redirects of writes with 307 and 308, whose sender has not
+        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.
         """
         scope = cast(Scope, _context.scope)
         scope.attach(exchange.cancel)
@@ -1931,10 +1870,8 @@ class _Caller(_Closeable):
         harmless = not call.write or reply.status in (307, 308)
         return self.allow_redirect and harmless and "Location" in reply.headers
 
-    def _exchange(
-        self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
-        connections: _Connections,
-    ) -> _Reply:
+    def _exchange(self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
+                  connections: _Connections) -> _Reply:
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -1965,7 +1902,6 @@ class _Caller(_Closeable):
         return headers
 
     def _take_connections(self) -> _Connections:
-        """Return connections for one exchange, to be returned by `_return_connections`."""
         while self._idle:
             with contextlib.suppress(IndexError):   # another thread was faster
                 connections = self._idle.pop()
@@ -1983,7 +1919,6 @@ class _Caller(_Closeable):
                 self._idle.popleft().close()
 
     def _interpret(self, endpoint: str, call: "_Call[_T]", reply: _Reply) -> _T:
-        """Return the parsed reply.  Raises the error that it stands for."""
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
