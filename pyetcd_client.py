@@ -1950,8 +1950,8 @@ _PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "w
 class _Users(_Caller):
     """Users, roles and authentication: the auth API of etcd 2.1 and later.
 
-    Once auth is enabled all but `auth_status` need the role root; else they raise Unauthorized.
-    Dicts are the server's JSON.
+    While auth is enabled all but `auth_status` need the role root, or raise Unauthorized.  Dicts
+    are the server's JSON.
     """
 
     def auth_status(self) -> "dict[str, Any]":
@@ -1980,10 +1980,10 @@ class _Users(_Caller):
         return self._auth_call("GET", f"/users/{name}")
 
     def user_add(self, name: str, password: str, roles: "Iterable[str]" = ()) -> "dict[str, Any]":
-        """Create a user.  Raises NodeExists.
+        """Create a user.  Raises NodeExists; but two concurrent calls may both succeed.
 
-        The server would treat a second user_add without roles as a change of password.  Therefore
-        the client reads the users first, and two concurrent calls may both succeed.
+        The server treats a second user_add without roles as a change of password, so the client
+        reads the users first.
         """
         if self._has_user(name):
             raise NodeExists(f"auth: User {name} already exists.")
@@ -2021,9 +2021,8 @@ class _Users(_Caller):
         """
         return self._auth_call("GET", f"/roles/{name}")
 
-    def role_add(
-        self, name: str, *, read: "Iterable[str]" = (), write: "Iterable[str]" = (),
-    ) -> "dict[str, Any]":
+    def role_add(self, name: str, *, read: "Iterable[str]" = (),
+                 write: "Iterable[str]" = ()) -> "dict[str, Any]":
         """Create a role with the right to read and write these paths.  Raises NodeExists."""
         permissions = {"kv": {"read": list(read), "write": list(write)}}
         return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
@@ -2032,9 +2031,8 @@ class _Users(_Caller):
         """Remove a role.  Raises KeyNotFound.  Users keep its name, without effect."""
         self._auth_call("DELETE", f"/roles/{name}")
 
-    def role_grant(
-        self, name: str, path: "str | Iterable[str]", kind: str = "readwrite",
-    ) -> "dict[str, Any]":
+    def role_grant(self, name: str, path: "str | Iterable[str]",
+                   kind: str = "readwrite") -> "dict[str, Any]":
         """Grant a role the right to `read`, `write` or `readwrite` a path.
 
         path  a key, a prefix of keys if it ends in `*`, or several of both
@@ -2043,15 +2041,13 @@ class _Users(_Caller):
         """
         return self._role_change(name, "grant", path, kind)
 
-    def role_revoke(
-        self, name: str, path: "str | Iterable[str]", kind: str = "readwrite",
-    ) -> "dict[str, Any]":
+    def role_revoke(self, name: str, path: "str | Iterable[str]",
+                    kind: str = "readwrite") -> "dict[str, Any]":
         """Undo `role_grant`.  Raises KeyNotFound."""
         return self._role_change(name, "revoke", path, kind)
 
-    def _auth_call(
-        self, method: str, path: str, fields: "Mapping[str, Any] | None" = None,
-    ) -> "dict[str, Any]":
+    def _auth_call(self, method: str, path: str,
+                   fields: "Mapping[str, Any] | None" = None) -> "dict[str, Any]":
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
         return self._perform(_Call(
@@ -2074,9 +2070,8 @@ class _Users(_Caller):
     def _has_user(self, name: str) -> bool:
         return any(user["user"] == name for user in self.user_list())
 
-    def _role_change(
-        self, name: str, change: str, path: "str | Iterable[str]", kind: str,
-    ) -> "dict[str, Any]":
+    def _role_change(self, name: str, change: str, path: "str | Iterable[str]",
+                     kind: str) -> "dict[str, Any]":
         if kind not in _PERMISSIONS:
             raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
         paths = [path] if isinstance(path, str) else list(path)
@@ -2093,7 +2088,6 @@ class _AuthObject:
 
     @property
     def uri(self) -> str:
-        """Path of this user or role in the API."""
         return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
 
     @property
@@ -2141,10 +2135,7 @@ class EtcdUser(_AuthObject):
         self.roles = self._stored_roles()
 
     def write(self) -> None:
-        """Create the user, or write the differences.  The password is then forgotten here.
-
-        An existing user takes up to three requests: password, new roles, revoked roles.
-        """
+        """Create the user or write the differences, in up to three requests; drop the password."""
         stored: set[str] | None = None
         with contextlib.suppress(KeyNotFound):
             stored = self._stored_roles()
@@ -2178,8 +2169,7 @@ class EtcdRole(_AuthObject):
     def acls(self) -> "dict[str, str]":
         """The permissions by path: R, W or RW."""
         read, write = self._paths["read"], self._paths["write"]
-        return {path: "R" * (path in read) + "W" * (path in write)
-                for path in sorted(read | write)}
+        return {path: "R" * (path in read) + "W" * (path in write) for path in sorted(read | write)}
 
     @acls.setter
     def acls(self, acls: "Mapping[str, str]") -> None:
@@ -2202,10 +2192,7 @@ class EtcdRole(_AuthObject):
         self._paths = self._stored_paths()
 
     def write(self) -> None:
-        """Create the role, or write the differences.
-
-        An existing role takes up to four requests: to revoke and grant each right.
-        """
+        """Create the role, or write the differences in up to four requests, two for each right."""
         try:
             stored = self._stored_paths()
         except KeyNotFound:
@@ -2224,7 +2211,6 @@ class EtcdRole(_AuthObject):
 
 
 def _rights(permission: str) -> "list[str]":
-    """Return the long names of the letters in R, W or RW."""
     letters = permission.upper()
     if not letters or set(letters) - set("RW"):
         raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")
@@ -2264,12 +2250,11 @@ class auth:
 # ============================================================================
 
 
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+_NOT_GIVEN = object()       # default of conditions; None may be a mistake and is refused
 
 
 def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
                 ) -> "dict[str, _Field]":
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
     fields: dict[str, _Field] = {}
     if prev_value is None or prev_index is None or prev_exist is None:
         raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
@@ -2309,10 +2294,8 @@ class _Keys(_Caller):
     def get(self, key: str, *, default: _T, recursive: bool = False, sorted: bool = False,
             quorum: bool = False, timeout: "float | None" = None) -> "EtcdResult | _T": ...
 
-    def get(
-        self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
-        sorted: bool = False, quorum: bool = False, timeout: "float | None" = None,
-    ) -> Any:
+    def get(self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
+            sorted: bool = False, quorum: bool = False, timeout: "float | None" = None) -> Any:
         """Return the node at `key`.  If it is missing, return `default` or raise KeyNotFound.
 
         recursive  list a directory to all depths, not only its children
@@ -2328,16 +2311,13 @@ class _Keys(_Caller):
                 raise
             return default
 
-    def ls(
-        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
-        timeout: "float | None" = None,
-    ) -> "list[Node]":
+    def ls(self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+           timeout: "float | None" = None) -> "list[Node]":
         """Return the visible nodes of a directory ordered by key; for a file, the file itself.
 
-        recursive  every node below, parents before their children
+        recursive  list all depths, parents before their children
         """
-        node = self.get(
-            key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
+        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
         return list(node.walk()) if node.dir else [node]
 
     def __contains__(self, key: str) -> bool:
@@ -2359,17 +2339,13 @@ class _Keys(_Caller):
 
     # -- writing
 
-    def set(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def set(self, key: str, value: object, ttl: "int | None" = None, *,
+            timeout: "float | None" = None) -> EtcdResult:
         """Write a file and its parent directories; an earlier ttl is dropped.  Raises NotFile."""
         return self._put(key, {"value": _text(value), "ttl": ttl}, timeout)
 
-    def create(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def create(self, key: str, value: object, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Write a file that must not exist.  Raises NodeExists."""
         return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": False}, timeout)
 
@@ -2380,15 +2356,12 @@ class _Keys(_Caller):
     @overload
     def update(self, key: EtcdResult, *, timeout: "float | None" = None) -> EtcdResult: ...
 
-    def update(
-        self, key: "str | EtcdResult", value: object = None, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def update(self, key: "str | EtcdResult", value: object = None, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Write a file that must exist.  Raises KeyNotFound.
 
-        A result in place of key and value: write its `value` and `ttl` if the key has not changed
-        since it was read.  Raises CompareFailed.  A directory gets the new ttl without a
-        comparison, for which etcd has no means.
+        A result in place of key and value: write its `value` and `ttl`.  Raises CompareFailed if
+        the key has changed since it was read, except for a directory, which etcd cannot compare.
         """
         if isinstance(key, str):
             return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": True}, timeout)
@@ -2398,21 +2371,17 @@ class _Keys(_Caller):
         return self.write(key.key, key.value, key.ttl, prevExist=True,
                           prevIndex=key.modifiedIndex, timeout=timeout)
 
-    def append(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def append(self, key: str, value: object, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Create a file with the next name in directory `key`; names sort in order of creation.
 
-        After an error with maybe_applied=True, read the directory to find out whether the value
-        was written; this needs unique values.
+        After an error with maybe_applied=True, look for the value in the directory; this needs
+        unique values.
         """
         return self._keys_call("POST", key, {"value": _text(value), "ttl": ttl}, timeout=timeout)
 
-    def refresh(
-        self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
-        prevIndex: object = _NOT_GIVEN, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def refresh(self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
+                prevIndex: object = _NOT_GIVEN, timeout: "float | None" = None) -> EtcdResult:
         """Give an existing file a new ttl without a change of its value, and without an event.
 
         Needs etcd 2.3: earlier versions ignore `refresh` and empty the value.
@@ -2421,11 +2390,9 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"ttl": ttl, "refresh": True, "prevExist": True}
         return self._put(key, {**fields, **conditions}, timeout)
 
-    def compare_and_swap(
-        self, key: str, value: object, *, prev_value: "object | None" = None,
-        prev_index: "int | None" = None, ttl: "int | None" = None,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def compare_and_swap(self, key: str, value: object, *, prev_value: "object | None" = None,
+                         prev_index: "int | None" = None, ttl: "int | None" = None,
+                         timeout: "float | None" = None) -> EtcdResult:
         """Write a file if it has the given value and modified index.  Raises CompareFailed.
 
         At least one condition is needed.  The API cannot compare with an empty value.
@@ -2433,48 +2400,41 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"value": _text(value), "ttl": ttl}
         return self._put(key, {**fields, **_needed(prev_value, prev_index)}, timeout)
 
-    def test_and_set(
-        self, key: str, value: object, prev_value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def test_and_set(self, key: str, value: object, prev_value: object, ttl: "int | None" = None, *,
+                     timeout: "float | None" = None) -> EtcdResult:
         """Write a file if it has the value `prev_value`.  Raises CompareFailed."""
-        return self.compare_and_swap(
-            key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
+        return self.compare_and_swap(key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
 
-    def write(
-        self, key: str, value: object, ttl: "int | None" = None, dir: bool = False,
-        append: bool = False, *, prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        prevExist: object = _NOT_GIVEN, refresh: bool = False, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def write(self, key: str, value: object, ttl: "int | None" = None, dir: bool = False,
+              append: bool = False, *, prevValue: object = _NOT_GIVEN,
+              prevIndex: object = _NOT_GIVEN, prevExist: object = _NOT_GIVEN, refresh: bool = False,
+              timeout: "float | None" = None) -> EtcdResult:
         """Write in any of the ways above, with python-etcd's options.
 
         value      None for a directory, a refresh or (as in python-etcd) an empty file
-        dir        create a directory; the value is None
+        dir        create a directory
         append     create a file with the next name in directory `key`
         prevValue  the required value, and
         prevIndex  the required modified index; else CompareFailed
         prevExist  False: create only, else NodeExists.  True: update only, else KeyNotFound
-        refresh    change only the ttl, without an event; the value is None
+        refresh    change only the ttl, without an event
 
         Raises EtcdValueError for a condition that is None: leave it out instead.
         """
         if dir and value:
             raise EtcdValueError("a directory has no value")
         given = None if value is None else _text(value)
-        fields: dict[str, _Field] = {
-            "value": given, "ttl": ttl, "dir": bool(dir) or None,
-            "refresh": bool(refresh) or None}
+        fields: dict[str, _Field] = {"value": given, "ttl": ttl, "dir": bool(dir) or None,
+                                     "refresh": bool(refresh) or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
         method = "POST" if append else "PUT"
         return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
 
     # -- removing
 
-    def delete(
-        self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def delete(self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
+               prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+               timeout: "float | None" = None) -> EtcdResult:
         """Remove a file; with `dir` also an empty directory, with `recursive` any directory.
 
         prevValue and prevIndex are conditions, as in `write`.  Raises CompareFailed.
@@ -2483,29 +2443,25 @@ class _Keys(_Caller):
         query.update(_conditions(prevValue, prevIndex))
         return self._keys_call("DELETE", key, query=query, timeout=timeout)
 
-    def pop(
-        self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def pop(self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
+            prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+            timeout: "float | None" = None) -> EtcdResult:
         """Remove as `delete` does and return the removed node."""
         gone = self.delete(key, recursive, dir, prevValue=prevValue, prevIndex=prevIndex,
                            timeout=timeout)
         return EtcdResult(node=gone.prev_node or gone.node, etcd_index=gone.etcd_index)
 
-    def compare_and_delete(
-        self, key: str, *, prev_value: "object | None" = None,
-        prev_index: "int | None" = None, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def compare_and_delete(self, key: str, *, prev_value: "object | None" = None,
+                           prev_index: "int | None" = None,
+                           timeout: "float | None" = None) -> EtcdResult:
         """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
         return self._keys_call(
             "DELETE", key, query=_needed(prev_value, prev_index), timeout=timeout)
 
     # -- directories
 
-    def mkdir(
-        self, key: str, ttl: "int | None" = None, *, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def mkdir(self, key: str, ttl: "int | None" = None, *,
+              timeout: "float | None" = None) -> EtcdResult:
         """Create a directory that must not exist; with `ttl` it expires with its content."""
         return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False}, timeout)
 
@@ -2513,15 +2469,13 @@ class _Keys(_Caller):
         """Remove an empty directory or, as in etcd, a file.  Raises DirNotEmpty."""
         return self.delete(key, dir=True, timeout=timeout)
 
-    def _put(
-        self, key: str, form: "Mapping[str, _Field]", timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def _put(self, key: str, form: "Mapping[str, _Field]",
+             timeout: "float | None" = None) -> EtcdResult:
         return self._keys_call("PUT", key, form, timeout=timeout)
 
-    def _keys_call(
-        self, method: str, key: str, form: "Mapping[str, _Field] | None" = None, *,
-        query: "Mapping[str, _Field]" = MappingProxyType({}), timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def _keys_call(self, method: str, key: str, form: "Mapping[str, _Field] | None" = None, *,
+                   query: "Mapping[str, _Field]" = MappingProxyType({}),
+                   timeout: "float | None" = None) -> EtcdResult:
         if form is not None and form.get("ttl") == 0:
             raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
         target = _keys_target(key, query, self.key_endpoint)
@@ -2531,7 +2485,6 @@ class _Keys(_Caller):
 
 
 def _needed(prev_value: "object | None", prev_index: "int | None") -> "dict[str, _Field]":
-    """Return the conditions that are not None.  Raises EtcdValueError if both are None."""
     if prev_value is None and prev_index is None:
         raise EtcdValueError("prev_value or prev_index is needed")
     return _conditions(_NOT_GIVEN if prev_value is None else prev_value,
@@ -2647,7 +2600,7 @@ class _WatchState:
             self.found.append(event)
 
     def cleared(self, error: EventIndexCleared) -> None:
-        """Continue after more changes than etcd remembers.  Raises `error` if some may be lost."""
+        """Continue after more changes than etcd remembers; raise `error` if some may be lost."""
         self.reached = True
         if self._relist:
             self.step = _Step.RELIST
@@ -2697,9 +2650,8 @@ class _WatchState:
         self.step = _Step.POLL
         if went_back:
             self._newest, self.quiet = (index, term), (0, 0.0)
-            raise EventIndexCleared(
-                "the store went back, as if restored from a backup: read again",
-                cause=self._path, index=index)
+            raise EventIndexCleared("the store went back, as if restored from a backup: read again",
+                                    cause=self._path, index=index)
 
     def replaced(self) -> None:
         """Forget index and term of the store, which another cluster has replaced."""
@@ -2731,19 +2683,18 @@ class Watch(_Closeable):
     """An endless iterator over the changes of a key; made by `client.watcher`.
 
     Each request asks for the first change after the last one, so that none is lost or repeated
-    while a server restarts, the leader changes or an endpoint fails.  Server-side streams are not
-    used: in etcd 2.3 and 3.4 a stream falls silent after an event from the history or behind a
-    slow consumer, and some deletions appear twice.
+    while a server restarts, the leader changes or an endpoint fails.  A stream of the server would
+    not do: in etcd 2.3 and 3.4 it falls silent after an event from the history or behind a slow
+    consumer, and some deletions appear twice.
 
     index    the first change to return; None: from the first `next` on
     relist   reaction to more than 1000 missed changes of any key (error 401), and to a store that
              went back, because a backup was restored or the cluster was created anew.
              True: list the key again and return the difference to the known nodes as events with
-             `relisted` set: a "set" for each changed node (of directories, only those that
-             are empty or have a ttl), in the order of their last changes, then a "delete" for the
-             topmost of the removed nodes.  Of several changes only the last one appears.  For this
-             the watch lists the key at the start (a directory to all depths if recursive), and
-             keeps a copy in memory.
+             `relisted` set: a "set" for each changed node (of directories, only those that are
+             empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of the removed nodes.  Earlier changes of a node do not appear.  The watch
+             lists the key at the start (if recursive, to all depths) and keeps a copy in memory.
              False: raise EventIndexCleared; no listing.
     timeout  seconds for each `next`; None: no limit; 0: return events of the history, do not wait.
              Then WatchTimeout, after which `next` may be called again and misses nothing
@@ -2752,21 +2703,19 @@ class Watch(_Closeable):
     that error is raised; later the watch waits and retries.  Raises ClusterIdChanged when a server
     of another cluster replies; see there.
 
-    A silent server is probed with a read of a key that does not exist, on another connection:
-    after WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  If the probe fails, the watch
-    moves to the next endpoint.
+    A silent server is probed by reading a key that does not exist, on another connection: after
+    WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  A failed probe leads to the next
+    endpoint.
 
     Limit: in a recursive watch from the history etcd 2.3 and 3.4 overlook changes of the watched
-    directory itself (created, new ttl) unless they are the first.  They find all changes below,
-    and the removal of the directory.
+    directory itself (created, new ttl) unless they are the first; not its removal.
 
     Thread: one, except for `close`.
     """
 
-    def __init__(
-        self, client: _Keys, key: str, *, recursive: bool = False, index: "int | None" = None,
-        relist: bool = True, timeout: "float | None" = None,
-    ) -> None:
+    def __init__(self, client: _Keys, key: str, *, recursive: bool = False,
+                 index: "int | None" = None, relist: bool = True,
+                 timeout: "float | None" = None) -> None:
         self._client = client
         self._path = clean_key(key)
         self._recursive = recursive
@@ -2866,11 +2815,9 @@ class Watch(_Closeable):
     _STEPS: "ClassVar[dict[_Step, Callable[[Watch, Scope], None]]]" = {
         _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
-    def _send(
-        self, query: "Mapping[str, _Field]", scope: Scope, parse: Callable[[_Reply], _T],
-        on_head: "Callable[[_Reply], None] | None" = None, *,
-        statuses: "frozenset[int]" = _SUCCESS, below: str = "",
-    ) -> _T:
+    def _send(self, query: "Mapping[str, _Field]", scope: Scope, parse: Callable[[_Reply], _T],
+              on_head: "Callable[[_Reply], None] | None" = None, *,
+              statuses: "frozenset[int]" = _SUCCESS, below: str = "") -> _T:
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
@@ -2894,7 +2841,6 @@ class Watch(_Closeable):
         self._failures = 0
 
     def _on_reply(self) -> None:
-        """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
@@ -2929,15 +2875,12 @@ class Watch(_Closeable):
             self._client._leave_endpoint(self._endpoint)    # for the next `next`
 
     def _on_failure(self, error: EtcdError, scope: Scope) -> None:
-        """Continue with the next endpoint, after a wait if all failed.  Raises a final error.
-
-        When etcd clears its watchers (400) the same request is sent again.
-        """
+        """Continue with the next endpoint, after a wait if all failed.  Raises a final error."""
         client, self.error = self._client, error
         error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
-        elif not isinstance(error, WatcherCleared):
+        elif not isinstance(error, WatcherCleared):     # after a 400 the same request follows
             raise error
         self._failures += 1
         rounds = self._rounds()
@@ -2954,7 +2897,6 @@ _ANY_STATUS: "frozenset[int]" = frozenset(range(200, 500))
 
 
 def _index_and_term(reply: _Reply) -> "tuple[int, int]":
-    """Return index and term of the store in the headers of a reply; 0 if they are missing."""
     return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
 
 
@@ -2974,23 +2916,20 @@ def _changes(known: "Mapping[str, Node]", event: EtcdResult) -> "dict[str, Node 
     if gone is not None and not gone.dir:
         return {event.key: None}
     # A directory, perhaps one above the watched one, is removed with all nodes in it.
-    return dict.fromkeys(
-        key for key in known if key == event.key or _is_below(key, event.key))
+    return dict.fromkeys(key for key in known if key == event.key or _is_below(key, event.key))
 
 
 def _identity(node: "Node | None") -> "tuple[Any, ...]":
     """Return the properties that only a write changes; the remaining ttl is none of them."""
-    return () if node is None else (
-        node.value, node.dir, node.modified_index, node.created_index)
+    return () if node is None else (node.value, node.dir, node.modified_index, node.created_index)
 
 
 def _is_below(key: str, directory: str) -> bool:
     return key.startswith(directory if directory == "/" else directory + "/")
 
 
-def _difference(
-    known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int, index: int,
-) -> "Iterator[EtcdResult]":
+def _difference(known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int,
+                index: int) -> "Iterator[EtcdResult]":
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
     After a restore a node may differ although its index is lower than `since`.
@@ -3017,10 +2956,9 @@ def _difference(
 async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call `function` on a thread and return its result; as asyncio.to_thread, but cancellable.
 
-    Cancelling the task cancels a Scope around the call.  The call ends within milliseconds, and
-    the task continues after that, so that nothing runs in the background.  A function that waits
-    for other things runs to its end first.  There is one thread for each call, so that a hundred
-    watches do not block another call.
+    Cancelling the task cancels a Scope around the call, and the task continues when the call has
+    ended: within milliseconds, or at the end of a function that waits for other things.  Each call
+    has its own thread, so that a hundred watches do not block another call.
 
         async with asyncio.timeout(5):
             await to_thread(client.get, "k", quorum=True)
@@ -3064,10 +3002,7 @@ async def each(items: "Iterable[_T]") -> "AsyncIterator[_T]":
 
 
 class WatchedChange(EtcdResult):
-    """The result of `Client.watch`; an iteration over it continues the watch.
-
-    The first item is this change; all later changes follow, see Watch.
-    """
+    """The result of `Client.watch`; iterate over it for this change and all later ones."""
 
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
         self.__dict__.update(change.__dict__, _later=later)
@@ -3084,13 +3019,9 @@ class WatchedChange(EtcdResult):
 
 
 class _Watching(_Keys):
-    """The verbs that wait for changes."""
-
-    def read(
-        self, key: str, *, recursive: "bool | None" = None, wait: bool = False,
-        waitIndex: "int | None" = None, sorted: "bool | None" = None,
-        quorum: "bool | None" = None, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def read(self, key: str, *, recursive: "bool | None" = None, wait: bool = False,
+             waitIndex: "int | None" = None, sorted: "bool | None" = None, quorum: "bool | None" = None,
+             timeout: "float | None" = None) -> EtcdResult:
         """Return the node at `key`, or with `wait` its next change, with python-etcd's options.
 
         waitIndex  the first change to return; None: the next one from now on
@@ -3103,19 +3034,16 @@ class _Watching(_Keys):
         limit = self.read_timeout if timeout is None else timeout
         return self.watch(key, waitIndex, limit or math.inf, recursive)
 
-    def watch(
-        self, key: str, index: "int | None" = None, timeout: "float | None" = None,
-        recursive: "bool | None" = None,
-    ) -> WatchedChange:
+    def watch(self, key: str, index: "int | None" = None, timeout: "float | None" = None,
+              recursive: "bool | None" = None) -> WatchedChange:
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to return, such as the last modified_index + 1; None: from now on
         timeout  seconds to wait; None: no limit; 0: return a change since `index`, do not wait.
                  Raises WatchTimeout
 
-        Iterate over the result to get this change and all later ones.
-
-        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        Iterate over the result for this change and all later ones.  Raises EventIndexCleared if
+        `index` is more than 1000 changes back.
         """
         if self._is_replaced():                     # the program's own method sends one request
             query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
@@ -3127,16 +3055,13 @@ class _Watching(_Keys):
         return WatchedChange(change, lambda later: self.watcher(
             key, recursive=bool(recursive), index=later))
 
-    def watcher(
-        self, key: str, *, recursive: bool = False, index: "int | None" = None,
-        timeout: "float | None" = None, relist: bool = True,
-    ) -> Watch:
+    def watcher(self, key: str, *, recursive: bool = False, index: "int | None" = None,
+                timeout: "float | None" = None, relist: bool = True) -> Watch:
         """Return an endless iterator over the changes of `key`; see Watch."""
         return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
 
-    def eternal_watch(
-        self, key: str, index: "int | None" = None, recursive: "bool | None" = None,
-    ) -> "Iterator[EtcdResult]":
+    def eternal_watch(self, key: str, index: "int | None" = None,
+                      recursive: "bool | None" = None) -> "Iterator[EtcdResult]":
         """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)
@@ -3170,8 +3095,6 @@ def _parse_version(reply: _Reply) -> "dict[str, str]":
 
 
 class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests without a verb of their own."""
-
     _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # python-etcd's names
 
     # -- members
@@ -3188,22 +3111,16 @@ class _Cluster(_Caller):
             statuses=_HEALTH_STATUSES))
 
     def member_add(self, peer_urls: "str | Iterable[str]") -> Member:
-        """Add a member with these peer URLs, before it starts.
-
-        Raises HttpError with status 409 if another member has one of the URLs.
-        """
+        """Add a member before it starts.  Raises HttpError 409 if another one has such a URL."""
         return self._perform(self._members_call(
             "POST", "", peer_urls, lambda reply: Member.from_json(_parse_object(reply))))
 
     def member_update(self, id: str, peer_urls: "str | Iterable[str]") -> None:
-        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        """Change the peer URLs of a member.  Raises KeyNotFound."""
         self._perform(self._members_call("PUT", f"/{id}", peer_urls, _keep_reply))
 
     def member_remove(self, id: str) -> None:
-        """Remove the member with this id from the cluster.
-
-        Raises KeyNotFound; HttpError with status 410 if it is removed already.
-        """
+        """Remove a member.  Raises KeyNotFound; HttpError 410 if it is removed already."""
         path = f"{self.version_prefix}/members/{id}"
         self._perform(_Call("DELETE", _target(path, {}), _keep_reply))
 
@@ -3220,10 +3137,7 @@ class _Cluster(_Caller):
         return self._perform(_Call("GET", "/version", _parse_version))
 
     def health(self, endpoint: "str | None" = None) -> bool:
-        """Return whether a server (default: the one in use) reports itself as healthy.
-
-        Raises TransportError if it does not reply.
-        """
+        """Return whether a server (default: the one in use) is healthy.  Raises TransportError."""
         # A string in 2.x and 3.4, a boolean in the "nhealth" form that etcdctl accepts too.
         call = _Call("GET", "/health", lambda reply: _parse_object(reply)["health"] in (
             "true", True), statuses=_HEALTH_STATUSES)
@@ -3303,20 +3217,18 @@ class _Cluster(_Caller):
 
     # -- requests without a verb
 
-    def api_execute(
-        self, path: str, method: str, params: "Mapping[str, Any] | None" = None,
-        timeout: "float | None" = None,
-    ) -> _Reply:
+    def api_execute(self, path: str, method: str, params: "Mapping[str, Any] | None" = None,
+                    timeout: "float | None" = None) -> _Reply:
         """Send any request and return the reply: `status`, `headers`, `data`.
 
         path     begins with a slash and the version prefix
         params   query of a GET or DELETE, form of a PUT or POST
         timeout  seconds in all; None: the client's; 0: no limit, as in python-etcd
 
+        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
+
         If a subclass or an attribute of the client replaces this method, all verbs call it (those
         with JSON `api_execute_json`), except for `watcher` and its users.
-
-        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
         """
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
@@ -3325,18 +3237,15 @@ class _Cluster(_Caller):
             return self._execute(path, method, timeout, query=given)
         return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
-    def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: "float | None" = None,
-    ) -> _Reply:
+    def api_execute_json(self, path: str, method: str, params: Any = None,
+                         timeout: "float | None" = None) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
         return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
-    def _execute(
-        self, path: str, method: str, timeout: "float | None", *,
-        query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
-        content_type: str = _Call.content_type,
-    ) -> _Reply:
+    def _execute(self, path: str, method: str, timeout: "float | None", *,
+                 query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
+                 content_type: str = _Call.content_type) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
@@ -3366,10 +3275,8 @@ class _Cluster(_Caller):
         answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
         return self._interpret(self.base_uri, call, _as_reply(answer))
 
-    def _members_call(
-        self, method: str, path: str, peer_urls: "str | Iterable[str]",
-        parse: Callable[[_Reply], _T],
-    ) -> "_Call[_T]":
+    def _members_call(self, method: str, path: str, peer_urls: "str | Iterable[str]",
+                      parse: Callable[[_Reply], _T]) -> "_Call[_T]":
         urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
         target = _target(f"{self.version_prefix}/members{path}", {})
         body = json.dumps({"peerURLs": urls}).encode()
@@ -3406,7 +3313,7 @@ class Client(_Watching, _Cluster, _Users):
     session_timeout      seconds without a reply until `state` is LOST
     on_state             called with the new `state`, see add_listener
 
-    Every keys method returns an EtcdResult and raises an EtcdError.  The leading slash of a key is
+    Keys methods return an EtcdResult and raise an EtcdError.  The leading slash of a key is
     optional.  Nothing is sent before the first call.
 
     Thread: any.  Concurrent calls use separate connections.
