@@ -3323,10 +3323,10 @@ class Client(_Watching, _Cluster, _Users):
 # ============================================================================
 # recipes/basics -- Common parts of the recipes.
 # ----------------------------------------------------------------------------
-# A write of unknown fate carries a uuid, so that a read tells whether it was applied.  A lease is
-# counted from before the request that granted it was sent, on a clock of this machine that runs on
-# while the machine sleeps, and less a margin.  A waiter watches one key, and reads again after
-# every event, timeout and error, so that a lost event costs time only.
+# A write carries a uuid, so that a read tells whether it was applied.  A lease is counted from
+# before its request was sent, on a clock of this machine that runs on while the machine sleeps, and
+# less a margin.  A waiter watches one key, and reads again after every event, timeout and error, so
+# that a lost event costs only time.
 # ============================================================================
 
 
@@ -3356,7 +3356,6 @@ def _call_back_in_background(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _recipe_key(key: str) -> str:
-    """Return the canonical `key`.  Raises ValueError for the root, and for `.` and `..`."""
     if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
         raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
     return clean_key(key)
@@ -3373,7 +3372,7 @@ _inherited: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionar
 
 
 def _reset_after_fork() -> None:
-    """In a forked child: give up what the parent holds, and locks that are never released."""
+    """In a forked child: forget what the parent holds, and locks that no thread releases."""
     for recipe in list(_inherited.values()):
         recipe._after_fork()
 
@@ -3396,9 +3395,9 @@ class _Wait(NamedTuple):
 class _CallScope(Scope):
     """The scope of one call of a recipe.
 
-    After `cancel` of the recipe the block ends without an exception, unless a write is in doubt.
-    The same holds when the time ends during a read that is not the first one.  If an outer scope
-    or `client.close` ended it, it raises Cancelled.
+    The block ends without an exception, unless a write is in doubt, after `cancel` of the recipe
+    and when the time ends during a read after the first one.  It raises Cancelled after a
+    cancellation of an outer scope, and after `client.close`.
 
     quiet   False: the block always raises
     waited  True after the first read, which found a reason to wait
@@ -3450,10 +3449,7 @@ class _CallScope(Scope):
             self.detach(wake)
 
     def wait_for_event(self, client: Client, wait: _Wait, longest_s: float) -> bool:
-        """Wait for an event; return whether there is time for another read.
-
-        May return early: the caller reads again.
-        """
+        """Wait, at most until an event; return whether there is time for another read."""
         wait_s, below = self.wait_s(longest_s), wait.below
         if not wait_s:
             return False
@@ -3474,8 +3470,6 @@ class _CallScope(Scope):
 
 
 class _Recipe:
-    """A recipe whose calls wait; `cancel` ends the present ones."""
-
     def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
         self.path = path
@@ -3518,10 +3512,7 @@ def _cleanup_scope() -> "Iterator[None]":
 
 def _with_retries(client: Client, attempt: Callable[[], _T], patience_s: "float | None" = None, *,
                   idempotent: bool = True) -> _T:
-    """Repeat a call while no server replies; then raise the last error.
-
-    `maybe_applied` of the error covers all attempts.
-    """
+    """Repeat a call while no server replies; `maybe_applied` of the error covers all attempts."""
     unsure, pause_s = False, 0.0
     with Scope(OUTAGE_S if patience_s is None else patience_s, client.scope) as scope:
         while True:
@@ -3574,7 +3565,7 @@ def _children(client: Client, directory: str) -> "tuple[list[Node], int]":
 def _entries(client: Client, line: str) -> "tuple[list[Node], int]":
     """Return the in-order files of a directory in their order, and the index of the read.
 
-    Other files and directories are no entries: names of locks may contain slashes.
+    Other files and directories are skipped: names of locks may contain slashes.
     """
     nodes, index = _children(client, line)
     return sorted(filter(_is_entry, nodes), key=_number), index
@@ -3605,9 +3596,8 @@ def _name(key: str) -> str:
 def _create_once(client: Client, key: str, value: str, ttl: "int | None") -> "tuple[Node, bool]":
     """Create a file with a unique value.  Raises NodeExists for a file with another value.
 
-    Repeating a creation is harmless: if an earlier attempt succeeded, the value shows it, and the
-    second result is False.  A file that expires before it can be read is created again, at most
-    CREATE_TRIES times in all.
+    If an earlier attempt succeeded, the value shows it, and the second result is False.  A file
+    that expires before it can be read is created again, at most CREATE_TRIES times in all.
     """
     tries = 0
     while True:
@@ -3626,10 +3616,8 @@ def _create_once(client: Client, key: str, value: str, ttl: "int | None") -> "tu
             raise
 
 
-def _append_once(
-    client: Client, directory: str, value: str, ttl: "int | None",
-    find: "Callable[[], Node | None]",
-) -> "tuple[Node, bool]":
+def _append_once(client: Client, directory: str, value: str, ttl: "int | None",
+                 find: "Callable[[], Node | None]") -> "tuple[Node, bool]":
     """Create an in-order file with a unique value.
 
     After an unknown fate `find` looks for the file; if it finds none the file is written again.
@@ -3759,8 +3747,7 @@ class Heartbeat:
     def stop(self) -> bool:
         """Stop renewing; return whether the file was held until now.
 
-        A Heartbeat leaves the file to its ttl.  A Lease removes it, if a server replies within
-        LEAVE_S.
+        A Heartbeat leaves the file to its ttl; a Lease tries to remove it, for LEAVE_S.
         """
         held = self.is_held
         if self._pid != os.getpid():                # in a forked child: the parent holds it
@@ -3893,8 +3880,7 @@ class Heartbeat:
     def _send_renewal(self, *, announce: bool = False) -> Result:
         """Renew on condition that the file has the known index.
 
-        Therefore a renewal that arrives late, after it was given up and repeated, has no effect
-        and cannot shorten a longer ttl.
+        A renewal that arrives after it was given up and repeated thus cannot shorten a longer ttl.
         """
         fields: dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
@@ -3985,8 +3971,7 @@ class _Entry(Lease):
             raise
 
     def _ours(self) -> "list[Node]":
-        return [node for node in _entries(self.client, self.line)[0]
-                if node.value == self._value]
+        return [node for node in _entries(self.client, self.line)[0] if node.value == self._value]
 
     def _create_file(self) -> "tuple[int, bool]":
         node, self._sure = _append_once(
@@ -4073,8 +4058,7 @@ class DoubleBarrier(_Recipe):
     leave only after all participants of the round have left or expired.  Further participants
     form the next round.
     Limit: a participant that is cut off for longer than its ttl is removed, and enter raises
-    LockExpired.  All participants need the same size.  One small file remains, which counts
-    rounds.
+    LockExpired.  All participants need the same size.  One small file remains: a count of rounds.
 
     Thread: one, except for `cancel`; an object is one participant.
     """
@@ -4133,8 +4117,7 @@ class DoubleBarrier(_Recipe):
     def _read_round(self, entry: _Entry) -> "tuple[int | None, _Wait]":
         """Return the index at which the round of `entry` began, or None and the event to wait for.
 
-        A file is written when a round is complete.  Entries whose numbers lie between two such
-        writes form one round.
+        A file is written when a round is complete; the entries between two writes form a round.
         """
         key = f"{self.path}/round"
         while entry.is_held:
@@ -4170,8 +4153,8 @@ class Counter(_Recipe):
         counter.add()                               # 1, once in the whole cluster
         counter.add(-1); counter.value
 
-    The file holds the number, and the last change of each of the COUNTER_WRITERS objects that
-    changed it last.  There an object finds a change of its own whose reply was lost.
+    The file holds the number, and the last change of each of its COUNTER_WRITERS latest writers,
+    where an object finds a change of its own whose reply was lost.
 
     Guarantee: each add that returns was applied once, and returns its sum.
     Limit: an error with maybe_applied=True after OUTAGE_S seconds without a server, or if more
@@ -4196,8 +4179,7 @@ class Counter(_Recipe):
     def add(self, amount: int = 1, *, timeout: "float | None" = None) -> int:
         """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
 
-        timeout  seconds until it raises the obstacle; None: OUTAGE_S without a server; 0: as for
-                 all recipes, TRY_S
+        timeout  seconds until an error; None: OUTAGE_S without a server; 0: TRY_S, as always
 
         Raises Cancelled after `cancel`.
         """
@@ -4298,8 +4280,8 @@ class Contender(_Recipe):
     Each attempt has an entry with a uuid of its own.  Only the entries ahead can block it and no
     new ones appear there, so a contender that was admitted stays admitted until its entry is gone.
 
-    The object is the holder, whichever thread or task calls it: a second `acquire` waits until
-    the first one is released or lost.
+    The object is the holder, not the thread or task: a second `acquire` waits until the first one
+    is released or lost.
     """
 
     label = ""                                      # after the uuid in the value of an entry
@@ -4327,7 +4309,7 @@ class Contender(_Recipe):
         """The fencing token, higher than that of every earlier holder; 0 if it is not held.
 
         Send it with every write to the protected resource, which must refuse tokens lower than
-        the highest so far.  This protects it from a holder that was suspended past its ttl.
+        the highest so far: they come from a holder that was suspended past its ttl.
         """
         held = self._held
         return held.number if held is not None and held.is_held else 0
@@ -4353,11 +4335,11 @@ class Contender(_Recipe):
         return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: "int | None" = None) -> bool:
-        """Renew the entry now, before the heartbeat does; return whether it is held.
+        """Renew the entry now; return whether it is held.
 
         lock_ttl  seconds from now on; None: as before
 
-        This sends a request: it returns False also if the entry was removed a moment ago.
+        Unlike `is_held` it sends a request, and so notices at once that the entry was removed.
         """
         held = self._held
         return held is not None and held.renew(lock_ttl)
@@ -4447,7 +4429,7 @@ class Contender(_Recipe):
     def _take_turn(self, scope: _CallScope) -> "list[_Entry] | None":
         """Wait until no thread contends for or holds this object; None when the time is over.
 
-        Returns the lost hold that was not released, if any, to be stopped.
+        Returns a lost hold that was not released, to be stopped, or [].
         """
         thread = threading.current_thread()
         if self._taken_by is thread and self.is_held and scope.wait_s():
@@ -4481,10 +4463,7 @@ class Contender(_Recipe):
         return nodes, index
 
     def _blocker(self, ahead: "list[Node]") -> "str | None":
-        """Return the key to watch before the next read; None: admitted.
-
-        The key of the line itself means: until any entry is removed.
-        """
+        """Return the key to watch (the line's own: for any removal); None: admitted."""
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> "_Entry | None":
@@ -4543,9 +4522,8 @@ class Contender(_Recipe):
     def _admitted(self, entry: _Entry) -> None:
         """Notify the contenders behind of the admission, if the recipe needs it."""
 
-    def _wait_for_blocker(
-        self, scope: _CallScope, entry: _Entry, blocker: "str | None", index: int,
-    ) -> bool:
+    def _wait_for_blocker(self, scope: _CallScope, entry: _Entry, blocker: "str | None",
+                          index: int) -> bool:
         """Wait for a change of `blocker` or the loss of `entry`; return whether to read again."""
         with contextlib.suppress(Cancelled), Scope() as waiting:
             entry._scope.attach(waiting.cancel)
@@ -4576,8 +4554,7 @@ class Lock(Contender):
             write(..., fencing_token=lock.token)
         if lock.acquire(timeout=5): ...
 
-    on_lost  called on another thread when the lock is lost while it is held; `is_held` is False
-             then, and another contender may soon hold the lock
+    on_lost  called on another thread when a held lock is lost; another contender may hold it soon
 
     It shares its line with python-etcd's lock: in-order files under client.lock_prefix.  Unlike
     there, an entry always has a ttl and is renewed while the process lives: a crash releases the
@@ -4622,9 +4599,8 @@ class RLock(Lock):
         with lock, lock: ...                        # the holder is the thread
         lock.acquire(holder=task)                   # or any object: a task, a request
 
-    Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
-    (`with` raises LockExpired): the outer block has to end first.  Tasks that share a thread need
-    `holder`.
+    Guarantee and limit are those of Lock.  After a loss an inner acquire returns False (`with`
+    raises LockExpired) until the outer block has ended.  Tasks that share a thread need `holder`.
     """
 
     _reacquires = False
@@ -4933,19 +4909,15 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         return self._error or (None if watch is None else watch.error)
 
     def start(self) -> "CachedTree":
-        """Read the directory, and follow it from now on; no effect if it is followed.
-
-        Raises EtcdError without a server.
-        """
+        """Read and follow the directory, if not yet done.  Raises EtcdError without a server."""
         with self._control:
             if self._thread is not None and self._thread.is_alive() and not self._scope.cancelled:
                 return self
             client_scope = self.client.scope
             watch = self._watch = self._read_directory()
             self._pid, self._error, self._scope = os.getpid(), None, Scope(None, client_scope)
-            self._thread = threading.Thread(
-                target=self._run, args=(watch, client_scope), name=f"pyetcd-tree {self.path}",
-                daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(watch, client_scope),
+                                            name=f"pyetcd-tree {self.path}", daemon=True)
             self._thread.start()
         return self
 
@@ -4964,9 +4936,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def wait_for(self, index: int, timeout: "float | None" = None) -> bool:
         """Wait until the copy has the change with `index`, of a file in it; False if it is late.
 
-        timeout  seconds; None: no limit; 0: do not wait
-
-        False at once if the directory is not followed any more.
+        timeout  seconds; None: no limit; 0: do not wait.  No wait if the directory is not followed
         """
         self._check_process()
         with self._call_scope(timeout) as scope:
@@ -5146,8 +5116,7 @@ class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
         return sorted(_name(node.key) for node in nodes), _Wait(self.path, index, _is_change)
 
 
-class DataWatch(_Follower[
-        Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
+class DataWatch(_Follower[Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
     """Calls a function with value and node of a file, now and after each change.
 
         @DataWatch(client, "/config/db")
@@ -5161,8 +5130,7 @@ class DataWatch(_Follower[
             found = _read(self.client, self.path)
         except KeyNotFound as error:
             return None, _Wait(self.path, error.index)
-        return (None if found.dir else _childless(found.node),
-                _Wait(self.path, found.etcd_index))
+        return (None if found.dir else _childless(found.node), _Wait(self.path, found.etcd_index))
 
     def _call_function(self, function: Callable[..., Any], state: "Node | None") -> bool:
         return _call_back_in_background(function, state and state.value, state) is not False
@@ -5178,8 +5146,6 @@ PRIORITY = 100                  # default priority of an item
 
 
 class _Item(NamedTuple):
-    """An item of a queue, from a listing."""
-
     uid: str                                        # the same in both files of an item that was
     value: str                                      # written twice after a lost reply
     priority: int
@@ -5203,9 +5169,7 @@ _ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 
 
 class QueueItem:
-    """An item that this process works on; from Queue.take.
-
-    value  the value given to `put`
+    """An item that this process works on, from Queue.take; `value` is the one given to `put`.
 
     A context manager: the item is done after the block, or given back after an exception.
     """
@@ -5281,10 +5245,7 @@ class Queue(_Recipe):
         self._after_fork()
 
     def put(self, value: str, priority: int = PRIORITY) -> str:
-        """Add an item, behind all of the same priority; return its key.
-
-        priority  items with lower numbers come first
-        """
+        """Add an item, behind all of the same priority (lower numbers first); return its key."""
         uid = uuid.uuid4().hex
         text = f"{uid}:{priority:d}:{_text(value)}"
 
@@ -5307,10 +5268,7 @@ class Queue(_Recipe):
         return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: "float | None" = None) -> QueueItem:
-        """Return the first item that no other consumer works on.
-
-        Raises WatchTimeout in place of None, since a `with` needs an item.
-        """
+        """Return the first item that no other consumer works on.  Raises WatchTimeout."""
         item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
@@ -5348,10 +5306,7 @@ class Queue(_Recipe):
         return free, len(items) - len(free), found.etcd_index
 
     def _first(self, timeout: "float | None", obtain: "Callable[[_Item], _T | None]") -> "_T | None":
-        """Return what `obtain` makes of the first item that it accepts (None: it does not).
-
-        None after the timeout, or `cancel`.
-        """
+        """Return the first result of `obtain` that is not None; None after timeout or `cancel`."""
         with self._call_scope(timeout) as scope:
             found, _ = self._try(obtain)
             if found is not None or not scope.wait_s():
@@ -5414,8 +5369,7 @@ class Queue(_Recipe):
             return False
         if mark.rpartition(":")[2] != _name(item.node.key):
             with contextlib.suppress(EtcdError):
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
         return True
 
     def _delete(self, item: _Item) -> bool:
@@ -5425,8 +5379,7 @@ class Queue(_Recipe):
         def attempt() -> "bool":
             nonlocal unsure
             try:
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
             except (KeyNotFound, CompareFailed) as error:
                 # Other consumers leave it alone until our mark expires.
                 return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
@@ -5502,12 +5455,7 @@ class Instance:
 
 
 class Registration(Lease):
-    """A Lease that renews itself after a loss; from ServiceRegistry.register and Party.
-
-    After a loss it calls on_lost, and creates the file again as soon as a server replies.
-
-    Thread: any.
-    """
+    """A Lease of ServiceRegistry or Party: after a loss it calls on_lost and recreates the file."""
 
     def _regain(self, scope: Scope) -> bool:
         self._report_loss()
@@ -5550,10 +5498,8 @@ class ServiceRegistry:
         self.prefix = clean_key(prefix)
         self.ttl = _checked_ttl(ttl)
 
-    def register(
-        self, service: str, address: str, *, metadata: "Mapping[str, Any] | None" = None,
-        tags: "Iterable[str]" = (), on_lost: _LostCallback = None,
-    ) -> Registration:
+    def register(self, service: str, address: str, *, metadata: "Mapping[str, Any] | None" = None,
+                 tags: "Iterable[str]" = (), on_lost: _LostCallback = None) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
         metadata  any JSON values, for the users of the service
