@@ -5635,7 +5635,6 @@ def _escape(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """Undo `_escape`.  Raises ValueError."""
     def original(match: "Match[str]") -> "str":
         code = match[1]
         if len(code) == 5:
@@ -5647,7 +5646,6 @@ def _unescape(text: str) -> str:
 
 
 def _coloured(text: str, colour: str) -> str:
-    """Return `text` in a colour on a terminal, unless NO_COLOR is set."""
     if not colour or not sys.stdout.isatty() or (
             os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
         return text
@@ -5655,7 +5653,6 @@ def _coloured(text: str, colour: str) -> str:
 
 
 def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> "Iterator[str]":
-    """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
         if sys.stdout.isatty():
@@ -5671,7 +5668,6 @@ def _print(text: str) -> None:
 
 
 def _print_lines(lines: "Iterable[str]") -> None:
-    """Print many lines in few writes."""
     rest = iter(lines)
     for batch in iter(lambda: list(itertools.islice(rest, _LINES_PER_WRITE)), []):
         _print("\n".join(batch))
@@ -5779,7 +5775,6 @@ def _failure_line(error: EtcdError) -> str:
 
 
 def _error_lines(error: EtcdError) -> str:
-    """Return etcdctl's message for `error`."""
     if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"
@@ -5851,14 +5846,12 @@ class _Options:
         return float(self._values.get(name, default))
 
     def text(self, name: str, variable: str = "") -> str:
-        """Return a flag, or else an environment variable."""
         return str(self._values.get(name, "")) or os.environ.get(variable, "")
 
     def texts(self, name: str) -> "list[str]":
         return list(self._values.get(name, ()))
 
     def refuse(self, why: str, *names: str) -> None:
-        """Raise _ExitError for given options without effect."""
         for name in names:
             if name in self._values:
                 raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
@@ -5912,9 +5905,8 @@ _READERS: "dict[type, tuple[Callable[[str], Any], str]]" = {
 }
 
 
-def _parse_flags(
-    argv: "Sequence[str]", flags: "Sequence[_Flag]", *, mixed: bool = False,
-) -> "tuple[_Options, list[str]]":
+def _parse_flags(argv: "Sequence[str]", flags: "Sequence[_Flag]", *,
+                 mixed: bool = False) -> "tuple[_Options, list[str]]":
     """Split `argv` into options and arguments by the rules of Go's flag package.
 
     An option has one or two dashes; its value follows `=` or, except for booleans, is the next
@@ -5947,7 +5939,6 @@ def _parse_flags(
 
 
 def _about_unknown(word: str, name: str, known: "Sequence[str]", args: "Sequence[str]") -> str:
-    """Return the message for an option after `args` that is not in `known`."""
     text = f'there is no option "{word}"'
     if any(name in flag.names for flag in _GLOBAL_FLAGS):
         return f"{text} here: {_dashed(name)} stands before the command"
@@ -5975,7 +5966,6 @@ def _show_request(method: str, url: str, form: "bytes | None") -> None:
 
 
 def _ask_password(prompt: str) -> str:
-    """Read a password without echo; from a pipe, its first line."""
     if sys.stdin.isatty():
         return getpass.getpass(prompt)
     _print(prompt)
@@ -5983,16 +5973,12 @@ def _ask_password(prompt: str) -> str:
 
 
 def _split_user(text: str, prompt: str) -> "tuple[str, str]":
-    """Return name and password of NAME[:PASSWORD]; ask for a missing password."""
     name, separator, password = text.partition(":")
     return name, password if separator else _ask_password(prompt)
 
 
 def _cluster_asked(settings: _Options) -> "dict[str, Any]":
-    """Return the endpoints as arguments of Client, in the precedence of etcdctl 2.3.
-
-    There some variables override some options: a line on stderr says so.
-    """
+    """Return the endpoints as arguments of Client, by the precedence of etcdctl 2.3."""
     chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
     for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
         variable = "ETCDCTL_" + flag.upper().replace("-", "_")
@@ -6038,7 +6024,6 @@ class _Access(NamedTuple):
         }, settings.on("debug"))
 
     def client(self, **where: Any) -> Client:
-        """Return a client for these endpoints, or for those in SRV records."""
         try:
             client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
@@ -6049,14 +6034,10 @@ class _Access(NamedTuple):
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
-    """Return a client for the given endpoints.
-
-    It prints a line if another endpoint than the first one replies: that may be a member of
-    another cluster, or the discovery service.
-    """
     where = _cluster_asked(settings)
     client = access.client(**where)
 
+    # An endpoint behind the first may belong to another cluster, or to the discovery service.
     def report(state: "ConnectionState") -> "bool":
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
@@ -6098,10 +6079,8 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
 class _Run:
     """One invocation: the argument of a command function."""
 
-    def __init__(
-        self, settings: _Options, options: _Options, args: "list[str]",
-        behind: "list[str] | None" = None,
-    ) -> None:
+    def __init__(self, settings: _Options, options: _Options, args: "list[str]",
+                 behind: "list[str] | None" = None) -> None:
         self.settings = settings                    # the global options
         self.options = options                      # of the command
         self.args = args                            # all arguments
@@ -6118,7 +6097,6 @@ class _Run:
         return self.connect()
 
     def connect(self, make: Callable[[_Options, _Access], Client] = _synced_client) -> Client:
-        """Return the client; the first call creates it."""
         if self._client is None:
             self._client = make(self.settings, self.access)
             if self.settings.on("debug"):
@@ -6135,7 +6113,6 @@ class _Run:
         return self.args[0]
 
     def value(self) -> str:
-        """Return the second argument, or else all of standard input."""
         if len(self.args) > 1:
             return self.args[1]
         data = sys.stdin.buffer.read()
@@ -6151,17 +6128,14 @@ class _Run:
         return max(0, self.options.number("ttl")) or None
 
     def conditions(self, value_flag: str, index_flag: str) -> "dict[str, Any]":
-        """Return the conditions in these flags as arguments of the client."""
         given = {"prevValue": self.options.text(value_flag),
                  "prevIndex": self.options.number(index_flag)}
         return {name: value for name, value in given.items() if value}
 
     def print_result(self, result: Result) -> None:
-        """Print a result in the chosen format."""
         _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
-        """Print a result; in simple format, nothing for a directory."""
         if not result.node.dir or self.output != "simple":
             self.print_result(result)
 
@@ -6218,12 +6192,9 @@ _GLOBAL_FLAGS = (
 )
 
 
-def _command(
-    name: str, arguments: str, help: str, *flags: _Flag,
-    formats: "tuple[str, ...]" = _FORMATS[:1], wrong: str = "", own: bool = False,
-    mixed: bool = True,
-) -> Callable[[_CommandFunction], _CommandFunction]:
-    """Add the decorated function to the table of commands."""
+def _command(name: str, arguments: str, help: str, *flags: _Flag,
+             formats: "tuple[str, ...]" = _FORMATS[:1], wrong: str = "", own: bool = False,
+             mixed: bool = True) -> Callable[[_CommandFunction], _CommandFunction]:
     def enter(function: "_CommandFunction") -> "_CommandFunction":
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
         accepted = tuple(flag._replace(least=1) if own and flag.kind in (str, list) else flag
@@ -6328,7 +6299,6 @@ _OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list
 
 
 def _dispatch(argv: "Sequence[str]") -> int:
-    """Run the command in `argv`, or print its help."""
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
@@ -6408,8 +6378,7 @@ _TTL = _Flag(("ttl",), int, "seconds until it expires; 0 and less: never")
 _SORT = _Flag(("sort",), bool, "order by key")
 _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
-_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
-                     least=0)
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index", least=0)
 _ROLES = _Flag(("roles",), list, "name of a role; may be repeated", 1)
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
@@ -6441,9 +6410,8 @@ def _cmd_ls(run: _Run) -> None:
     options = run.options
     if run.output != "simple":
         options.refuse(f"with --output {run.output}", "p")
-    result = run.client.get(
-        run.args[0] if run.args else "/", recursive=options.on("recursive"),
-        sorted=options.on("sort"), quorum=options.on("quorum"))
+    result = run.client.get(run.args[0] if run.args else "/", recursive=options.on("recursive"),
+                            sorted=options.on("sort"), quorum=options.on("quorum"))
     if run.output != "simple":
         run.print_result(result)
         return
@@ -6481,8 +6449,7 @@ _keys_command("mkdir", "<key>", "create a directory that must not exist", _TTL)(
 _keys_command("setdir", "<key>", "create a directory, also in place of a key", _TTL)(
     lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl())))
 _keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)(
-    lambda run: run.print_unless_silent(
-        _set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
+    lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
 _keys_command("rmdir", "<key>", "remove an empty directory, or a key")(
     lambda run: run.print_unless_silent(run.client.rmdir(run.key())))
 
@@ -6500,9 +6467,8 @@ def _cmd_rm(run: _Run) -> None:
 
 def _watch(run: _Run, key: str) -> Watch:
     after_index = run.options.number("after-index")
-    return run.client.watcher(
-        key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
-        relist=False)
+    return run.client.watcher(key, recursive=run.options.on("recursive"),
+                              index=after_index + 1 if after_index else None, relist=False)
 
 
 @_keys_command("watch", "<key>", "print the next change of a key",
@@ -6609,9 +6575,8 @@ def _cmd_member_add(run: _Run) -> None:
         added = client.member_add([url])
         _print(f"Added member named {name} with ID {added.id} to cluster")
         members = client.member_list()
-    cluster = ",".join(
-        f"{name if member.id == added.id else member.name}={peer_url}"
-        for member in members for peer_url in member.peer_urls)
+    cluster = ",".join(f"{name if member.id == added.id else member.name}={peer_url}"
+                       for member in members for peer_url in member.peer_urls)
     _print(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
 
@@ -6677,7 +6642,6 @@ def _check_health(client: Client) -> int:
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
-    """Ask a member for its health and print the verdict."""
     unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
         _print(f"{unreachable}: no available published client urls")
@@ -6722,13 +6686,9 @@ def _cmd_backup(run: _Run) -> None:
         raise _ExitError(str(error)) from error
 
 
-def _run_parallel(
-    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], title: str,
-) -> None:
-    """Call `work` for every item on `workers` threads, with a _Progress under this title.
-
-    An exception ends them all.
-    """
+def _run_parallel(items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None],
+                  title: str) -> None:
+    """Call `work` for every item on `workers` threads, until one raises; show the progress."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -6758,8 +6718,8 @@ def _run_parallel(
 def _read_snapshot_04(path: str, hidden: "Sequence[str]") -> "list[tuple[str, str, int | None]]":
     """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
 
-    Such a file is the JSON of a store, or a line with a checksum and JSON with the former in
-    base64.  Hidden directories are omitted, except those in `hidden`; so are expired files.
+    Such a file is the JSON of a store, or a checksum line and JSON with the former in base64.
+    Expired files are omitted, and hidden directories that are not in `hidden`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -6779,9 +6739,8 @@ def _read_snapshot_04(path: str, hidden: "Sequence[str]") -> "list[tuple[str, st
     return [record for record in found if record[2] is None or record[2] > 0]
 
 
-def _snapshot_files(
-    node: "Mapping[str, Any]", key: str, *, hidden: bool,
-) -> "Iterator[tuple[str, str, int | None]]":
+def _snapshot_files(node: "Mapping[str, Any]", key: str, *,
+                    hidden: bool) -> "Iterator[tuple[str, str, int | None]]":
     children = node.get("Children")
     if children is None:
         yield key, node["Value"], _seconds_left(node["ExpireTime"])
@@ -6804,7 +6763,6 @@ def _seconds_left(instant: "str | None") -> "int | None":
 
 
 def _import_snapshot_04(run: _Run) -> int:
-    """Write the files of a snapshot of etcd 0.4: `import --snap` of etcdctl."""
     path, workers = run.options.text("snap"), run.options.number("c", 10)
     files = _read_snapshot_04(path, run.options.texts("hidden"))
     client = run.client
@@ -6828,7 +6786,6 @@ def _names(entries: "Sequence[Any] | None", field: str) -> "list[str]":
 
 
 def _auth_call(call: Callable[..., _Answer], *args: Any) -> _Answer:
-    """Call the auth API; an error ends the command with one line."""
     with _one_line_errors():
         return call(*args)
 
@@ -6844,10 +6801,8 @@ def _exists(get: Callable[[str], Any], name: str) -> bool:
     return True
 
 
-def _call_command(
-    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
-) -> None:
-    """Add a command that makes one call and prints `done`."""
+def _call_command(name: str, arguments: str, help: str, call: Callable[..., Any], done: str,
+                  wrong: str) -> None:
     @_command(name, arguments, help, wrong=wrong)
     def run_it(run: "_Run") -> None:
         _auth_call(call, run.client, *run.args)
@@ -6924,7 +6879,6 @@ def _cmd_role_add(run: _Run) -> None:
 
 
 def _permitted(role: "Mapping[str, Any]") -> "tuple[list[str], list[str]]":
-    """Return the paths that a role may read and those that it may write."""
     kv = role["permissions"]["kv"]
     return list(kv.get("read") or ()), list(kv.get("write") or ())
 
@@ -6944,9 +6898,8 @@ _call_command(
     "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 
 
-def _change_permission(
-    run: _Run, change: "Callable[[Client, str, str, str], dict[str, Any]]", done: str,
-) -> None:
+def _change_permission(run: _Run, change: "Callable[[Client, str, str, str], dict[str, Any]]",
+                       done: str) -> None:
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
@@ -7003,7 +6956,7 @@ def _cmd_machines(run: _Run) -> None:
 
 
 def _machine_rows(listing: Node, *, full: bool) -> "Iterator[tuple[str, str, str]]":
-    """Yield id, address and metadata of each machine; tell of what is none on stderr."""
+    """Yield id, address and metadata of each machine; report malformed ones on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
             if not node.key.endswith("/object"):
@@ -7048,8 +7001,6 @@ def _with_long_timeouts(client: Client, settings: _Options) -> Client:
 
 
 class _Record(NamedTuple):
-    """A node in an export."""
-
     key: str
     value: "str | None" = None                     # None for a directory
     expiration: "str | None" = None                # RFC 3339 instant
@@ -7060,7 +7011,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_line(cls, line: str) -> "_Record":
-        """Parse a line of the text form.  Raises ValueError."""
         name, *fields = line.split("\t")
         is_dir = name.endswith("/")
         extra = fields[1] if len(fields) == 2 else ""
@@ -7074,7 +7024,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_json(cls, raw: "Mapping[str, Any]") -> "_Record":
-        """Parse an object of the JSON form.  Raises ValueError."""
         key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
         if raw.get("dir", False) != (value is None) or not isinstance(key, str):
             raise ValueError(f"{raw} has not either a value or dir")
@@ -7145,7 +7094,6 @@ def _prefixes(options: _Options) -> "tuple[str, str]":
           _Flag(("format",), str, "json (default), or text: one key in a line, for diff"),
           _Flag(("hidden",), list, "also this hidden directory; may be repeated"), own=True)
 def _cmd_export(run: _Run) -> None:
-    """Print records, parents first; each --hidden directory takes a request of its own."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
         raise _ExitError("--format is json or text")
@@ -7169,7 +7117,6 @@ def _cmd_export(run: _Run) -> None:
 
 
 def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "Iterator[str]":
-    """Yield the texts, all but the last with the separator."""
     previous: str | None = None
     for number, text in enumerate(texts):
         progress.show(number)
@@ -7181,8 +7128,6 @@ def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "
 
 
 class _Import:
-    """Writes records, and counts existing keys."""
-
     def __init__(self, client: Client, options: _Options) -> None:
         self._client = client
         self._keep = options.on("keep")
@@ -7192,14 +7137,12 @@ class _Import:
         self.kept = 0                               # keys that existed
 
     def write(self, records: "Sequence[_Record]") -> None:
-        """Write directories in order, then files on many connections."""
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
         _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> "int | None":
-        """Return the new ttl of a record; None: permanent; 0 or less: expired."""
         return self._ttl if record.expiration and self._ttl else record.ttl
 
     def is_expired(self, record: _Record) -> bool:
@@ -7280,8 +7223,6 @@ def _cmd_import(run: _Run) -> int:
 
 
 class _Change(NamedTuple):
-    """A change that a mirror makes to its target."""
-
     verb: str                                       # set, mkdir or delete
     key: str
     value: str = ""
@@ -7302,9 +7243,8 @@ class _Change(NamedTuple):
 class _Mirror:
     """Makes a tree of the target equal to one of the source, and keeps it equal.
 
-    A mirror keeps no state: after a restart it compares both trees and writes the difference.  It
-    does the same after more changes than the source remembers, and when a change does not fit the
-    target.
+    A mirror keeps no state.  After a restart, after more changes than the source remembers, and
+    when a change does not fit the target, it compares both trees and writes the difference.
     """
 
     def __init__(self, source: Client, target: Client, options: _Options) -> None:
@@ -7340,7 +7280,6 @@ class _Mirror:
         return index + 1
 
     def follow(self, index: int) -> None:
-        """Repeat every change of the source at the target, without end."""
         while True:
             try:
                 with self._source.watcher(
@@ -7364,9 +7303,8 @@ class _Mirror:
                  for node in result.node.walk())
         return result.etcd_index, {key: node for key, node in moved if key is not None}
 
-    def _difference(
-        self, wanted: "Mapping[str, Node]", present: "Mapping[str, Node]",
-    ) -> "tuple[list[_Change], list[_Change], list[_Change]]":
+    def _difference(self, wanted: "Mapping[str, Node]", present: "Mapping[str, Node]",
+                    ) -> "tuple[list[_Change], list[_Change], list[_Change]]":
         """Return the changes: deletions, directories and files."""
         deletions: list[_Change] = []
         for key, node in present.items():           # parents come first
@@ -7488,7 +7426,6 @@ def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") 
 
 
 def _tree_tail(node: Node, options: _Options) -> str:
-    """Return the text after a name: slash, value, seconds left."""
     text = "/" if node.dir else ""
     if options.on("values") and not node.dir:
         value = _escape(node.value or "")
@@ -7639,7 +7576,6 @@ class _Bench:
         self.failures: list[EtcdError] = []
 
     def prepare(self) -> None:
-        """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
             _run_parallel(keys, self.connections, self._put, "bench: preparing")
@@ -7651,7 +7587,6 @@ class _Bench:
         return time.monotonic() - started_at
 
     def clean_up(self) -> None:
-        """Remove the keys and all directories that this run created."""
         try:
             with contextlib.suppress(KeyNotFound):
                 self._client.delete(self.directory, recursive=True)
@@ -7819,9 +7754,8 @@ def _candidates(words: "Sequence[str]") -> "list[tuple[str, str]]":
     return [pair for pair in found if pair[0].startswith(current)]
 
 
-def _scan(
-    words: "Sequence[str]", flags: "Sequence[_Flag]", *, mixed: bool,
-) -> "tuple[_Options, list[str], _Flag | None]":
+def _scan(words: "Sequence[str]", flags: "Sequence[_Flag]", *,
+          mixed: bool) -> "tuple[_Options, list[str], _Flag | None]":
     """Return options, arguments, and the last flag if its value is missing."""
     for flag in flags:
         if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
