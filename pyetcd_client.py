@@ -168,8 +168,6 @@ class EtcdError(Exception):
     status         HTTP status; 0 without a reply
     endpoint       base URL of the server
     maybe_applied  True if the request was a write that was, or may yet be, applied
-
-    python-etcd calls it EtcdException.
     """
 
     code = 0
@@ -180,11 +178,9 @@ class EtcdError(Exception):
             cls.code = code
             cls.error_exceptions[code] = cls
 
-    def __init__(
-        self, message: "str | None" = "", payload: "Mapping[str, Any] | None" = None,
-        cause: Any = "", *, code: "int | None" = None, index: int = 0, status: int = 0,
-        endpoint: str = "", maybe_applied: bool = False,
-    ) -> None:
+    def __init__(self, message: "str | None" = "", payload: "Mapping[str, Any] | None" = None,
+                 cause: Any = "", *, code: "int | None" = None, index: int = 0, status: int = 0,
+                 endpoint: str = "", maybe_applied: bool = False) -> None:
         super().__init__(message or "")
         self.message = message or ""
         self.payload: dict[str, Any] = dict(payload or {})
@@ -211,13 +207,12 @@ class EtcdError(Exception):
         return (self, *self.others)
 
     @classmethod
-    def from_payload(
-        cls, payload: "Mapping[str, Any]", *, endpoint: str = "", maybe_applied: bool = False,
-    ) -> "EtcdError":
+    def from_payload(cls, payload: "Mapping[str, Any]", *, endpoint: str = "",
+                     maybe_applied: bool = False) -> "EtcdError":
         """Return the error for the JSON of an error reply and its HTTP `status`.
 
-        The keys API sends a code.  For the members and auth APIs the status decides: 401 is
-        Unauthorized, 404 KeyNotFound, all others HttpError.
+        Only the keys API sends a code.  Without one the status decides: 401 is Unauthorized, 404
+        KeyNotFound, all others HttpError.
         """
         status, message = payload.get("status", 0), str(payload.get("message", ""))
         code, index = payload.get("errorCode"), payload.get("index")
@@ -268,11 +263,11 @@ EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdVal
 
 
 class KeyNotFound(EtcdKeyError, KeyError, code=100):
-    """A path component is missing; the cause is its path.  Also a missing user, role or member."""
+    """A path component is missing (the cause is its path), or a user, role or member."""
 
 
 class CompareFailed(EtcdValueError, code=101):
-    """prev_value or prev_index does not match; the cause shows the given and the stored one."""
+    """prev_value or prev_index does not match; the cause shows the given and the stored value."""
 
 
 class NotFile(EtcdKeyError, code=102):
@@ -378,10 +373,7 @@ class ClusterIdChanged(TransportError):
 
 
 class Cancelled(EtcdError):
-    """The Scope of this wait was cancelled, or its client was closed.
-
-    maybe_applied=True: a write had been sent.
-    """
+    """The Scope was cancelled, or the client closed; maybe_applied: a write had been sent."""
 
 
 class LockExpired(EtcdError):
@@ -421,12 +413,12 @@ class _Reply(NamedTuple):
     """One complete HTTP reply; the result of `Client.api_execute`."""
 
     status: int
-    headers: "Mapping[str, str]"      # case-insensitive
+    headers: "Mapping[str, str]"      # by case-insensitive name
     body: bytes
 
     @property
     def data(self) -> bytes:
-        """The body, under python-etcd's name; so are the next two."""
+        """The body; this and the next two are python-etcd's names."""
         return self.body
 
     def getheader(self, name: str, default: "str | None" = None) -> "str | None":
@@ -441,7 +433,6 @@ class _Reply(NamedTuple):
         return int(text) if text.isdigit() and text.isascii() else 0
 
     def json(self) -> Any:
-        """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
 
 
@@ -554,12 +545,10 @@ class EtcdResult:
         "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
         "createdIndex": None, "newKey": False, "dir": False}
 
-    def __init__(
-        self, action: "str | None" = None, node: "Node | Mapping[str, Any] | None" = None,
-        prevNode: "Node | Mapping[str, Any] | None" = None, *, new_key: bool = False,
-        etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
-        raw: "Mapping[str, Any] | None" = None,
-    ) -> None:
+    def __init__(self, action: "str | None" = None, node: "Node | Mapping[str, Any] | None" = None,
+                 prevNode: "Node | Mapping[str, Any] | None" = None, *, new_key: bool = False,
+                 etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0,
+                 relisted: bool = False, raw: "Mapping[str, Any] | None" = None) -> None:
         present = _as_node(node or {})
         self.__dict__.update(
             action=action or "", node=present,
@@ -573,10 +562,7 @@ class EtcdResult:
         return None if self.prev_node is None else EtcdResult(node=self.prev_node)
 
     def get_subtree(self, leaves_only: bool = False) -> "Iterator[EtcdResult]":
-        """Yield this node and all listed nodes below it, parents before their children.
-
-        leaves_only  only nodes without children: files and empty directories
-        """
+        """Yield this and all listed nodes, parents first; `leaves_only`: those without children."""
         if not self.nodes or not leaves_only:
             yield self
         for child in self.nodes:
@@ -629,7 +615,6 @@ class Member:
 
     @classmethod
     def from_json(cls, raw: "Mapping[str, Any]") -> "Member":
-        """Return the member in a server's JSON."""
         return cls(raw["id"], raw["name"], tuple(raw.get("peerURLs") or ()),
                    tuple(raw.get("clientURLs") or ()), raw)
 
@@ -645,12 +630,10 @@ def _parse_result(reply: _Reply) -> EtcdResult:
     previous = raw.get("prevNode")
     return EtcdResult(
         raw["action"], _expect_object(raw["node"]),
-        None if previous is None else _expect_object(previous),
-        new_key=reply.status == 201,
+        None if previous is None else _expect_object(previous), new_key=reply.status == 201,
         etcd_index=reply.header_number("X-Etcd-Index"),
         raft_index=reply.header_number("X-Raft-Index"),
-        raft_term=reply.header_number("X-Raft-Term"),
-        raw=raw)
+        raft_term=reply.header_number("X-Raft-Term"), raw=raw)
 
 
 def _parse_object(reply: _Reply) -> "dict[str, Any]":
@@ -675,9 +658,8 @@ def _describe_reply(reply: _Reply) -> str:
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     """Return the error for an error reply.
 
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
+    After a 5xx to a write the proposal may be in a log and be applied when the quorum returns (as
+    in etcd 2.3), or a proxy may have lost the reply.  A 303 means that the write was applied.
     """
     maybe_applied = write and (reply.status >= 500 or reply.status == 303)
     try:
@@ -685,8 +667,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     except (ValueError, RecursionError):
         payload = {"status": reply.status}
     # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    of_etcd = "message" in payload and (reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
     message = str(payload.get("message", "")) or _describe_reply(reply)
@@ -726,10 +707,9 @@ class Scope:
             client.get("a")
             lock.acquire()
 
-    Every wait of this module in the thread that entered the scope, however deep below, ends at
-    the scope's deadline: requests, retries, watches and recipes.  After `cancel` these waits, and
-    all later ones, raise Cancelled within milliseconds.  Scopes nest: the earliest deadline
-    counts, and cancelling the outer scope cancels the inner one.
+    Every wait of the thread that entered the scope ends at its deadline: requests, retries,
+    watches and recipes.  After `cancel` these and all later waits raise Cancelled within
+    milliseconds.  Scopes nest: the earliest deadline counts, and `cancel` reaches inner scopes.
 
     timeout    seconds from now; None: no limit of its own; 0: each call tries once and waits for
                nothing but the reply, TRY_S at most
@@ -739,8 +719,8 @@ class Scope:
     cancelled  True after `cancel`
 
     Threads do not inherit a scope: the background work of a recipe has scopes of its own.
-    Thread: one enters the scope, once; any thread may cancel it, also before and after.  There is
-    no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
+    Thread: one enters the scope, once; any thread may cancel it, at any time.  There is no lock:
+    each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
     __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
@@ -765,10 +745,7 @@ class Scope:
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
-        """Return the seconds that the next wait may take; 0 after the deadline.
-
-        Raises Cancelled.
-        """
+        """Return the seconds left for a wait, 0 after the deadline.  Raises Cancelled."""
         if self.cancelled:
             raise Cancelled("cancelled")
         return max(0.0, min(longest_s, self.deadline - time.monotonic()))
@@ -845,8 +822,7 @@ def _start_thread(name: str, function: Callable[[], _T]) -> "concurrent.futures.
 def _call_on_thread(name: str, function: Callable[[], _T], left_s: Callable[[], float]) -> _T:
     """Return the result of `function`, which cannot be interrupted, such as a name lookup.
 
-    After a cancellation or when `left_s()` seconds are over the thread is abandoned; `left_s`
-    raises then.
+    After a cancellation or `left_s()` seconds, `left_s` raises and the thread is abandoned.
     """
     woken, scope = threading.Event(), _context.scope or Scope()
     scope.attach(woken.set)
@@ -896,7 +872,6 @@ class _Exchange:
         return left_s
 
     def keeps_waiting(self) -> bool:
-        """Return whether to continue waiting after silence."""
         if self.on_silence is None or time.monotonic() >= self.deadline:
             return False
         waits = self.on_silence()
@@ -904,7 +879,6 @@ class _Exchange:
         return waits
 
     def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
-        """Prepare `sock` for the next wait."""
         self._sock = sock                           # before `cancelled` is read
         sock.settimeout(min(limit_s, self.left_s()))
 
@@ -928,9 +902,8 @@ class _Exchange:
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return _call_on_thread(
-            f"pyetcd-lookup {host}",
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), self.left_s)
+        return _call_on_thread(f"pyetcd-lookup {host}", lambda: socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM), self.left_s)
 
     def guard(self, sock: socket.socket) -> None:
         """Let `cancel` end the TLS handshake, during which the library owns `sock`."""
@@ -967,7 +940,6 @@ class _TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> "int | None":
-        """Fill `buffer` with the next bytes.  Raises socket.timeout after the time limit."""
         exchange = _context.exchange
         while True:
             self._sock.settimeout(exchange.left_s())
@@ -1006,13 +978,11 @@ class _Headers(dict[str, str]):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A reply that is read through a _TimedReader."""
-
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(cast(socket.socket, _TimedReader(sock)), *args, **kwargs)
 
     def begin(self, **_: Any) -> None:
-        """Read the head; http.client's way, the parser for mails, takes five times as long."""
+        """Read the head; http.client's parser, made for mail, takes five times as long."""
         this = cast(Any, self)
         version, status, reason = this._read_status()
         head = self._read_head()
@@ -1056,7 +1026,6 @@ class _HttpConnection(HTTPConnection):
         return _context.exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
-        """Connect, through the proxy if there is one, and perform the TLS handshake."""
         try:
             super().connect()
         except ValueError as error:                 # urllib3 1.26: certificate of another host
@@ -1065,7 +1034,6 @@ class _HttpConnection(HTTPConnection):
             _context.exchange.sent = False          # bytes for a proxy are not the request
 
     def send(self, data: Any) -> None:
-        """Send bytes of the request; from here on the server may have it."""
         if self.sock is None:
             self.connect()
         exchange = _context.exchange
@@ -1112,7 +1080,6 @@ class _Route(NamedTuple):
 
     @classmethod
     def to(cls, endpoint: str, settings: _ConnectionSettings) -> "_Route":
-        """Return the route to `endpoint`.  Raises OSError for a file that is missing."""
         proxy = select_proxy(endpoint, dict(settings.proxies))
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
@@ -1141,7 +1108,6 @@ class _Route(NamedTuple):
         return "\r\n".join([*lines, "\r\n"]).encode("ascii") + (form or b"")
 
     def prepare(self) -> None:
-        """Close a connection that the server has closed; open the tunnel through a proxy."""
         if self.connection.sock is not None and is_connection_dropped(self.connection):
             self.connection.close()
         if self.connection.sock is None and self.open_tunnel is not None:
@@ -1151,7 +1117,7 @@ class _Route(NamedTuple):
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange at a time.
 
-    requests.Session and urllib3's urlopen are not used: their merging of settings, retries and
+    Replaces requests.Session and urllib3's urlopen: their merging of settings, retries and
     wrapping of replies take longer than etcd's reply.
     """
 
@@ -1161,17 +1127,15 @@ class _Connections:
         self._routes: dict[str, _Route] = {}
         self.used_at = time.monotonic()
 
-    def perform(
-        self, exchange: _Exchange, endpoint: str, method: str, target: str, form: "bytes | None",
-        headers: "Mapping[str, str]", on_head: "Callable[[_Reply], None] | None",
-    ) -> _Reply:
+    def perform(self, exchange: _Exchange, endpoint: str, method: str, target: str,
+                form: "bytes | None", headers: "Mapping[str, str]",
+                on_head: "Callable[[_Reply], None] | None") -> _Reply:
         """Send a request and read the reply.  Raises OSError, HTTPException or urllib3's errors.
 
         A server or a load balancer may close an idle connection while the request is on its way.
-        Such a request was probably not executed, but this cannot be known, so for a write it is
-        an error with maybe_applied=True.  A connection whose end has arrived is replaced; the race
-        that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
-        is below the usual idle limits (5 s and more).  The price is one round trip.
+        The request was probably not executed, but the client cannot know: a write raises an error
+        with maybe_applied=True.  To make this rare, a connection that was idle for IDLE_CLOSE_S,
+        below the usual idle limits (5 s and more), is replaced.  The price is one round trip.
         """
         if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
@@ -1198,7 +1162,6 @@ class _Connections:
                 connection.close()                  # the rest of this reply must not be the next
 
     def close(self) -> None:
-        """Close the connections; the next request opens new ones."""
         while self._routes:
             self._routes.popitem()[1].connection.close()
 
@@ -1214,7 +1177,6 @@ def _close_all(idle: "deque[_Connections]") -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the cause of an exception in a few words."""
     inner = next((item for item in error.args if isinstance(item, BaseException)), None)
     if inner is not None:                           # urllib3's errors about certificates
         return _reason(inner)
@@ -1227,9 +1189,8 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _transport_error(
-    error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
-) -> EtcdError:
+def _transport_error(error: Exception, endpoint: str, exchange: _Exchange, *,
+                     write: bool) -> EtcdError:
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -1270,10 +1231,7 @@ def _call_back(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Connectivity:
-    """The connection state of a client, and its listeners.
-
-    A timer changes SUSPENDED to LOST on time without further calls.  Thread: any.
-    """
+    """The connection state of a client; a timer changes SUSPENDED to LOST.  Thread: any."""
 
     def __init__(self, session_timeout_s: float) -> None:
         self.state = ConnectionState.LOST
@@ -1289,7 +1247,6 @@ class _Connectivity:
         self._timer: threading.Timer | None = None
 
     def report(self, answered: bool) -> None:
-        """Note the outcome of a call."""
         if answered == (self.state is ConnectionState.CONNECTED):
             return
         if self._pid != os.getpid():                # a forked child has no timer, and perhaps
@@ -1371,7 +1328,6 @@ def _base_url(text: str, protocol: str = "http") -> str:
 
 
 def _endpoint_advice(text: str) -> str:
-    """Return what is probably wrong with an endpoint; "" if that is unknown."""
     if not text.strip():
         return "; it is empty, or there is a comma too many"
     if re.search(r"[\"'\u2018-\u201f]", text):
@@ -1485,10 +1441,10 @@ def _lookup_srv(name: str, deadline: float) -> "list[str]":
 
 
 def _discover(domain: str, protocol: str, deadline: float) -> "list[str]":
-    """Return the URLs of the servers in the SRV records of `domain`.
+    """Return the URLs of the servers in the SRV records of `domain`.  Raises ConnectionFailed.
 
     _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as in etcdctl 2.3; else
-    _etcd._tcp (`protocol`), as in python-etcd.  Raises ConnectionFailed.
+    _etcd._tcp (`protocol`), as in python-etcd.
     """
     services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
     for service, scheme in services:
@@ -1577,7 +1533,6 @@ def _quote_plus(text: str) -> str:
 
 
 def _encode_fields(fields: "Mapping[str, _Field]") -> str:
-    """Return the parameters that are not None, form-encoded."""
     return "&".join(
         f"{_quote_plus(name)}="
         f"{_quote_plus(str(value).lower() if isinstance(value, bool) else str(value))}"
@@ -1622,8 +1577,7 @@ if TYPE_CHECKING:
 _ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
-_PERMANENT = (
-    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
+_PERMANENT = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
 def _is_permanent(error: EtcdError) -> bool:
@@ -1634,7 +1588,6 @@ def _is_permanent(error: EtcdError) -> bool:
 
 
 def _backoff_s(rounds: int) -> float:
-    """Return the wait after so many failed rounds: doubled each time, with jitter."""
     longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
     return float(longest_s * random.uniform(0.5, 1.0))
 
@@ -1667,28 +1620,24 @@ def _with_settings_of(
 
 
 class _Caller(_Closeable):
-    """Performs calls: endpoints, connections, retries.  The base of all parts of the client.
+    """Performs calls: endpoints, connections, retries.  The base of all parts of the client."""
 
-    on_request  called with method, URL and form of each request before it is sent
-    """
-
+    # Called with method, URL and form of each request before it is sent.
     on_request: "Callable[[str, str, bytes | None], object] | None" = None
 
-    def __init__(
-        self, host: "_Address | Sequence[_Address]" = "127.0.0.1", port: int = 2379,
-        srv_domain: "str | None" = None, version_prefix: str = "/v2",
-        read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
-        cert: "None | str | tuple[str, str]" = None, ca_cert: "str | None" = None,
-        username: "str | None" = None, password: "str | None" = None,
-        allow_reconnect: "bool | None" = None, use_proxies: bool = False,
-        expected_cluster_id: "str | None" = None, per_host_pool_size: int = 10,
-        lock_prefix: str = "/_locks", *, endpoints: "Iterable[str] | None" = None,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        total_timeout: "float | None" = TOTAL_TIMEOUT_S,
-        session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
-        verify: bool = True, proxies: "Mapping[str, str] | None" = None,
-        on_state: "_Listener | None" = None,
-    ) -> None:
+    def __init__(self, host: "_Address | Sequence[_Address]" = "127.0.0.1", port: int = 2379,
+                 srv_domain: "str | None" = None, version_prefix: str = "/v2",
+                 read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True,
+                 protocol: str = "http", cert: "None | str | tuple[str, str]" = None,
+                 ca_cert: "str | None" = None, username: "str | None" = None,
+                 password: "str | None" = None, allow_reconnect: "bool | None" = None,
+                 use_proxies: bool = False, expected_cluster_id: "str | None" = None,
+                 per_host_pool_size: int = 10, lock_prefix: str = "/_locks", *,
+                 endpoints: "Iterable[str] | None" = None, connect_timeout: float = CONNECT_TIMEOUT_S,
+                 total_timeout: "float | None" = TOTAL_TIMEOUT_S,
+                 session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
+                 verify: bool = True, proxies: "Mapping[str, str] | None" = None,
+                 on_state: "_Listener | None" = None) -> None:
         if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
             raise EtcdValueError("timeouts are seconds above 0")
         if (username is None) != (password is None):
@@ -1719,8 +1668,7 @@ class _Caller(_Closeable):
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
-        # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
-        # would wait for that thread.
+        # Also at exit, but only idle ones: closing one that a daemon thread reads from would wait.
         weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
@@ -1759,10 +1707,9 @@ class _Caller(_Closeable):
         return self._connectivity.state
 
     def add_listener(self, listener: _Listener) -> None:
-        """Call `listener(state)` at every change of `state`, in order.
+        """Call `listener(state)` at every change of `state`, in order, until it returns True.
 
-        The listener runs in the thread that noticed the change and must not block.  It is removed
-        when it returns True; its exceptions are logged.
+        It runs in the thread that noticed the change and must not block; its exceptions are logged.
         """
         self._connectivity.add(listener)
 
@@ -1776,10 +1723,7 @@ class _Caller(_Closeable):
         return self.version_prefix + "/keys"
 
     def close(self) -> None:
-        """End every call and watch under way with Cancelled, and close the connections.
-
-        This also ends the background work of recipes.  New calls are possible afterwards.
-        """
+        """End calls, watches and recipes with Cancelled.  New calls are possible afterwards."""
         scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
@@ -1793,7 +1737,7 @@ class _Caller(_Closeable):
         return False
 
     def _perform(self, call: "_Call[_T]") -> _T:
-        """Send `call` to one endpoint after the other, and again, as long as that is safe.
+        """Send `call` to one endpoint after the other, in rounds, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
@@ -1824,8 +1768,7 @@ class _Caller(_Closeable):
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
             until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
             with contextlib.suppress(EtcdError):    # the result of the call is known
-                self._learn_members(
-                    lambda call: self._attempt(self.endpoints.current, call, until))
+                self._learn_members(lambda call: self._attempt(self.endpoints.current, call, until))
 
     def _note_failure(self, endpoint: str, call: "_Call[Any]", error: EtcdError) -> None:
         """Leave `endpoint` if it failed.  Raises `error` unless the next one may be tried."""
@@ -1851,10 +1794,10 @@ class _Caller(_Closeable):
                           error.message if error else "no answer", self.endpoints.current)
 
     def _wait_before_retry(self, rounds: int, errors: "list[EtcdError]", scope: Scope) -> None:
-        """Wait before the next round.  Raises the errors of the last one if it was the final one.
+        """Wait before the next round, or raise the errors of the final one.
 
-        Without a deadline there is one round: a dead cluster must not block for ever.  As long as
-        no server was ever reached there is one round, too: the address is probably wrong.
+        There is one round without a deadline, since a dead cluster must not block for ever, and
+        until a server was reached, since the address is probably wrong.
         """
         pause_s = _backoff_s(rounds)
         final = scope.once or not (self._retry and self._reached) or all(map(_is_permanent, errors))
@@ -1887,10 +1830,7 @@ class _Caller(_Closeable):
             self.endpoints.learn([_base_url(url) for url in urls])
 
     def _attempt(self, endpoint: str, call: "_Call[_T]", deadline: float, sharers: int = 1) -> _T:
-        """Send `call` to `endpoint` once.
-
-        sharers  number of endpoints left to try; a read takes its share of the remaining time
-        """
+        """Send `call` once; a read takes an equal share of the time left to `sharers` endpoints."""
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
         return self._request(endpoint, call, _Exchange(
@@ -1899,9 +1839,8 @@ class _Caller(_Closeable):
     def _request(self, endpoint: str, call: "_Call[_T]", exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return its parsed reply.
 
-        Redirects are followed for reads, and for writes with 307 and 308, whose sender has not
-        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.  Any other
-        redirect of a write is an error; 303 means that the write was applied.
+        Follows redirects of reads, and redirects of writes with 307 and 308, whose sender has not
+        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.
         """
         scope = cast(Scope, _context.scope)
         scope.attach(exchange.cancel)
@@ -1931,10 +1870,8 @@ class _Caller(_Closeable):
         harmless = not call.write or reply.status in (307, 308)
         return self.allow_redirect and harmless and "Location" in reply.headers
 
-    def _exchange(
-        self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
-        connections: _Connections,
-    ) -> _Reply:
+    def _exchange(self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
+                  connections: _Connections) -> _Reply:
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -1965,7 +1902,6 @@ class _Caller(_Closeable):
         return headers
 
     def _take_connections(self) -> _Connections:
-        """Return connections for one exchange, to be returned by `_return_connections`."""
         while self._idle:
             with contextlib.suppress(IndexError):   # another thread was faster
                 connections = self._idle.pop()
@@ -1983,7 +1919,6 @@ class _Caller(_Closeable):
                 self._idle.popleft().close()
 
     def _interpret(self, endpoint: str, call: "_Call[_T]", reply: _Reply) -> _T:
-        """Return the parsed reply.  Raises the error that it stands for."""
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -2015,8 +1950,8 @@ _PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "w
 class _Users(_Caller):
     """Users, roles and authentication: the auth API of etcd 2.1 and later.
 
-    Once auth is enabled all but `auth_status` need the role root; else they raise Unauthorized.
-    Dicts are the server's JSON.
+    While auth is enabled all but `auth_status` need the role root, or raise Unauthorized.  Dicts
+    are the server's JSON.
     """
 
     def auth_status(self) -> "dict[str, Any]":
@@ -2045,10 +1980,10 @@ class _Users(_Caller):
         return self._auth_call("GET", f"/users/{name}")
 
     def user_add(self, name: str, password: str, roles: "Iterable[str]" = ()) -> "dict[str, Any]":
-        """Create a user.  Raises NodeExists.
+        """Create a user.  Raises NodeExists; but two concurrent calls may both succeed.
 
-        The server would treat a second user_add without roles as a change of password.  Therefore
-        the client reads the users first, and two concurrent calls may both succeed.
+        The server treats a second user_add without roles as a change of password, so the client
+        reads the users first.
         """
         if self._has_user(name):
             raise NodeExists(f"auth: User {name} already exists.")
@@ -2086,9 +2021,8 @@ class _Users(_Caller):
         """
         return self._auth_call("GET", f"/roles/{name}")
 
-    def role_add(
-        self, name: str, *, read: "Iterable[str]" = (), write: "Iterable[str]" = (),
-    ) -> "dict[str, Any]":
+    def role_add(self, name: str, *, read: "Iterable[str]" = (),
+                 write: "Iterable[str]" = ()) -> "dict[str, Any]":
         """Create a role with the right to read and write these paths.  Raises NodeExists."""
         permissions = {"kv": {"read": list(read), "write": list(write)}}
         return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
@@ -2097,9 +2031,8 @@ class _Users(_Caller):
         """Remove a role.  Raises KeyNotFound.  Users keep its name, without effect."""
         self._auth_call("DELETE", f"/roles/{name}")
 
-    def role_grant(
-        self, name: str, path: "str | Iterable[str]", kind: str = "readwrite",
-    ) -> "dict[str, Any]":
+    def role_grant(self, name: str, path: "str | Iterable[str]",
+                   kind: str = "readwrite") -> "dict[str, Any]":
         """Grant a role the right to `read`, `write` or `readwrite` a path.
 
         path  a key, a prefix of keys if it ends in `*`, or several of both
@@ -2108,15 +2041,13 @@ class _Users(_Caller):
         """
         return self._role_change(name, "grant", path, kind)
 
-    def role_revoke(
-        self, name: str, path: "str | Iterable[str]", kind: str = "readwrite",
-    ) -> "dict[str, Any]":
+    def role_revoke(self, name: str, path: "str | Iterable[str]",
+                    kind: str = "readwrite") -> "dict[str, Any]":
         """Undo `role_grant`.  Raises KeyNotFound."""
         return self._role_change(name, "revoke", path, kind)
 
-    def _auth_call(
-        self, method: str, path: str, fields: "Mapping[str, Any] | None" = None,
-    ) -> "dict[str, Any]":
+    def _auth_call(self, method: str, path: str,
+                   fields: "Mapping[str, Any] | None" = None) -> "dict[str, Any]":
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
         return self._perform(_Call(
@@ -2139,9 +2070,8 @@ class _Users(_Caller):
     def _has_user(self, name: str) -> bool:
         return any(user["user"] == name for user in self.user_list())
 
-    def _role_change(
-        self, name: str, change: str, path: "str | Iterable[str]", kind: str,
-    ) -> "dict[str, Any]":
+    def _role_change(self, name: str, change: str, path: "str | Iterable[str]",
+                     kind: str) -> "dict[str, Any]":
         if kind not in _PERMISSIONS:
             raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
         paths = [path] if isinstance(path, str) else list(path)
@@ -2158,7 +2088,6 @@ class _AuthObject:
 
     @property
     def uri(self) -> str:
-        """Path of this user or role in the API."""
         return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
 
     @property
@@ -2206,10 +2135,7 @@ class EtcdUser(_AuthObject):
         self.roles = self._stored_roles()
 
     def write(self) -> None:
-        """Create the user, or write the differences.  The password is then forgotten here.
-
-        An existing user takes up to three requests: password, new roles, revoked roles.
-        """
+        """Create the user or write the differences, in up to three requests; drop the password."""
         stored: set[str] | None = None
         with contextlib.suppress(KeyNotFound):
             stored = self._stored_roles()
@@ -2243,8 +2169,7 @@ class EtcdRole(_AuthObject):
     def acls(self) -> "dict[str, str]":
         """The permissions by path: R, W or RW."""
         read, write = self._paths["read"], self._paths["write"]
-        return {path: "R" * (path in read) + "W" * (path in write)
-                for path in sorted(read | write)}
+        return {path: "R" * (path in read) + "W" * (path in write) for path in sorted(read | write)}
 
     @acls.setter
     def acls(self, acls: "Mapping[str, str]") -> None:
@@ -2267,10 +2192,7 @@ class EtcdRole(_AuthObject):
         self._paths = self._stored_paths()
 
     def write(self) -> None:
-        """Create the role, or write the differences.
-
-        An existing role takes up to four requests: to revoke and grant each right.
-        """
+        """Create the role, or write the differences in up to four requests, two for each right."""
         try:
             stored = self._stored_paths()
         except KeyNotFound:
@@ -2289,7 +2211,6 @@ class EtcdRole(_AuthObject):
 
 
 def _rights(permission: str) -> "list[str]":
-    """Return the long names of the letters in R, W or RW."""
     letters = permission.upper()
     if not letters or set(letters) - set("RW"):
         raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")
@@ -2329,12 +2250,11 @@ class auth:
 # ============================================================================
 
 
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+_NOT_GIVEN = object()       # default of conditions; None may be a mistake and is refused
 
 
 def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
                 ) -> "dict[str, _Field]":
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
     fields: dict[str, _Field] = {}
     if prev_value is None or prev_index is None or prev_exist is None:
         raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
@@ -2374,10 +2294,8 @@ class _Keys(_Caller):
     def get(self, key: str, *, default: _T, recursive: bool = False, sorted: bool = False,
             quorum: bool = False, timeout: "float | None" = None) -> "EtcdResult | _T": ...
 
-    def get(
-        self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
-        sorted: bool = False, quorum: bool = False, timeout: "float | None" = None,
-    ) -> Any:
+    def get(self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
+            sorted: bool = False, quorum: bool = False, timeout: "float | None" = None) -> Any:
         """Return the node at `key`.  If it is missing, return `default` or raise KeyNotFound.
 
         recursive  list a directory to all depths, not only its children
@@ -2393,16 +2311,13 @@ class _Keys(_Caller):
                 raise
             return default
 
-    def ls(
-        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
-        timeout: "float | None" = None,
-    ) -> "list[Node]":
+    def ls(self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+           timeout: "float | None" = None) -> "list[Node]":
         """Return the visible nodes of a directory ordered by key; for a file, the file itself.
 
-        recursive  every node below, parents before their children
+        recursive  list all depths, parents before their children
         """
-        node = self.get(
-            key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
+        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
         return list(node.walk()) if node.dir else [node]
 
     def __contains__(self, key: str) -> bool:
@@ -2424,17 +2339,13 @@ class _Keys(_Caller):
 
     # -- writing
 
-    def set(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def set(self, key: str, value: object, ttl: "int | None" = None, *,
+            timeout: "float | None" = None) -> EtcdResult:
         """Write a file and its parent directories; an earlier ttl is dropped.  Raises NotFile."""
         return self._put(key, {"value": _text(value), "ttl": ttl}, timeout)
 
-    def create(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def create(self, key: str, value: object, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Write a file that must not exist.  Raises NodeExists."""
         return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": False}, timeout)
 
@@ -2445,15 +2356,12 @@ class _Keys(_Caller):
     @overload
     def update(self, key: EtcdResult, *, timeout: "float | None" = None) -> EtcdResult: ...
 
-    def update(
-        self, key: "str | EtcdResult", value: object = None, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def update(self, key: "str | EtcdResult", value: object = None, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Write a file that must exist.  Raises KeyNotFound.
 
-        A result in place of key and value: write its `value` and `ttl` if the key has not changed
-        since it was read.  Raises CompareFailed.  A directory gets the new ttl without a
-        comparison, for which etcd has no means.
+        A result in place of key and value: write its `value` and `ttl`.  Raises CompareFailed if
+        the key has changed since it was read, except for a directory, which etcd cannot compare.
         """
         if isinstance(key, str):
             return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": True}, timeout)
@@ -2463,21 +2371,17 @@ class _Keys(_Caller):
         return self.write(key.key, key.value, key.ttl, prevExist=True,
                           prevIndex=key.modifiedIndex, timeout=timeout)
 
-    def append(
-        self, key: str, value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def append(self, key: str, value: object, ttl: "int | None" = None, *,
+               timeout: "float | None" = None) -> EtcdResult:
         """Create a file with the next name in directory `key`; names sort in order of creation.
 
-        After an error with maybe_applied=True, read the directory to find out whether the value
-        was written; this needs unique values.
+        After an error with maybe_applied=True, look for the value in the directory; this needs
+        unique values.
         """
         return self._keys_call("POST", key, {"value": _text(value), "ttl": ttl}, timeout=timeout)
 
-    def refresh(
-        self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
-        prevIndex: object = _NOT_GIVEN, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def refresh(self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
+                prevIndex: object = _NOT_GIVEN, timeout: "float | None" = None) -> EtcdResult:
         """Give an existing file a new ttl without a change of its value, and without an event.
 
         Needs etcd 2.3: earlier versions ignore `refresh` and empty the value.
@@ -2486,11 +2390,9 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"ttl": ttl, "refresh": True, "prevExist": True}
         return self._put(key, {**fields, **conditions}, timeout)
 
-    def compare_and_swap(
-        self, key: str, value: object, *, prev_value: "object | None" = None,
-        prev_index: "int | None" = None, ttl: "int | None" = None,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def compare_and_swap(self, key: str, value: object, *, prev_value: "object | None" = None,
+                         prev_index: "int | None" = None, ttl: "int | None" = None,
+                         timeout: "float | None" = None) -> EtcdResult:
         """Write a file if it has the given value and modified index.  Raises CompareFailed.
 
         At least one condition is needed.  The API cannot compare with an empty value.
@@ -2498,48 +2400,41 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"value": _text(value), "ttl": ttl}
         return self._put(key, {**fields, **_needed(prev_value, prev_index)}, timeout)
 
-    def test_and_set(
-        self, key: str, value: object, prev_value: object, ttl: "int | None" = None, *,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def test_and_set(self, key: str, value: object, prev_value: object, ttl: "int | None" = None, *,
+                     timeout: "float | None" = None) -> EtcdResult:
         """Write a file if it has the value `prev_value`.  Raises CompareFailed."""
-        return self.compare_and_swap(
-            key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
+        return self.compare_and_swap(key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
 
-    def write(
-        self, key: str, value: object, ttl: "int | None" = None, dir: bool = False,
-        append: bool = False, *, prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        prevExist: object = _NOT_GIVEN, refresh: bool = False, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def write(self, key: str, value: object, ttl: "int | None" = None, dir: bool = False,
+              append: bool = False, *, prevValue: object = _NOT_GIVEN,
+              prevIndex: object = _NOT_GIVEN, prevExist: object = _NOT_GIVEN, refresh: bool = False,
+              timeout: "float | None" = None) -> EtcdResult:
         """Write in any of the ways above, with python-etcd's options.
 
         value      None for a directory, a refresh or (as in python-etcd) an empty file
-        dir        create a directory; the value is None
+        dir        create a directory
         append     create a file with the next name in directory `key`
         prevValue  the required value, and
         prevIndex  the required modified index; else CompareFailed
         prevExist  False: create only, else NodeExists.  True: update only, else KeyNotFound
-        refresh    change only the ttl, without an event; the value is None
+        refresh    change only the ttl, without an event
 
         Raises EtcdValueError for a condition that is None: leave it out instead.
         """
         if dir and value:
             raise EtcdValueError("a directory has no value")
         given = None if value is None else _text(value)
-        fields: dict[str, _Field] = {
-            "value": given, "ttl": ttl, "dir": bool(dir) or None,
-            "refresh": bool(refresh) or None}
+        fields: dict[str, _Field] = {"value": given, "ttl": ttl, "dir": bool(dir) or None,
+                                     "refresh": bool(refresh) or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
         method = "POST" if append else "PUT"
         return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
 
     # -- removing
 
-    def delete(
-        self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def delete(self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
+               prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+               timeout: "float | None" = None) -> EtcdResult:
         """Remove a file; with `dir` also an empty directory, with `recursive` any directory.
 
         prevValue and prevIndex are conditions, as in `write`.  Raises CompareFailed.
@@ -2548,29 +2443,25 @@ class _Keys(_Caller):
         query.update(_conditions(prevValue, prevIndex))
         return self._keys_call("DELETE", key, query=query, timeout=timeout)
 
-    def pop(
-        self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def pop(self, key: str, recursive: "bool | None" = None, dir: "bool | None" = None, *,
+            prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+            timeout: "float | None" = None) -> EtcdResult:
         """Remove as `delete` does and return the removed node."""
         gone = self.delete(key, recursive, dir, prevValue=prevValue, prevIndex=prevIndex,
                            timeout=timeout)
         return EtcdResult(node=gone.prev_node or gone.node, etcd_index=gone.etcd_index)
 
-    def compare_and_delete(
-        self, key: str, *, prev_value: "object | None" = None,
-        prev_index: "int | None" = None, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def compare_and_delete(self, key: str, *, prev_value: "object | None" = None,
+                           prev_index: "int | None" = None,
+                           timeout: "float | None" = None) -> EtcdResult:
         """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
         return self._keys_call(
             "DELETE", key, query=_needed(prev_value, prev_index), timeout=timeout)
 
     # -- directories
 
-    def mkdir(
-        self, key: str, ttl: "int | None" = None, *, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def mkdir(self, key: str, ttl: "int | None" = None, *,
+              timeout: "float | None" = None) -> EtcdResult:
         """Create a directory that must not exist; with `ttl` it expires with its content."""
         return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False}, timeout)
 
@@ -2578,15 +2469,13 @@ class _Keys(_Caller):
         """Remove an empty directory or, as in etcd, a file.  Raises DirNotEmpty."""
         return self.delete(key, dir=True, timeout=timeout)
 
-    def _put(
-        self, key: str, form: "Mapping[str, _Field]", timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def _put(self, key: str, form: "Mapping[str, _Field]",
+             timeout: "float | None" = None) -> EtcdResult:
         return self._keys_call("PUT", key, form, timeout=timeout)
 
-    def _keys_call(
-        self, method: str, key: str, form: "Mapping[str, _Field] | None" = None, *,
-        query: "Mapping[str, _Field]" = MappingProxyType({}), timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def _keys_call(self, method: str, key: str, form: "Mapping[str, _Field] | None" = None, *,
+                   query: "Mapping[str, _Field]" = MappingProxyType({}),
+                   timeout: "float | None" = None) -> EtcdResult:
         if form is not None and form.get("ttl") == 0:
             raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
         target = _keys_target(key, query, self.key_endpoint)
@@ -2596,7 +2485,6 @@ class _Keys(_Caller):
 
 
 def _needed(prev_value: "object | None", prev_index: "int | None") -> "dict[str, _Field]":
-    """Return the conditions that are not None.  Raises EtcdValueError if both are None."""
     if prev_value is None and prev_index is None:
         raise EtcdValueError("prev_value or prev_index is needed")
     return _conditions(_NOT_GIVEN if prev_value is None else prev_value,
@@ -2712,7 +2600,7 @@ class _WatchState:
             self.found.append(event)
 
     def cleared(self, error: EventIndexCleared) -> None:
-        """Continue after more changes than etcd remembers.  Raises `error` if some may be lost."""
+        """Continue after more changes than etcd remembers; raise `error` if some may be lost."""
         self.reached = True
         if self._relist:
             self.step = _Step.RELIST
@@ -2762,9 +2650,8 @@ class _WatchState:
         self.step = _Step.POLL
         if went_back:
             self._newest, self.quiet = (index, term), (0, 0.0)
-            raise EventIndexCleared(
-                "the store went back, as if restored from a backup: read again",
-                cause=self._path, index=index)
+            raise EventIndexCleared("the store went back, as if restored from a backup: read again",
+                                    cause=self._path, index=index)
 
     def replaced(self) -> None:
         """Forget index and term of the store, which another cluster has replaced."""
@@ -2796,19 +2683,18 @@ class Watch(_Closeable):
     """An endless iterator over the changes of a key; made by `client.watcher`.
 
     Each request asks for the first change after the last one, so that none is lost or repeated
-    while a server restarts, the leader changes or an endpoint fails.  Server-side streams are not
-    used: in etcd 2.3 and 3.4 a stream falls silent after an event from the history or behind a
-    slow consumer, and some deletions appear twice.
+    while a server restarts, the leader changes or an endpoint fails.  A stream of the server would
+    not do: in etcd 2.3 and 3.4 it falls silent after an event from the history or behind a slow
+    consumer, and some deletions appear twice.
 
     index    the first change to return; None: from the first `next` on
     relist   reaction to more than 1000 missed changes of any key (error 401), and to a store that
              went back, because a backup was restored or the cluster was created anew.
              True: list the key again and return the difference to the known nodes as events with
-             `relisted` set: a "set" for each changed node (of directories, only those that
-             are empty or have a ttl), in the order of their last changes, then a "delete" for the
-             topmost of the removed nodes.  Of several changes only the last one appears.  For this
-             the watch lists the key at the start (a directory to all depths if recursive), and
-             keeps a copy in memory.
+             `relisted` set: a "set" for each changed node (of directories, only those that are
+             empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of the removed nodes.  Earlier changes of a node do not appear.  The watch
+             lists the key at the start (if recursive, to all depths) and keeps a copy in memory.
              False: raise EventIndexCleared; no listing.
     timeout  seconds for each `next`; None: no limit; 0: return events of the history, do not wait.
              Then WatchTimeout, after which `next` may be called again and misses nothing
@@ -2817,21 +2703,19 @@ class Watch(_Closeable):
     that error is raised; later the watch waits and retries.  Raises ClusterIdChanged when a server
     of another cluster replies; see there.
 
-    A silent server is probed with a read of a key that does not exist, on another connection:
-    after WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  If the probe fails, the watch
-    moves to the next endpoint.
+    A silent server is probed by reading a key that does not exist, on another connection: after
+    WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  A failed probe leads to the next
+    endpoint.
 
     Limit: in a recursive watch from the history etcd 2.3 and 3.4 overlook changes of the watched
-    directory itself (created, new ttl) unless they are the first.  They find all changes below,
-    and the removal of the directory.
+    directory itself (created, new ttl) unless they are the first; not its removal.
 
     Thread: one, except for `close`.
     """
 
-    def __init__(
-        self, client: _Keys, key: str, *, recursive: bool = False, index: "int | None" = None,
-        relist: bool = True, timeout: "float | None" = None,
-    ) -> None:
+    def __init__(self, client: _Keys, key: str, *, recursive: bool = False,
+                 index: "int | None" = None, relist: bool = True,
+                 timeout: "float | None" = None) -> None:
         self._client = client
         self._path = clean_key(key)
         self._recursive = recursive
@@ -2931,11 +2815,9 @@ class Watch(_Closeable):
     _STEPS: "ClassVar[dict[_Step, Callable[[Watch, Scope], None]]]" = {
         _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
-    def _send(
-        self, query: "Mapping[str, _Field]", scope: Scope, parse: Callable[[_Reply], _T],
-        on_head: "Callable[[_Reply], None] | None" = None, *,
-        statuses: "frozenset[int]" = _SUCCESS, below: str = "",
-    ) -> _T:
+    def _send(self, query: "Mapping[str, _Field]", scope: Scope, parse: Callable[[_Reply], _T],
+              on_head: "Callable[[_Reply], None] | None" = None, *,
+              statuses: "frozenset[int]" = _SUCCESS, below: str = "") -> _T:
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
@@ -2959,7 +2841,6 @@ class Watch(_Closeable):
         self._failures = 0
 
     def _on_reply(self) -> None:
-        """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
@@ -2994,15 +2875,12 @@ class Watch(_Closeable):
             self._client._leave_endpoint(self._endpoint)    # for the next `next`
 
     def _on_failure(self, error: EtcdError, scope: Scope) -> None:
-        """Continue with the next endpoint, after a wait if all failed.  Raises a final error.
-
-        When etcd clears its watchers (400) the same request is sent again.
-        """
+        """Continue with the next endpoint, after a wait if all failed.  Raises a final error."""
         client, self.error = self._client, error
         error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
-        elif not isinstance(error, WatcherCleared):
+        elif not isinstance(error, WatcherCleared):     # after a 400 the same request follows
             raise error
         self._failures += 1
         rounds = self._rounds()
@@ -3019,7 +2897,6 @@ _ANY_STATUS: "frozenset[int]" = frozenset(range(200, 500))
 
 
 def _index_and_term(reply: _Reply) -> "tuple[int, int]":
-    """Return index and term of the store in the headers of a reply; 0 if they are missing."""
     return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
 
 
@@ -3039,23 +2916,20 @@ def _changes(known: "Mapping[str, Node]", event: EtcdResult) -> "dict[str, Node 
     if gone is not None and not gone.dir:
         return {event.key: None}
     # A directory, perhaps one above the watched one, is removed with all nodes in it.
-    return dict.fromkeys(
-        key for key in known if key == event.key or _is_below(key, event.key))
+    return dict.fromkeys(key for key in known if key == event.key or _is_below(key, event.key))
 
 
 def _identity(node: "Node | None") -> "tuple[Any, ...]":
     """Return the properties that only a write changes; the remaining ttl is none of them."""
-    return () if node is None else (
-        node.value, node.dir, node.modified_index, node.created_index)
+    return () if node is None else (node.value, node.dir, node.modified_index, node.created_index)
 
 
 def _is_below(key: str, directory: str) -> bool:
     return key.startswith(directory if directory == "/" else directory + "/")
 
 
-def _difference(
-    known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int, index: int,
-) -> "Iterator[EtcdResult]":
+def _difference(known: "Mapping[str, Node]", found: "Mapping[str, Node]", since: int,
+                index: int) -> "Iterator[EtcdResult]":
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
     After a restore a node may differ although its index is lower than `since`.
@@ -3082,10 +2956,9 @@ def _difference(
 async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call `function` on a thread and return its result; as asyncio.to_thread, but cancellable.
 
-    Cancelling the task cancels a Scope around the call.  The call ends within milliseconds, and
-    the task continues after that, so that nothing runs in the background.  A function that waits
-    for other things runs to its end first.  There is one thread for each call, so that a hundred
-    watches do not block another call.
+    Cancelling the task cancels a Scope around the call, and the task continues when the call has
+    ended: within milliseconds, or at the end of a function that waits for other things.  Each call
+    has its own thread, so that a hundred watches do not block another call.
 
         async with asyncio.timeout(5):
             await to_thread(client.get, "k", quorum=True)
@@ -3129,10 +3002,7 @@ async def each(items: "Iterable[_T]") -> "AsyncIterator[_T]":
 
 
 class WatchedChange(EtcdResult):
-    """The result of `Client.watch`; an iteration over it continues the watch.
-
-    The first item is this change; all later changes follow, see Watch.
-    """
+    """The result of `Client.watch`; iterate over it for this change and all later ones."""
 
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
         self.__dict__.update(change.__dict__, _later=later)
@@ -3149,13 +3019,9 @@ class WatchedChange(EtcdResult):
 
 
 class _Watching(_Keys):
-    """The verbs that wait for changes."""
-
-    def read(
-        self, key: str, *, recursive: "bool | None" = None, wait: bool = False,
-        waitIndex: "int | None" = None, sorted: "bool | None" = None,
-        quorum: "bool | None" = None, timeout: "float | None" = None,
-    ) -> EtcdResult:
+    def read(self, key: str, *, recursive: "bool | None" = None, wait: bool = False,
+             waitIndex: "int | None" = None, sorted: "bool | None" = None, quorum: "bool | None" = None,
+             timeout: "float | None" = None) -> EtcdResult:
         """Return the node at `key`, or with `wait` its next change, with python-etcd's options.
 
         waitIndex  the first change to return; None: the next one from now on
@@ -3168,19 +3034,16 @@ class _Watching(_Keys):
         limit = self.read_timeout if timeout is None else timeout
         return self.watch(key, waitIndex, limit or math.inf, recursive)
 
-    def watch(
-        self, key: str, index: "int | None" = None, timeout: "float | None" = None,
-        recursive: "bool | None" = None,
-    ) -> WatchedChange:
+    def watch(self, key: str, index: "int | None" = None, timeout: "float | None" = None,
+              recursive: "bool | None" = None) -> WatchedChange:
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to return, such as the last modified_index + 1; None: from now on
         timeout  seconds to wait; None: no limit; 0: return a change since `index`, do not wait.
                  Raises WatchTimeout
 
-        Iterate over the result to get this change and all later ones.
-
-        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        Iterate over the result for this change and all later ones.  Raises EventIndexCleared if
+        `index` is more than 1000 changes back.
         """
         if self._is_replaced():                     # the program's own method sends one request
             query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
@@ -3192,16 +3055,13 @@ class _Watching(_Keys):
         return WatchedChange(change, lambda later: self.watcher(
             key, recursive=bool(recursive), index=later))
 
-    def watcher(
-        self, key: str, *, recursive: bool = False, index: "int | None" = None,
-        timeout: "float | None" = None, relist: bool = True,
-    ) -> Watch:
+    def watcher(self, key: str, *, recursive: bool = False, index: "int | None" = None,
+                timeout: "float | None" = None, relist: bool = True) -> Watch:
         """Return an endless iterator over the changes of `key`; see Watch."""
         return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
 
-    def eternal_watch(
-        self, key: str, index: "int | None" = None, recursive: "bool | None" = None,
-    ) -> "Iterator[EtcdResult]":
+    def eternal_watch(self, key: str, index: "int | None" = None,
+                      recursive: "bool | None" = None) -> "Iterator[EtcdResult]":
         """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)
@@ -3235,8 +3095,6 @@ def _parse_version(reply: _Reply) -> "dict[str, str]":
 
 
 class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests without a verb of their own."""
-
     _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # python-etcd's names
 
     # -- members
@@ -3253,22 +3111,16 @@ class _Cluster(_Caller):
             statuses=_HEALTH_STATUSES))
 
     def member_add(self, peer_urls: "str | Iterable[str]") -> Member:
-        """Add a member with these peer URLs, before it starts.
-
-        Raises HttpError with status 409 if another member has one of the URLs.
-        """
+        """Add a member before it starts.  Raises HttpError 409 if another one has such a URL."""
         return self._perform(self._members_call(
             "POST", "", peer_urls, lambda reply: Member.from_json(_parse_object(reply))))
 
     def member_update(self, id: str, peer_urls: "str | Iterable[str]") -> None:
-        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        """Change the peer URLs of a member.  Raises KeyNotFound."""
         self._perform(self._members_call("PUT", f"/{id}", peer_urls, _keep_reply))
 
     def member_remove(self, id: str) -> None:
-        """Remove the member with this id from the cluster.
-
-        Raises KeyNotFound; HttpError with status 410 if it is removed already.
-        """
+        """Remove a member.  Raises KeyNotFound; HttpError 410 if it is removed already."""
         path = f"{self.version_prefix}/members/{id}"
         self._perform(_Call("DELETE", _target(path, {}), _keep_reply))
 
@@ -3285,10 +3137,7 @@ class _Cluster(_Caller):
         return self._perform(_Call("GET", "/version", _parse_version))
 
     def health(self, endpoint: "str | None" = None) -> bool:
-        """Return whether a server (default: the one in use) reports itself as healthy.
-
-        Raises TransportError if it does not reply.
-        """
+        """Return whether a server (default: the one in use) is healthy.  Raises TransportError."""
         # A string in 2.x and 3.4, a boolean in the "nhealth" form that etcdctl accepts too.
         call = _Call("GET", "/health", lambda reply: _parse_object(reply)["health"] in (
             "true", True), statuses=_HEALTH_STATUSES)
@@ -3368,20 +3217,18 @@ class _Cluster(_Caller):
 
     # -- requests without a verb
 
-    def api_execute(
-        self, path: str, method: str, params: "Mapping[str, Any] | None" = None,
-        timeout: "float | None" = None,
-    ) -> _Reply:
+    def api_execute(self, path: str, method: str, params: "Mapping[str, Any] | None" = None,
+                    timeout: "float | None" = None) -> _Reply:
         """Send any request and return the reply: `status`, `headers`, `data`.
 
         path     begins with a slash and the version prefix
         params   query of a GET or DELETE, form of a PUT or POST
         timeout  seconds in all; None: the client's; 0: no limit, as in python-etcd
 
+        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
+
         If a subclass or an attribute of the client replaces this method, all verbs call it (those
         with JSON `api_execute_json`), except for `watcher` and its users.
-
-        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
         """
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
@@ -3390,18 +3237,15 @@ class _Cluster(_Caller):
             return self._execute(path, method, timeout, query=given)
         return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
-    def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: "float | None" = None,
-    ) -> _Reply:
+    def api_execute_json(self, path: str, method: str, params: Any = None,
+                         timeout: "float | None" = None) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
         return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
-    def _execute(
-        self, path: str, method: str, timeout: "float | None", *,
-        query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
-        content_type: str = _Call.content_type,
-    ) -> _Reply:
+    def _execute(self, path: str, method: str, timeout: "float | None", *,
+                 query: "Mapping[str, _Field]" = MappingProxyType({}), body: "bytes | None" = None,
+                 content_type: str = _Call.content_type) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
@@ -3431,10 +3275,8 @@ class _Cluster(_Caller):
         answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
         return self._interpret(self.base_uri, call, _as_reply(answer))
 
-    def _members_call(
-        self, method: str, path: str, peer_urls: "str | Iterable[str]",
-        parse: Callable[[_Reply], _T],
-    ) -> "_Call[_T]":
+    def _members_call(self, method: str, path: str, peer_urls: "str | Iterable[str]",
+                      parse: Callable[[_Reply], _T]) -> "_Call[_T]":
         urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
         target = _target(f"{self.version_prefix}/members{path}", {})
         body = json.dumps({"peerURLs": urls}).encode()
@@ -3471,7 +3313,7 @@ class Client(_Watching, _Cluster, _Users):
     session_timeout      seconds without a reply until `state` is LOST
     on_state             called with the new `state`, see add_listener
 
-    Every keys method returns an EtcdResult and raises an EtcdError.  The leading slash of a key is
+    Keys methods return an EtcdResult and raise an EtcdError.  The leading slash of a key is
     optional.  Nothing is sent before the first call.
 
     Thread: any.  Concurrent calls use separate connections.
@@ -3481,10 +3323,10 @@ class Client(_Watching, _Cluster, _Users):
 # ============================================================================
 # recipes/basics -- Common parts of the recipes.
 # ----------------------------------------------------------------------------
-# A write of unknown fate carries a uuid, so that a read tells whether it was applied.  A lease is
-# counted from before the request that granted it was sent, on a clock of this machine that runs on
-# while the machine sleeps, and less a margin.  A waiter watches one key, and reads again after
-# every event, timeout and error, so that a lost event costs time only.
+# A write carries a uuid, so that a read tells whether it was applied.  A lease is counted from
+# before its request was sent, on a clock of this machine that runs on while the machine sleeps, and
+# less a margin.  A waiter watches one key, and reads again after every event, timeout and error, so
+# that a lost event costs only time.
 # ============================================================================
 
 
@@ -3514,7 +3356,6 @@ def _call_back_in_background(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _recipe_key(key: str) -> str:
-    """Return the canonical `key`.  Raises ValueError for the root, and for `.` and `..`."""
     if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
         raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
     return clean_key(key)
@@ -3531,7 +3372,7 @@ _inherited: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionar
 
 
 def _reset_after_fork() -> None:
-    """In a forked child: give up what the parent holds, and locks that are never released."""
+    """In a forked child: forget what the parent holds, and locks that no thread releases."""
     for recipe in list(_inherited.values()):
         recipe._after_fork()
 
@@ -3554,9 +3395,9 @@ class _Wait(NamedTuple):
 class _CallScope(Scope):
     """The scope of one call of a recipe.
 
-    After `cancel` of the recipe the block ends without an exception, unless a write is in doubt.
-    The same holds when the time ends during a read that is not the first one.  If an outer scope
-    or `client.close` ended it, it raises Cancelled.
+    The block ends without an exception, unless a write is in doubt, after `cancel` of the recipe
+    and when the time ends during a read after the first one.  It raises Cancelled after a
+    cancellation of an outer scope, and after `client.close`.
 
     quiet   False: the block always raises
     waited  True after the first read, which found a reason to wait
@@ -3608,10 +3449,7 @@ class _CallScope(Scope):
             self.detach(wake)
 
     def wait_for_event(self, client: Client, wait: _Wait, longest_s: float) -> bool:
-        """Wait for an event; return whether there is time for another read.
-
-        May return early: the caller reads again.
-        """
+        """Wait, at most until an event; return whether there is time for another read."""
         wait_s, below = self.wait_s(longest_s), wait.below
         if not wait_s:
             return False
@@ -3632,8 +3470,6 @@ class _CallScope(Scope):
 
 
 class _Recipe:
-    """A recipe whose calls wait; `cancel` ends the present ones."""
-
     def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
         self.path = path
@@ -3676,10 +3512,7 @@ def _cleanup_scope() -> "Iterator[None]":
 
 def _with_retries(client: Client, attempt: Callable[[], _T], patience_s: "float | None" = None, *,
                   idempotent: bool = True) -> _T:
-    """Repeat a call while no server replies; then raise the last error.
-
-    `maybe_applied` of the error covers all attempts.
-    """
+    """Repeat a call while no server replies; `maybe_applied` of the error covers all attempts."""
     unsure, pause_s = False, 0.0
     with Scope(OUTAGE_S if patience_s is None else patience_s, client.scope) as scope:
         while True:
@@ -3732,7 +3565,7 @@ def _children(client: Client, directory: str) -> "tuple[list[Node], int]":
 def _entries(client: Client, line: str) -> "tuple[list[Node], int]":
     """Return the in-order files of a directory in their order, and the index of the read.
 
-    Other files and directories are no entries: names of locks may contain slashes.
+    Other files and directories are skipped: names of locks may contain slashes.
     """
     nodes, index = _children(client, line)
     return sorted(filter(_is_entry, nodes), key=_number), index
@@ -3763,9 +3596,8 @@ def _name(key: str) -> str:
 def _create_once(client: Client, key: str, value: str, ttl: "int | None") -> "tuple[Node, bool]":
     """Create a file with a unique value.  Raises NodeExists for a file with another value.
 
-    Repeating a creation is harmless: if an earlier attempt succeeded, the value shows it, and the
-    second result is False.  A file that expires before it can be read is created again, at most
-    CREATE_TRIES times in all.
+    If an earlier attempt succeeded, the value shows it, and the second result is False.  A file
+    that expires before it can be read is created again, at most CREATE_TRIES times in all.
     """
     tries = 0
     while True:
@@ -3784,10 +3616,8 @@ def _create_once(client: Client, key: str, value: str, ttl: "int | None") -> "tu
             raise
 
 
-def _append_once(
-    client: Client, directory: str, value: str, ttl: "int | None",
-    find: "Callable[[], Node | None]",
-) -> "tuple[Node, bool]":
+def _append_once(client: Client, directory: str, value: str, ttl: "int | None",
+                 find: "Callable[[], Node | None]") -> "tuple[Node, bool]":
     """Create an in-order file with a unique value.
 
     After an unknown fate `find` looks for the file; if it finds none the file is written again.
@@ -3917,8 +3747,7 @@ class Heartbeat:
     def stop(self) -> bool:
         """Stop renewing; return whether the file was held until now.
 
-        A Heartbeat leaves the file to its ttl.  A Lease removes it, if a server replies within
-        LEAVE_S.
+        A Heartbeat leaves the file to its ttl; a Lease tries to remove it, for LEAVE_S.
         """
         held = self.is_held
         if self._pid != os.getpid():                # in a forked child: the parent holds it
@@ -4051,8 +3880,7 @@ class Heartbeat:
     def _send_renewal(self, *, announce: bool = False) -> Result:
         """Renew on condition that the file has the known index.
 
-        Therefore a renewal that arrives late, after it was given up and repeated, has no effect
-        and cannot shorten a longer ttl.
+        A renewal that arrives after it was given up and repeated thus cannot shorten a longer ttl.
         """
         fields: dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
@@ -4143,8 +3971,7 @@ class _Entry(Lease):
             raise
 
     def _ours(self) -> "list[Node]":
-        return [node for node in _entries(self.client, self.line)[0]
-                if node.value == self._value]
+        return [node for node in _entries(self.client, self.line)[0] if node.value == self._value]
 
     def _create_file(self) -> "tuple[int, bool]":
         node, self._sure = _append_once(
@@ -4231,8 +4058,7 @@ class DoubleBarrier(_Recipe):
     leave only after all participants of the round have left or expired.  Further participants
     form the next round.
     Limit: a participant that is cut off for longer than its ttl is removed, and enter raises
-    LockExpired.  All participants need the same size.  One small file remains, which counts
-    rounds.
+    LockExpired.  All participants need the same size.  One small file remains: a count of rounds.
 
     Thread: one, except for `cancel`; an object is one participant.
     """
@@ -4291,8 +4117,7 @@ class DoubleBarrier(_Recipe):
     def _read_round(self, entry: _Entry) -> "tuple[int | None, _Wait]":
         """Return the index at which the round of `entry` began, or None and the event to wait for.
 
-        A file is written when a round is complete.  Entries whose numbers lie between two such
-        writes form one round.
+        A file is written when a round is complete; the entries between two writes form a round.
         """
         key = f"{self.path}/round"
         while entry.is_held:
@@ -4328,8 +4153,8 @@ class Counter(_Recipe):
         counter.add()                               # 1, once in the whole cluster
         counter.add(-1); counter.value
 
-    The file holds the number, and the last change of each of the COUNTER_WRITERS objects that
-    changed it last.  There an object finds a change of its own whose reply was lost.
+    The file holds the number, and the last change of each of its COUNTER_WRITERS latest writers,
+    where an object finds a change of its own whose reply was lost.
 
     Guarantee: each add that returns was applied once, and returns its sum.
     Limit: an error with maybe_applied=True after OUTAGE_S seconds without a server, or if more
@@ -4354,8 +4179,7 @@ class Counter(_Recipe):
     def add(self, amount: int = 1, *, timeout: "float | None" = None) -> int:
         """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
 
-        timeout  seconds until it raises the obstacle; None: OUTAGE_S without a server; 0: as for
-                 all recipes, TRY_S
+        timeout  seconds until an error; None: OUTAGE_S without a server; 0: TRY_S, as always
 
         Raises Cancelled after `cancel`.
         """
@@ -4456,8 +4280,8 @@ class Contender(_Recipe):
     Each attempt has an entry with a uuid of its own.  Only the entries ahead can block it and no
     new ones appear there, so a contender that was admitted stays admitted until its entry is gone.
 
-    The object is the holder, whichever thread or task calls it: a second `acquire` waits until
-    the first one is released or lost.
+    The object is the holder, not the thread or task: a second `acquire` waits until the first one
+    is released or lost.
     """
 
     label = ""                                      # after the uuid in the value of an entry
@@ -4485,7 +4309,7 @@ class Contender(_Recipe):
         """The fencing token, higher than that of every earlier holder; 0 if it is not held.
 
         Send it with every write to the protected resource, which must refuse tokens lower than
-        the highest so far.  This protects it from a holder that was suspended past its ttl.
+        the highest so far: they come from a holder that was suspended past its ttl.
         """
         held = self._held
         return held.number if held is not None and held.is_held else 0
@@ -4511,11 +4335,11 @@ class Contender(_Recipe):
         return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: "int | None" = None) -> bool:
-        """Renew the entry now, before the heartbeat does; return whether it is held.
+        """Renew the entry now; return whether it is held.
 
         lock_ttl  seconds from now on; None: as before
 
-        This sends a request: it returns False also if the entry was removed a moment ago.
+        Unlike `is_held` it sends a request, and so notices at once that the entry was removed.
         """
         held = self._held
         return held is not None and held.renew(lock_ttl)
@@ -4605,7 +4429,7 @@ class Contender(_Recipe):
     def _take_turn(self, scope: _CallScope) -> "list[_Entry] | None":
         """Wait until no thread contends for or holds this object; None when the time is over.
 
-        Returns the lost hold that was not released, if any, to be stopped.
+        Returns a lost hold that was not released, to be stopped, or [].
         """
         thread = threading.current_thread()
         if self._taken_by is thread and self.is_held and scope.wait_s():
@@ -4639,10 +4463,7 @@ class Contender(_Recipe):
         return nodes, index
 
     def _blocker(self, ahead: "list[Node]") -> "str | None":
-        """Return the key to watch before the next read; None: admitted.
-
-        The key of the line itself means: until any entry is removed.
-        """
+        """Return the key to watch (the line's own: for any removal); None: admitted."""
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> "_Entry | None":
@@ -4701,9 +4522,8 @@ class Contender(_Recipe):
     def _admitted(self, entry: _Entry) -> None:
         """Notify the contenders behind of the admission, if the recipe needs it."""
 
-    def _wait_for_blocker(
-        self, scope: _CallScope, entry: _Entry, blocker: "str | None", index: int,
-    ) -> bool:
+    def _wait_for_blocker(self, scope: _CallScope, entry: _Entry, blocker: "str | None",
+                          index: int) -> bool:
         """Wait for a change of `blocker` or the loss of `entry`; return whether to read again."""
         with contextlib.suppress(Cancelled), Scope() as waiting:
             entry._scope.attach(waiting.cancel)
@@ -4734,8 +4554,7 @@ class Lock(Contender):
             write(..., fencing_token=lock.token)
         if lock.acquire(timeout=5): ...
 
-    on_lost  called on another thread when the lock is lost while it is held; `is_held` is False
-             then, and another contender may soon hold the lock
+    on_lost  called on another thread when a held lock is lost; another contender may hold it soon
 
     It shares its line with python-etcd's lock: in-order files under client.lock_prefix.  Unlike
     there, an entry always has a ttl and is renewed while the process lives: a crash releases the
@@ -4780,9 +4599,8 @@ class RLock(Lock):
         with lock, lock: ...                        # the holder is the thread
         lock.acquire(holder=task)                   # or any object: a task, a request
 
-    Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
-    (`with` raises LockExpired): the outer block has to end first.  Tasks that share a thread need
-    `holder`.
+    Guarantee and limit are those of Lock.  After a loss an inner acquire returns False (`with`
+    raises LockExpired) until the outer block has ended.  Tasks that share a thread need `holder`.
     """
 
     _reacquires = False
@@ -5091,19 +4909,15 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         return self._error or (None if watch is None else watch.error)
 
     def start(self) -> "CachedTree":
-        """Read the directory, and follow it from now on; no effect if it is followed.
-
-        Raises EtcdError without a server.
-        """
+        """Read and follow the directory, if not yet done.  Raises EtcdError without a server."""
         with self._control:
             if self._thread is not None and self._thread.is_alive() and not self._scope.cancelled:
                 return self
             client_scope = self.client.scope
             watch = self._watch = self._read_directory()
             self._pid, self._error, self._scope = os.getpid(), None, Scope(None, client_scope)
-            self._thread = threading.Thread(
-                target=self._run, args=(watch, client_scope), name=f"pyetcd-tree {self.path}",
-                daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(watch, client_scope),
+                                            name=f"pyetcd-tree {self.path}", daemon=True)
             self._thread.start()
         return self
 
@@ -5122,9 +4936,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def wait_for(self, index: int, timeout: "float | None" = None) -> bool:
         """Wait until the copy has the change with `index`, of a file in it; False if it is late.
 
-        timeout  seconds; None: no limit; 0: do not wait
-
-        False at once if the directory is not followed any more.
+        timeout  seconds; None: no limit; 0: do not wait.  No wait if the directory is not followed
         """
         self._check_process()
         with self._call_scope(timeout) as scope:
@@ -5304,8 +5116,7 @@ class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
         return sorted(_name(node.key) for node in nodes), _Wait(self.path, index, _is_change)
 
 
-class DataWatch(_Follower[
-        Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
+class DataWatch(_Follower[Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
     """Calls a function with value and node of a file, now and after each change.
 
         @DataWatch(client, "/config/db")
@@ -5319,8 +5130,7 @@ class DataWatch(_Follower[
             found = _read(self.client, self.path)
         except KeyNotFound as error:
             return None, _Wait(self.path, error.index)
-        return (None if found.dir else _childless(found.node),
-                _Wait(self.path, found.etcd_index))
+        return (None if found.dir else _childless(found.node), _Wait(self.path, found.etcd_index))
 
     def _call_function(self, function: Callable[..., Any], state: "Node | None") -> bool:
         return _call_back_in_background(function, state and state.value, state) is not False
@@ -5336,8 +5146,6 @@ PRIORITY = 100                  # default priority of an item
 
 
 class _Item(NamedTuple):
-    """An item of a queue, from a listing."""
-
     uid: str                                        # the same in both files of an item that was
     value: str                                      # written twice after a lost reply
     priority: int
@@ -5361,9 +5169,7 @@ _ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 
 
 class QueueItem:
-    """An item that this process works on; from Queue.take.
-
-    value  the value given to `put`
+    """An item that this process works on, from Queue.take; `value` is the one given to `put`.
 
     A context manager: the item is done after the block, or given back after an exception.
     """
@@ -5439,10 +5245,7 @@ class Queue(_Recipe):
         self._after_fork()
 
     def put(self, value: str, priority: int = PRIORITY) -> str:
-        """Add an item, behind all of the same priority; return its key.
-
-        priority  items with lower numbers come first
-        """
+        """Add an item, behind all of the same priority (lower numbers first); return its key."""
         uid = uuid.uuid4().hex
         text = f"{uid}:{priority:d}:{_text(value)}"
 
@@ -5465,10 +5268,7 @@ class Queue(_Recipe):
         return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: "float | None" = None) -> QueueItem:
-        """Return the first item that no other consumer works on.
-
-        Raises WatchTimeout in place of None, since a `with` needs an item.
-        """
+        """Return the first item that no other consumer works on.  Raises WatchTimeout."""
         item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
@@ -5506,10 +5306,7 @@ class Queue(_Recipe):
         return free, len(items) - len(free), found.etcd_index
 
     def _first(self, timeout: "float | None", obtain: "Callable[[_Item], _T | None]") -> "_T | None":
-        """Return what `obtain` makes of the first item that it accepts (None: it does not).
-
-        None after the timeout, or `cancel`.
-        """
+        """Return the first result of `obtain` that is not None; None after timeout or `cancel`."""
         with self._call_scope(timeout) as scope:
             found, _ = self._try(obtain)
             if found is not None or not scope.wait_s():
@@ -5572,8 +5369,7 @@ class Queue(_Recipe):
             return False
         if mark.rpartition(":")[2] != _name(item.node.key):
             with contextlib.suppress(EtcdError):
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
         return True
 
     def _delete(self, item: _Item) -> bool:
@@ -5583,8 +5379,7 @@ class Queue(_Recipe):
         def attempt() -> "bool":
             nonlocal unsure
             try:
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
             except (KeyNotFound, CompareFailed) as error:
                 # Other consumers leave it alone until our mark expires.
                 return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
@@ -5660,12 +5455,7 @@ class Instance:
 
 
 class Registration(Lease):
-    """A Lease that renews itself after a loss; from ServiceRegistry.register and Party.
-
-    After a loss it calls on_lost, and creates the file again as soon as a server replies.
-
-    Thread: any.
-    """
+    """A Lease of ServiceRegistry or Party: after a loss it calls on_lost and recreates the file."""
 
     def _regain(self, scope: Scope) -> bool:
         self._report_loss()
@@ -5708,10 +5498,8 @@ class ServiceRegistry:
         self.prefix = clean_key(prefix)
         self.ttl = _checked_ttl(ttl)
 
-    def register(
-        self, service: str, address: str, *, metadata: "Mapping[str, Any] | None" = None,
-        tags: "Iterable[str]" = (), on_lost: _LostCallback = None,
-    ) -> Registration:
+    def register(self, service: str, address: str, *, metadata: "Mapping[str, Any] | None" = None,
+                 tags: "Iterable[str]" = (), on_lost: _LostCallback = None) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
         metadata  any JSON values, for the users of the service
@@ -5847,7 +5635,6 @@ def _escape(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """Undo `_escape`.  Raises ValueError."""
     def original(match: "Match[str]") -> "str":
         code = match[1]
         if len(code) == 5:
@@ -5859,7 +5646,6 @@ def _unescape(text: str) -> str:
 
 
 def _coloured(text: str, colour: str) -> str:
-    """Return `text` in a colour on a terminal, unless NO_COLOR is set."""
     if not colour or not sys.stdout.isatty() or (
             os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
         return text
@@ -5867,7 +5653,6 @@ def _coloured(text: str, colour: str) -> str:
 
 
 def _table_lines(rows: "Sequence[Sequence[str]]", colours: "Sequence[str]") -> "Iterator[str]":
-    """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
         if sys.stdout.isatty():
@@ -5883,7 +5668,6 @@ def _print(text: str) -> None:
 
 
 def _print_lines(lines: "Iterable[str]") -> None:
-    """Print many lines in few writes."""
     rest = iter(lines)
     for batch in iter(lambda: list(itertools.islice(rest, _LINES_PER_WRITE)), []):
         _print("\n".join(batch))
@@ -5991,7 +5775,6 @@ def _failure_line(error: EtcdError) -> str:
 
 
 def _error_lines(error: EtcdError) -> str:
-    """Return etcdctl's message for `error`."""
     if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"
@@ -6063,14 +5846,12 @@ class _Options:
         return float(self._values.get(name, default))
 
     def text(self, name: str, variable: str = "") -> str:
-        """Return a flag, or else an environment variable."""
         return str(self._values.get(name, "")) or os.environ.get(variable, "")
 
     def texts(self, name: str) -> "list[str]":
         return list(self._values.get(name, ()))
 
     def refuse(self, why: str, *names: str) -> None:
-        """Raise _ExitError for given options without effect."""
         for name in names:
             if name in self._values:
                 raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
@@ -6124,9 +5905,8 @@ _READERS: "dict[type, tuple[Callable[[str], Any], str]]" = {
 }
 
 
-def _parse_flags(
-    argv: "Sequence[str]", flags: "Sequence[_Flag]", *, mixed: bool = False,
-) -> "tuple[_Options, list[str]]":
+def _parse_flags(argv: "Sequence[str]", flags: "Sequence[_Flag]", *,
+                 mixed: bool = False) -> "tuple[_Options, list[str]]":
     """Split `argv` into options and arguments by the rules of Go's flag package.
 
     An option has one or two dashes; its value follows `=` or, except for booleans, is the next
@@ -6159,7 +5939,6 @@ def _parse_flags(
 
 
 def _about_unknown(word: str, name: str, known: "Sequence[str]", args: "Sequence[str]") -> str:
-    """Return the message for an option after `args` that is not in `known`."""
     text = f'there is no option "{word}"'
     if any(name in flag.names for flag in _GLOBAL_FLAGS):
         return f"{text} here: {_dashed(name)} stands before the command"
@@ -6187,7 +5966,6 @@ def _show_request(method: str, url: str, form: "bytes | None") -> None:
 
 
 def _ask_password(prompt: str) -> str:
-    """Read a password without echo; from a pipe, its first line."""
     if sys.stdin.isatty():
         return getpass.getpass(prompt)
     _print(prompt)
@@ -6195,16 +5973,12 @@ def _ask_password(prompt: str) -> str:
 
 
 def _split_user(text: str, prompt: str) -> "tuple[str, str]":
-    """Return name and password of NAME[:PASSWORD]; ask for a missing password."""
     name, separator, password = text.partition(":")
     return name, password if separator else _ask_password(prompt)
 
 
 def _cluster_asked(settings: _Options) -> "dict[str, Any]":
-    """Return the endpoints as arguments of Client, in the precedence of etcdctl 2.3.
-
-    There some variables override some options: a line on stderr says so.
-    """
+    """Return the endpoints as arguments of Client, by the precedence of etcdctl 2.3."""
     chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
     for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
         variable = "ETCDCTL_" + flag.upper().replace("-", "_")
@@ -6250,7 +6024,6 @@ class _Access(NamedTuple):
         }, settings.on("debug"))
 
     def client(self, **where: Any) -> Client:
-        """Return a client for these endpoints, or for those in SRV records."""
         try:
             client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
@@ -6261,14 +6034,10 @@ class _Access(NamedTuple):
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
-    """Return a client for the given endpoints.
-
-    It prints a line if another endpoint than the first one replies: that may be a member of
-    another cluster, or the discovery service.
-    """
     where = _cluster_asked(settings)
     client = access.client(**where)
 
+    # An endpoint behind the first may belong to another cluster, or to the discovery service.
     def report(state: "ConnectionState") -> "bool":
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
@@ -6310,10 +6079,8 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
 class _Run:
     """One invocation: the argument of a command function."""
 
-    def __init__(
-        self, settings: _Options, options: _Options, args: "list[str]",
-        behind: "list[str] | None" = None,
-    ) -> None:
+    def __init__(self, settings: _Options, options: _Options, args: "list[str]",
+                 behind: "list[str] | None" = None) -> None:
         self.settings = settings                    # the global options
         self.options = options                      # of the command
         self.args = args                            # all arguments
@@ -6330,7 +6097,6 @@ class _Run:
         return self.connect()
 
     def connect(self, make: Callable[[_Options, _Access], Client] = _synced_client) -> Client:
-        """Return the client; the first call creates it."""
         if self._client is None:
             self._client = make(self.settings, self.access)
             if self.settings.on("debug"):
@@ -6347,7 +6113,6 @@ class _Run:
         return self.args[0]
 
     def value(self) -> str:
-        """Return the second argument, or else all of standard input."""
         if len(self.args) > 1:
             return self.args[1]
         data = sys.stdin.buffer.read()
@@ -6363,17 +6128,14 @@ class _Run:
         return max(0, self.options.number("ttl")) or None
 
     def conditions(self, value_flag: str, index_flag: str) -> "dict[str, Any]":
-        """Return the conditions in these flags as arguments of the client."""
         given = {"prevValue": self.options.text(value_flag),
                  "prevIndex": self.options.number(index_flag)}
         return {name: value for name, value in given.items() if value}
 
     def print_result(self, result: Result) -> None:
-        """Print a result in the chosen format."""
         _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
-        """Print a result; in simple format, nothing for a directory."""
         if not result.node.dir or self.output != "simple":
             self.print_result(result)
 
@@ -6430,12 +6192,9 @@ _GLOBAL_FLAGS = (
 )
 
 
-def _command(
-    name: str, arguments: str, help: str, *flags: _Flag,
-    formats: "tuple[str, ...]" = _FORMATS[:1], wrong: str = "", own: bool = False,
-    mixed: bool = True,
-) -> Callable[[_CommandFunction], _CommandFunction]:
-    """Add the decorated function to the table of commands."""
+def _command(name: str, arguments: str, help: str, *flags: _Flag,
+             formats: "tuple[str, ...]" = _FORMATS[:1], wrong: str = "", own: bool = False,
+             mixed: bool = True) -> Callable[[_CommandFunction], _CommandFunction]:
     def enter(function: "_CommandFunction") -> "_CommandFunction":
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
         accepted = tuple(flag._replace(least=1) if own and flag.kind in (str, list) else flag
@@ -6540,7 +6299,6 @@ _OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list
 
 
 def _dispatch(argv: "Sequence[str]") -> int:
-    """Run the command in `argv`, or print its help."""
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
@@ -6620,8 +6378,7 @@ _TTL = _Flag(("ttl",), int, "seconds until it expires; 0 and less: never")
 _SORT = _Flag(("sort",), bool, "order by key")
 _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
-_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
-                     least=0)
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index", least=0)
 _ROLES = _Flag(("roles",), list, "name of a role; may be repeated", 1)
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
@@ -6653,9 +6410,8 @@ def _cmd_ls(run: _Run) -> None:
     options = run.options
     if run.output != "simple":
         options.refuse(f"with --output {run.output}", "p")
-    result = run.client.get(
-        run.args[0] if run.args else "/", recursive=options.on("recursive"),
-        sorted=options.on("sort"), quorum=options.on("quorum"))
+    result = run.client.get(run.args[0] if run.args else "/", recursive=options.on("recursive"),
+                            sorted=options.on("sort"), quorum=options.on("quorum"))
     if run.output != "simple":
         run.print_result(result)
         return
@@ -6693,8 +6449,7 @@ _keys_command("mkdir", "<key>", "create a directory that must not exist", _TTL)(
 _keys_command("setdir", "<key>", "create a directory, also in place of a key", _TTL)(
     lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl())))
 _keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)(
-    lambda run: run.print_unless_silent(
-        _set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
+    lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
 _keys_command("rmdir", "<key>", "remove an empty directory, or a key")(
     lambda run: run.print_unless_silent(run.client.rmdir(run.key())))
 
@@ -6712,9 +6467,8 @@ def _cmd_rm(run: _Run) -> None:
 
 def _watch(run: _Run, key: str) -> Watch:
     after_index = run.options.number("after-index")
-    return run.client.watcher(
-        key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
-        relist=False)
+    return run.client.watcher(key, recursive=run.options.on("recursive"),
+                              index=after_index + 1 if after_index else None, relist=False)
 
 
 @_keys_command("watch", "<key>", "print the next change of a key",
@@ -6821,9 +6575,8 @@ def _cmd_member_add(run: _Run) -> None:
         added = client.member_add([url])
         _print(f"Added member named {name} with ID {added.id} to cluster")
         members = client.member_list()
-    cluster = ",".join(
-        f"{name if member.id == added.id else member.name}={peer_url}"
-        for member in members for peer_url in member.peer_urls)
+    cluster = ",".join(f"{name if member.id == added.id else member.name}={peer_url}"
+                       for member in members for peer_url in member.peer_urls)
     _print(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
 
@@ -6889,7 +6642,6 @@ def _check_health(client: Client) -> int:
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
-    """Ask a member for its health and print the verdict."""
     unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
         _print(f"{unreachable}: no available published client urls")
@@ -6934,13 +6686,9 @@ def _cmd_backup(run: _Run) -> None:
         raise _ExitError(str(error)) from error
 
 
-def _run_parallel(
-    items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None], title: str,
-) -> None:
-    """Call `work` for every item on `workers` threads, with a _Progress under this title.
-
-    An exception ends them all.
-    """
+def _run_parallel(items: "Sequence[_Job]", workers: int, work: Callable[[_Job], None],
+                  title: str) -> None:
+    """Call `work` for every item on `workers` threads, until one raises; show the progress."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -6970,8 +6718,8 @@ def _run_parallel(
 def _read_snapshot_04(path: str, hidden: "Sequence[str]") -> "list[tuple[str, str, int | None]]":
     """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
 
-    Such a file is the JSON of a store, or a line with a checksum and JSON with the former in
-    base64.  Hidden directories are omitted, except those in `hidden`; so are expired files.
+    Such a file is the JSON of a store, or a checksum line and JSON with the former in base64.
+    Expired files are omitted, and hidden directories that are not in `hidden`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -6991,9 +6739,8 @@ def _read_snapshot_04(path: str, hidden: "Sequence[str]") -> "list[tuple[str, st
     return [record for record in found if record[2] is None or record[2] > 0]
 
 
-def _snapshot_files(
-    node: "Mapping[str, Any]", key: str, *, hidden: bool,
-) -> "Iterator[tuple[str, str, int | None]]":
+def _snapshot_files(node: "Mapping[str, Any]", key: str, *,
+                    hidden: bool) -> "Iterator[tuple[str, str, int | None]]":
     children = node.get("Children")
     if children is None:
         yield key, node["Value"], _seconds_left(node["ExpireTime"])
@@ -7016,7 +6763,6 @@ def _seconds_left(instant: "str | None") -> "int | None":
 
 
 def _import_snapshot_04(run: _Run) -> int:
-    """Write the files of a snapshot of etcd 0.4: `import --snap` of etcdctl."""
     path, workers = run.options.text("snap"), run.options.number("c", 10)
     files = _read_snapshot_04(path, run.options.texts("hidden"))
     client = run.client
@@ -7040,7 +6786,6 @@ def _names(entries: "Sequence[Any] | None", field: str) -> "list[str]":
 
 
 def _auth_call(call: Callable[..., _Answer], *args: Any) -> _Answer:
-    """Call the auth API; an error ends the command with one line."""
     with _one_line_errors():
         return call(*args)
 
@@ -7056,10 +6801,8 @@ def _exists(get: Callable[[str], Any], name: str) -> bool:
     return True
 
 
-def _call_command(
-    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
-) -> None:
-    """Add a command that makes one call and prints `done`."""
+def _call_command(name: str, arguments: str, help: str, call: Callable[..., Any], done: str,
+                  wrong: str) -> None:
     @_command(name, arguments, help, wrong=wrong)
     def run_it(run: "_Run") -> None:
         _auth_call(call, run.client, *run.args)
@@ -7136,7 +6879,6 @@ def _cmd_role_add(run: _Run) -> None:
 
 
 def _permitted(role: "Mapping[str, Any]") -> "tuple[list[str], list[str]]":
-    """Return the paths that a role may read and those that it may write."""
     kv = role["permissions"]["kv"]
     return list(kv.get("read") or ()), list(kv.get("write") or ())
 
@@ -7156,9 +6898,8 @@ _call_command(
     "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 
 
-def _change_permission(
-    run: _Run, change: "Callable[[Client, str, str, str], dict[str, Any]]", done: str,
-) -> None:
+def _change_permission(run: _Run, change: "Callable[[Client, str, str, str], dict[str, Any]]",
+                       done: str) -> None:
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
@@ -7215,7 +6956,7 @@ def _cmd_machines(run: _Run) -> None:
 
 
 def _machine_rows(listing: Node, *, full: bool) -> "Iterator[tuple[str, str, str]]":
-    """Yield id, address and metadata of each machine; tell of what is none on stderr."""
+    """Yield id, address and metadata of each machine; report malformed ones on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
             if not node.key.endswith("/object"):
@@ -7260,8 +7001,6 @@ def _with_long_timeouts(client: Client, settings: _Options) -> Client:
 
 
 class _Record(NamedTuple):
-    """A node in an export."""
-
     key: str
     value: "str | None" = None                     # None for a directory
     expiration: "str | None" = None                # RFC 3339 instant
@@ -7272,7 +7011,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_line(cls, line: str) -> "_Record":
-        """Parse a line of the text form.  Raises ValueError."""
         name, *fields = line.split("\t")
         is_dir = name.endswith("/")
         extra = fields[1] if len(fields) == 2 else ""
@@ -7286,7 +7024,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_json(cls, raw: "Mapping[str, Any]") -> "_Record":
-        """Parse an object of the JSON form.  Raises ValueError."""
         key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
         if raw.get("dir", False) != (value is None) or not isinstance(key, str):
             raise ValueError(f"{raw} has not either a value or dir")
@@ -7357,7 +7094,6 @@ def _prefixes(options: _Options) -> "tuple[str, str]":
           _Flag(("format",), str, "json (default), or text: one key in a line, for diff"),
           _Flag(("hidden",), list, "also this hidden directory; may be repeated"), own=True)
 def _cmd_export(run: _Run) -> None:
-    """Print records, parents first; each --hidden directory takes a request of its own."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
         raise _ExitError("--format is json or text")
@@ -7381,7 +7117,6 @@ def _cmd_export(run: _Run) -> None:
 
 
 def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "Iterator[str]":
-    """Yield the texts, all but the last with the separator."""
     previous: str | None = None
     for number, text in enumerate(texts):
         progress.show(number)
@@ -7393,8 +7128,6 @@ def _separated(texts: "Iterable[str]", separator: str, progress: _Progress) -> "
 
 
 class _Import:
-    """Writes records, and counts existing keys."""
-
     def __init__(self, client: Client, options: _Options) -> None:
         self._client = client
         self._keep = options.on("keep")
@@ -7404,14 +7137,12 @@ class _Import:
         self.kept = 0                               # keys that existed
 
     def write(self, records: "Sequence[_Record]") -> None:
-        """Write directories in order, then files on many connections."""
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
         _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> "int | None":
-        """Return the new ttl of a record; None: permanent; 0 or less: expired."""
         return self._ttl if record.expiration and self._ttl else record.ttl
 
     def is_expired(self, record: _Record) -> bool:
@@ -7492,8 +7223,6 @@ def _cmd_import(run: _Run) -> int:
 
 
 class _Change(NamedTuple):
-    """A change that a mirror makes to its target."""
-
     verb: str                                       # set, mkdir or delete
     key: str
     value: str = ""
@@ -7514,9 +7243,8 @@ class _Change(NamedTuple):
 class _Mirror:
     """Makes a tree of the target equal to one of the source, and keeps it equal.
 
-    A mirror keeps no state: after a restart it compares both trees and writes the difference.  It
-    does the same after more changes than the source remembers, and when a change does not fit the
-    target.
+    A mirror keeps no state.  After a restart, after more changes than the source remembers, and
+    when a change does not fit the target, it compares both trees and writes the difference.
     """
 
     def __init__(self, source: Client, target: Client, options: _Options) -> None:
@@ -7552,7 +7280,6 @@ class _Mirror:
         return index + 1
 
     def follow(self, index: int) -> None:
-        """Repeat every change of the source at the target, without end."""
         while True:
             try:
                 with self._source.watcher(
@@ -7576,9 +7303,8 @@ class _Mirror:
                  for node in result.node.walk())
         return result.etcd_index, {key: node for key, node in moved if key is not None}
 
-    def _difference(
-        self, wanted: "Mapping[str, Node]", present: "Mapping[str, Node]",
-    ) -> "tuple[list[_Change], list[_Change], list[_Change]]":
+    def _difference(self, wanted: "Mapping[str, Node]", present: "Mapping[str, Node]",
+                    ) -> "tuple[list[_Change], list[_Change], list[_Change]]":
         """Return the changes: deletions, directories and files."""
         deletions: list[_Change] = []
         for key, node in present.items():           # parents come first
@@ -7700,7 +7426,6 @@ def _tree_lines(node: Node, options: _Options, strokes: "tuple[str, str, str]") 
 
 
 def _tree_tail(node: Node, options: _Options) -> str:
-    """Return the text after a name: slash, value, seconds left."""
     text = "/" if node.dir else ""
     if options.on("values") and not node.dir:
         value = _escape(node.value or "")
@@ -7851,7 +7576,6 @@ class _Bench:
         self.failures: list[EtcdError] = []
 
     def prepare(self) -> None:
-        """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
             _run_parallel(keys, self.connections, self._put, "bench: preparing")
@@ -7863,7 +7587,6 @@ class _Bench:
         return time.monotonic() - started_at
 
     def clean_up(self) -> None:
-        """Remove the keys and all directories that this run created."""
         try:
             with contextlib.suppress(KeyNotFound):
                 self._client.delete(self.directory, recursive=True)
@@ -8031,9 +7754,8 @@ def _candidates(words: "Sequence[str]") -> "list[tuple[str, str]]":
     return [pair for pair in found if pair[0].startswith(current)]
 
 
-def _scan(
-    words: "Sequence[str]", flags: "Sequence[_Flag]", *, mixed: bool,
-) -> "tuple[_Options, list[str], _Flag | None]":
+def _scan(words: "Sequence[str]", flags: "Sequence[_Flag]", *,
+          mixed: bool) -> "tuple[_Options, list[str], _Flag | None]":
     """Return options, arguments, and the last flag if its value is missing."""
     for flag in flags:
         if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:

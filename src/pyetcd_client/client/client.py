@@ -38,8 +38,6 @@ def _parse_version(reply: _Reply) -> dict[str, str]:
 
 
 class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests without a verb of their own."""
-
     _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # python-etcd's names
 
     # -- members
@@ -56,22 +54,16 @@ class _Cluster(_Caller):
             statuses=_HEALTH_STATUSES))
 
     def member_add(self, peer_urls: str | Iterable[str]) -> Member:
-        """Add a member with these peer URLs, before it starts.
-
-        Raises HttpError with status 409 if another member has one of the URLs.
-        """
+        """Add a member before it starts.  Raises HttpError 409 if another one has such a URL."""
         return self._perform(self._members_call(
             "POST", "", peer_urls, lambda reply: Member.from_json(_parse_object(reply))))
 
     def member_update(self, id: str, peer_urls: str | Iterable[str]) -> None:
-        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        """Change the peer URLs of a member.  Raises KeyNotFound."""
         self._perform(self._members_call("PUT", f"/{id}", peer_urls, _keep_reply))
 
     def member_remove(self, id: str) -> None:
-        """Remove the member with this id from the cluster.
-
-        Raises KeyNotFound; HttpError with status 410 if it is removed already.
-        """
+        """Remove a member.  Raises KeyNotFound; HttpError 410 if it is removed already."""
         path = f"{self.version_prefix}/members/{id}"
         self._perform(_Call("DELETE", _target(path, {}), _keep_reply))
 
@@ -88,10 +80,7 @@ class _Cluster(_Caller):
         return self._perform(_Call("GET", "/version", _parse_version))
 
     def health(self, endpoint: str | None = None) -> bool:
-        """Return whether a server (default: the one in use) reports itself as healthy.
-
-        Raises TransportError if it does not reply.
-        """
+        """Return whether a server (default: the one in use) is healthy.  Raises TransportError."""
         # A string in 2.x and 3.4, a boolean in the "nhealth" form that etcdctl accepts too.
         call = _Call("GET", "/health", lambda reply: _parse_object(reply)["health"] in (
             "true", True), statuses=_HEALTH_STATUSES)
@@ -171,20 +160,18 @@ class _Cluster(_Caller):
 
     # -- requests without a verb
 
-    def api_execute(
-        self, path: str, method: str, params: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> _Reply:
+    def api_execute(self, path: str, method: str, params: Mapping[str, Any] | None = None,
+                    timeout: float | None = None) -> _Reply:
         """Send any request and return the reply: `status`, `headers`, `data`.
 
         path     begins with a slash and the version prefix
         params   query of a GET or DELETE, form of a PUT or POST
         timeout  seconds in all; None: the client's; 0: no limit, as in python-etcd
 
+        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
+
         If a subclass or an attribute of the client replaces this method, all verbs call it (those
         with JSON `api_execute_json`), except for `watcher` and its users.
-
-        Raises the errors of the verbs; WatchTimeout for a GET with the parameter `wait`.
         """
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
@@ -193,18 +180,15 @@ class _Cluster(_Caller):
             return self._execute(path, method, timeout, query=given)
         return self._execute(path, method, timeout, body=_encode_fields(given).encode())
 
-    def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: float | None = None,
-    ) -> _Reply:
+    def api_execute_json(self, path: str, method: str, params: Any = None,
+                         timeout: float | None = None) -> _Reply:
         """Send any request with `params` as JSON and return the reply."""
         body = json.dumps(params).encode()
         return self._execute(path, method, timeout, body=body, content_type=_JSON_TYPE)
 
-    def _execute(
-        self, path: str, method: str, timeout: float | None, *,
-        query: Mapping[str, _Field] = MappingProxyType({}), body: bytes | None = None,
-        content_type: str = _Call.content_type,
-    ) -> _Reply:
+    def _execute(self, path: str, method: str, timeout: float | None, *,
+                 query: Mapping[str, _Field] = MappingProxyType({}), body: bytes | None = None,
+                 content_type: str = _Call.content_type) -> _Reply:
         if not path.startswith("/"):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
@@ -234,10 +218,8 @@ class _Cluster(_Caller):
         answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
         return self._interpret(self.base_uri, call, _as_reply(answer))
 
-    def _members_call(
-        self, method: str, path: str, peer_urls: str | Iterable[str],
-        parse: Callable[[_Reply], _T],
-    ) -> _Call[_T]:
+    def _members_call(self, method: str, path: str, peer_urls: str | Iterable[str],
+                      parse: Callable[[_Reply], _T]) -> _Call[_T]:
         urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
         target = _target(f"{self.version_prefix}/members{path}", {})
         body = json.dumps({"peerURLs": urls}).encode()
@@ -274,7 +256,7 @@ class Client(_Watching, _Cluster, _Users):
     session_timeout      seconds without a reply until `state` is LOST
     on_state             called with the new `state`, see add_listener
 
-    Every keys method returns an EtcdResult and raises an EtcdError.  The leading slash of a key is
+    Keys methods return an EtcdResult and raise an EtcdError.  The leading slash of a key is
     optional.  Nothing is sent before the first call.
 
     Thread: any.  Concurrent calls use separate connections.

@@ -17,8 +17,8 @@ _PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "w
 class _Users(_Caller):
     """Users, roles and authentication: the auth API of etcd 2.1 and later.
 
-    Once auth is enabled all but `auth_status` need the role root; else they raise Unauthorized.
-    Dicts are the server's JSON.
+    While auth is enabled all but `auth_status` need the role root, or raise Unauthorized.  Dicts
+    are the server's JSON.
     """
 
     def auth_status(self) -> dict[str, Any]:
@@ -47,10 +47,10 @@ class _Users(_Caller):
         return self._auth_call("GET", f"/users/{name}")
 
     def user_add(self, name: str, password: str, roles: Iterable[str] = ()) -> dict[str, Any]:
-        """Create a user.  Raises NodeExists.
+        """Create a user.  Raises NodeExists; but two concurrent calls may both succeed.
 
-        The server would treat a second user_add without roles as a change of password.  Therefore
-        the client reads the users first, and two concurrent calls may both succeed.
+        The server treats a second user_add without roles as a change of password, so the client
+        reads the users first.
         """
         if self._has_user(name):
             raise NodeExists(f"auth: User {name} already exists.")
@@ -88,9 +88,8 @@ class _Users(_Caller):
         """
         return self._auth_call("GET", f"/roles/{name}")
 
-    def role_add(
-        self, name: str, *, read: Iterable[str] = (), write: Iterable[str] = (),
-    ) -> dict[str, Any]:
+    def role_add(self, name: str, *, read: Iterable[str] = (),
+                 write: Iterable[str] = ()) -> dict[str, Any]:
         """Create a role with the right to read and write these paths.  Raises NodeExists."""
         permissions = {"kv": {"read": list(read), "write": list(write)}}
         return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
@@ -99,9 +98,8 @@ class _Users(_Caller):
         """Remove a role.  Raises KeyNotFound.  Users keep its name, without effect."""
         self._auth_call("DELETE", f"/roles/{name}")
 
-    def role_grant(
-        self, name: str, path: str | Iterable[str], kind: str = "readwrite",
-    ) -> dict[str, Any]:
+    def role_grant(self, name: str, path: str | Iterable[str],
+                   kind: str = "readwrite") -> dict[str, Any]:
         """Grant a role the right to `read`, `write` or `readwrite` a path.
 
         path  a key, a prefix of keys if it ends in `*`, or several of both
@@ -110,15 +108,13 @@ class _Users(_Caller):
         """
         return self._role_change(name, "grant", path, kind)
 
-    def role_revoke(
-        self, name: str, path: str | Iterable[str], kind: str = "readwrite",
-    ) -> dict[str, Any]:
+    def role_revoke(self, name: str, path: str | Iterable[str],
+                    kind: str = "readwrite") -> dict[str, Any]:
         """Undo `role_grant`.  Raises KeyNotFound."""
         return self._role_change(name, "revoke", path, kind)
 
-    def _auth_call(
-        self, method: str, path: str, fields: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    def _auth_call(self, method: str, path: str,
+                   fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
         body = None if fields is None else json.dumps(fields).encode()
         target = _target(f"{self.version_prefix}/auth{path}", {})
         return self._perform(_Call(
@@ -141,9 +137,8 @@ class _Users(_Caller):
     def _has_user(self, name: str) -> bool:
         return any(user["user"] == name for user in self.user_list())
 
-    def _role_change(
-        self, name: str, change: str, path: str | Iterable[str], kind: str,
-    ) -> dict[str, Any]:
+    def _role_change(self, name: str, change: str, path: str | Iterable[str],
+                     kind: str) -> dict[str, Any]:
         if kind not in _PERMISSIONS:
             raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
         paths = [path] if isinstance(path, str) else list(path)
@@ -160,7 +155,6 @@ class _AuthObject:
 
     @property
     def uri(self) -> str:
-        """Path of this user or role in the API."""
         return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
 
     @property
@@ -208,10 +202,7 @@ class EtcdUser(_AuthObject):
         self.roles = self._stored_roles()
 
     def write(self) -> None:
-        """Create the user, or write the differences.  The password is then forgotten here.
-
-        An existing user takes up to three requests: password, new roles, revoked roles.
-        """
+        """Create the user or write the differences, in up to three requests; drop the password."""
         stored: set[str] | None = None
         with contextlib.suppress(KeyNotFound):
             stored = self._stored_roles()
@@ -245,8 +236,7 @@ class EtcdRole(_AuthObject):
     def acls(self) -> dict[str, str]:
         """The permissions by path: R, W or RW."""
         read, write = self._paths["read"], self._paths["write"]
-        return {path: "R" * (path in read) + "W" * (path in write)
-                for path in sorted(read | write)}
+        return {path: "R" * (path in read) + "W" * (path in write) for path in sorted(read | write)}
 
     @acls.setter
     def acls(self, acls: Mapping[str, str]) -> None:
@@ -269,10 +259,7 @@ class EtcdRole(_AuthObject):
         self._paths = self._stored_paths()
 
     def write(self) -> None:
-        """Create the role, or write the differences.
-
-        An existing role takes up to four requests: to revoke and grant each right.
-        """
+        """Create the role, or write the differences in up to four requests, two for each right."""
         try:
             stored = self._stored_paths()
         except KeyNotFound:
@@ -291,7 +278,6 @@ class EtcdRole(_AuthObject):
 
 
 def _rights(permission: str) -> list[str]:
-    """Return the long names of the letters in R, W or RW."""
     letters = permission.upper()
     if not letters or set(letters) - set("RW"):
         raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")

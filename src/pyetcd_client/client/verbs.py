@@ -10,12 +10,11 @@ from ..transport.calls import _Call, _Caller, _encode_fields, _Field, _target, _
 from ..transport.errors import EtcdValueError, KeyNotFound, NotFile
 from ..transport.results import _T, EtcdResult, Node, _parse_result
 
-_NOT_GIVEN = object()       # default of conditions; None, perhaps a mistake, must not mean that
+_NOT_GIVEN = object()       # default of conditions; None may be a mistake and is refused
 
 
 def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
                 ) -> dict[str, _Field]:
-    """Return the given conditions as fields.  Raises EtcdValueError for an invalid one."""
     fields: dict[str, _Field] = {}
     if prev_value is None or prev_index is None or prev_exist is None:
         raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
@@ -55,10 +54,8 @@ class _Keys(_Caller):
     def get(self, key: str, *, default: _T, recursive: bool = False, sorted: bool = False,
             quorum: bool = False, timeout: float | None = None) -> EtcdResult | _T: ...
 
-    def get(
-        self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
-        sorted: bool = False, quorum: bool = False, timeout: float | None = None,
-    ) -> Any:
+    def get(self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
+            sorted: bool = False, quorum: bool = False, timeout: float | None = None) -> Any:
         """Return the node at `key`.  If it is missing, return `default` or raise KeyNotFound.
 
         recursive  list a directory to all depths, not only its children
@@ -74,16 +71,13 @@ class _Keys(_Caller):
                 raise
             return default
 
-    def ls(
-        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
-        timeout: float | None = None,
-    ) -> list[Node]:
+    def ls(self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+           timeout: float | None = None) -> list[Node]:
         """Return the visible nodes of a directory ordered by key; for a file, the file itself.
 
-        recursive  every node below, parents before their children
+        recursive  list all depths, parents before their children
         """
-        node = self.get(
-            key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
+        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
         return list(node.walk()) if node.dir else [node]
 
     def __contains__(self, key: str) -> bool:
@@ -105,17 +99,13 @@ class _Keys(_Caller):
 
     # -- writing
 
-    def set(
-        self, key: str, value: object, ttl: int | None = None, *,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def set(self, key: str, value: object, ttl: int | None = None, *,
+            timeout: float | None = None) -> EtcdResult:
         """Write a file and its parent directories; an earlier ttl is dropped.  Raises NotFile."""
         return self._put(key, {"value": _text(value), "ttl": ttl}, timeout)
 
-    def create(
-        self, key: str, value: object, ttl: int | None = None, *,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def create(self, key: str, value: object, ttl: int | None = None, *,
+               timeout: float | None = None) -> EtcdResult:
         """Write a file that must not exist.  Raises NodeExists."""
         return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": False}, timeout)
 
@@ -126,15 +116,12 @@ class _Keys(_Caller):
     @overload
     def update(self, key: EtcdResult, *, timeout: float | None = None) -> EtcdResult: ...
 
-    def update(
-        self, key: str | EtcdResult, value: object = None, ttl: int | None = None, *,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def update(self, key: str | EtcdResult, value: object = None, ttl: int | None = None, *,
+               timeout: float | None = None) -> EtcdResult:
         """Write a file that must exist.  Raises KeyNotFound.
 
-        A result in place of key and value: write its `value` and `ttl` if the key has not changed
-        since it was read.  Raises CompareFailed.  A directory gets the new ttl without a
-        comparison, for which etcd has no means.
+        A result in place of key and value: write its `value` and `ttl`.  Raises CompareFailed if
+        the key has changed since it was read, except for a directory, which etcd cannot compare.
         """
         if isinstance(key, str):
             return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": True}, timeout)
@@ -144,21 +131,17 @@ class _Keys(_Caller):
         return self.write(key.key, key.value, key.ttl, prevExist=True,
                           prevIndex=key.modifiedIndex, timeout=timeout)
 
-    def append(
-        self, key: str, value: object, ttl: int | None = None, *,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def append(self, key: str, value: object, ttl: int | None = None, *,
+               timeout: float | None = None) -> EtcdResult:
         """Create a file with the next name in directory `key`; names sort in order of creation.
 
-        After an error with maybe_applied=True, read the directory to find out whether the value
-        was written; this needs unique values.
+        After an error with maybe_applied=True, look for the value in the directory; this needs
+        unique values.
         """
         return self._keys_call("POST", key, {"value": _text(value), "ttl": ttl}, timeout=timeout)
 
-    def refresh(
-        self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
-        prevIndex: object = _NOT_GIVEN, timeout: float | None = None,
-    ) -> EtcdResult:
+    def refresh(self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
+                prevIndex: object = _NOT_GIVEN, timeout: float | None = None) -> EtcdResult:
         """Give an existing file a new ttl without a change of its value, and without an event.
 
         Needs etcd 2.3: earlier versions ignore `refresh` and empty the value.
@@ -167,11 +150,9 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"ttl": ttl, "refresh": True, "prevExist": True}
         return self._put(key, {**fields, **conditions}, timeout)
 
-    def compare_and_swap(
-        self, key: str, value: object, *, prev_value: object | None = None,
-        prev_index: int | None = None, ttl: int | None = None,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def compare_and_swap(self, key: str, value: object, *, prev_value: object | None = None,
+                         prev_index: int | None = None, ttl: int | None = None,
+                         timeout: float | None = None) -> EtcdResult:
         """Write a file if it has the given value and modified index.  Raises CompareFailed.
 
         At least one condition is needed.  The API cannot compare with an empty value.
@@ -179,48 +160,41 @@ class _Keys(_Caller):
         fields: dict[str, _Field] = {"value": _text(value), "ttl": ttl}
         return self._put(key, {**fields, **_needed(prev_value, prev_index)}, timeout)
 
-    def test_and_set(
-        self, key: str, value: object, prev_value: object, ttl: int | None = None, *,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def test_and_set(self, key: str, value: object, prev_value: object, ttl: int | None = None, *,
+                     timeout: float | None = None) -> EtcdResult:
         """Write a file if it has the value `prev_value`.  Raises CompareFailed."""
-        return self.compare_and_swap(
-            key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
+        return self.compare_and_swap(key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
 
-    def write(
-        self, key: str, value: object, ttl: int | None = None, dir: bool = False,
-        append: bool = False, *, prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        prevExist: object = _NOT_GIVEN, refresh: bool = False, timeout: float | None = None,
-    ) -> EtcdResult:
+    def write(self, key: str, value: object, ttl: int | None = None, dir: bool = False,
+              append: bool = False, *, prevValue: object = _NOT_GIVEN,
+              prevIndex: object = _NOT_GIVEN, prevExist: object = _NOT_GIVEN, refresh: bool = False,
+              timeout: float | None = None) -> EtcdResult:
         """Write in any of the ways above, with python-etcd's options.
 
         value      None for a directory, a refresh or (as in python-etcd) an empty file
-        dir        create a directory; the value is None
+        dir        create a directory
         append     create a file with the next name in directory `key`
         prevValue  the required value, and
         prevIndex  the required modified index; else CompareFailed
         prevExist  False: create only, else NodeExists.  True: update only, else KeyNotFound
-        refresh    change only the ttl, without an event; the value is None
+        refresh    change only the ttl, without an event
 
         Raises EtcdValueError for a condition that is None: leave it out instead.
         """
         if dir and value:
             raise EtcdValueError("a directory has no value")
         given = None if value is None else _text(value)
-        fields: dict[str, _Field] = {
-            "value": given, "ttl": ttl, "dir": bool(dir) or None,
-            "refresh": bool(refresh) or None}
+        fields: dict[str, _Field] = {"value": given, "ttl": ttl, "dir": bool(dir) or None,
+                                     "refresh": bool(refresh) or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
         method = "POST" if append else "PUT"
         return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
 
     # -- removing
 
-    def delete(
-        self, key: str, recursive: bool | None = None, dir: bool | None = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def delete(self, key: str, recursive: bool | None = None, dir: bool | None = None, *,
+               prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+               timeout: float | None = None) -> EtcdResult:
         """Remove a file; with `dir` also an empty directory, with `recursive` any directory.
 
         prevValue and prevIndex are conditions, as in `write`.  Raises CompareFailed.
@@ -229,29 +203,25 @@ class _Keys(_Caller):
         query.update(_conditions(prevValue, prevIndex))
         return self._keys_call("DELETE", key, query=query, timeout=timeout)
 
-    def pop(
-        self, key: str, recursive: bool | None = None, dir: bool | None = None, *,
-        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
-        timeout: float | None = None,
-    ) -> EtcdResult:
+    def pop(self, key: str, recursive: bool | None = None, dir: bool | None = None, *,
+            prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+            timeout: float | None = None) -> EtcdResult:
         """Remove as `delete` does and return the removed node."""
         gone = self.delete(key, recursive, dir, prevValue=prevValue, prevIndex=prevIndex,
                            timeout=timeout)
         return EtcdResult(node=gone.prev_node or gone.node, etcd_index=gone.etcd_index)
 
-    def compare_and_delete(
-        self, key: str, *, prev_value: object | None = None,
-        prev_index: int | None = None, timeout: float | None = None,
-    ) -> EtcdResult:
+    def compare_and_delete(self, key: str, *, prev_value: object | None = None,
+                           prev_index: int | None = None,
+                           timeout: float | None = None) -> EtcdResult:
         """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
         return self._keys_call(
             "DELETE", key, query=_needed(prev_value, prev_index), timeout=timeout)
 
     # -- directories
 
-    def mkdir(
-        self, key: str, ttl: int | None = None, *, timeout: float | None = None,
-    ) -> EtcdResult:
+    def mkdir(self, key: str, ttl: int | None = None, *,
+              timeout: float | None = None) -> EtcdResult:
         """Create a directory that must not exist; with `ttl` it expires with its content."""
         return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False}, timeout)
 
@@ -259,15 +229,13 @@ class _Keys(_Caller):
         """Remove an empty directory or, as in etcd, a file.  Raises DirNotEmpty."""
         return self.delete(key, dir=True, timeout=timeout)
 
-    def _put(
-        self, key: str, form: Mapping[str, _Field], timeout: float | None = None,
-    ) -> EtcdResult:
+    def _put(self, key: str, form: Mapping[str, _Field],
+             timeout: float | None = None) -> EtcdResult:
         return self._keys_call("PUT", key, form, timeout=timeout)
 
-    def _keys_call(
-        self, method: str, key: str, form: Mapping[str, _Field] | None = None, *,
-        query: Mapping[str, _Field] = MappingProxyType({}), timeout: float | None = None,
-    ) -> EtcdResult:
+    def _keys_call(self, method: str, key: str, form: Mapping[str, _Field] | None = None, *,
+                   query: Mapping[str, _Field] = MappingProxyType({}),
+                   timeout: float | None = None) -> EtcdResult:
         if form is not None and form.get("ttl") == 0:
             raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
         target = _keys_target(key, query, self.key_endpoint)
@@ -277,7 +245,6 @@ class _Keys(_Caller):
 
 
 def _needed(prev_value: object | None, prev_index: int | None) -> dict[str, _Field]:
-    """Return the conditions that are not None.  Raises EtcdValueError if both are None."""
     if prev_value is None and prev_index is None:
         raise EtcdValueError("prev_value or prev_index is needed")
     return _conditions(_NOT_GIVEN if prev_value is None else prev_value,

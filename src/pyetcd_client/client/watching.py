@@ -132,7 +132,7 @@ class _WatchState:
             self.found.append(event)
 
     def cleared(self, error: EventIndexCleared) -> None:
-        """Continue after more changes than etcd remembers.  Raises `error` if some may be lost."""
+        """Continue after more changes than etcd remembers; raise `error` if some may be lost."""
         self.reached = True
         if self._relist:
             self.step = _Step.RELIST
@@ -182,9 +182,8 @@ class _WatchState:
         self.step = _Step.POLL
         if went_back:
             self._newest, self.quiet = (index, term), (0, 0.0)
-            raise EventIndexCleared(
-                "the store went back, as if restored from a backup: read again",
-                cause=self._path, index=index)
+            raise EventIndexCleared("the store went back, as if restored from a backup: read again",
+                                    cause=self._path, index=index)
 
     def replaced(self) -> None:
         """Forget index and term of the store, which another cluster has replaced."""
@@ -216,19 +215,18 @@ class Watch(_Closeable):
     """An endless iterator over the changes of a key; made by `client.watcher`.
 
     Each request asks for the first change after the last one, so that none is lost or repeated
-    while a server restarts, the leader changes or an endpoint fails.  Server-side streams are not
-    used: in etcd 2.3 and 3.4 a stream falls silent after an event from the history or behind a
-    slow consumer, and some deletions appear twice.
+    while a server restarts, the leader changes or an endpoint fails.  A stream of the server would
+    not do: in etcd 2.3 and 3.4 it falls silent after an event from the history or behind a slow
+    consumer, and some deletions appear twice.
 
     index    the first change to return; None: from the first `next` on
     relist   reaction to more than 1000 missed changes of any key (error 401), and to a store that
              went back, because a backup was restored or the cluster was created anew.
              True: list the key again and return the difference to the known nodes as events with
-             `relisted` set: a "set" for each changed node (of directories, only those that
-             are empty or have a ttl), in the order of their last changes, then a "delete" for the
-             topmost of the removed nodes.  Of several changes only the last one appears.  For this
-             the watch lists the key at the start (a directory to all depths if recursive), and
-             keeps a copy in memory.
+             `relisted` set: a "set" for each changed node (of directories, only those that are
+             empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of the removed nodes.  Earlier changes of a node do not appear.  The watch
+             lists the key at the start (if recursive, to all depths) and keeps a copy in memory.
              False: raise EventIndexCleared; no listing.
     timeout  seconds for each `next`; None: no limit; 0: return events of the history, do not wait.
              Then WatchTimeout, after which `next` may be called again and misses nothing
@@ -237,21 +235,19 @@ class Watch(_Closeable):
     that error is raised; later the watch waits and retries.  Raises ClusterIdChanged when a server
     of another cluster replies; see there.
 
-    A silent server is probed with a read of a key that does not exist, on another connection:
-    after WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  If the probe fails, the watch
-    moves to the next endpoint.
+    A silent server is probed by reading a key that does not exist, on another connection: after
+    WATCH_HEAD_S without a head, then every WATCH_PROBE_S.  A failed probe leads to the next
+    endpoint.
 
     Limit: in a recursive watch from the history etcd 2.3 and 3.4 overlook changes of the watched
-    directory itself (created, new ttl) unless they are the first.  They find all changes below,
-    and the removal of the directory.
+    directory itself (created, new ttl) unless they are the first; not its removal.
 
     Thread: one, except for `close`.
     """
 
-    def __init__(
-        self, client: _Keys, key: str, *, recursive: bool = False, index: int | None = None,
-        relist: bool = True, timeout: float | None = None,
-    ) -> None:
+    def __init__(self, client: _Keys, key: str, *, recursive: bool = False,
+                 index: int | None = None, relist: bool = True,
+                 timeout: float | None = None) -> None:
         self._client = client
         self._path = clean_key(key)
         self._recursive = recursive
@@ -351,11 +347,9 @@ class Watch(_Closeable):
     _STEPS: ClassVar[dict[_Step, Callable[[Watch, Scope], None]]] = {
         _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
-    def _send(
-        self, query: Mapping[str, _Field], scope: Scope, parse: Callable[[_Reply], _T],
-        on_head: Callable[[_Reply], None] | None = None, *,
-        statuses: frozenset[int] = _SUCCESS, below: str = "",
-    ) -> _T:
+    def _send(self, query: Mapping[str, _Field], scope: Scope, parse: Callable[[_Reply], _T],
+              on_head: Callable[[_Reply], None] | None = None, *,
+              statuses: frozenset[int] = _SUCCESS, below: str = "") -> _T:
         client = self._client
         target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
@@ -379,7 +373,6 @@ class Watch(_Closeable):
         self._failures = 0
 
     def _on_reply(self) -> None:
-        """Note that the server is alive, and extend the deadline of the exchange."""
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
@@ -414,15 +407,12 @@ class Watch(_Closeable):
             self._client._leave_endpoint(self._endpoint)    # for the next `next`
 
     def _on_failure(self, error: EtcdError, scope: Scope) -> None:
-        """Continue with the next endpoint, after a wait if all failed.  Raises a final error.
-
-        When etcd clears its watchers (400) the same request is sent again.
-        """
+        """Continue with the next endpoint, after a wait if all failed.  Raises a final error."""
         client, self.error = self._client, error
         error.endpoint = error.endpoint or self._endpoint
         if is_endpoint_failure(error):
             client._leave_endpoint(self._endpoint, error)
-        elif not isinstance(error, WatcherCleared):
+        elif not isinstance(error, WatcherCleared):     # after a 400 the same request follows
             raise error
         self._failures += 1
         rounds = self._rounds()
@@ -439,7 +429,6 @@ _ANY_STATUS: frozenset[int] = frozenset(range(200, 500))
 
 
 def _index_and_term(reply: _Reply) -> tuple[int, int]:
-    """Return index and term of the store in the headers of a reply; 0 if they are missing."""
     return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
 
 
@@ -459,23 +448,20 @@ def _changes(known: Mapping[str, Node], event: EtcdResult) -> dict[str, Node | N
     if gone is not None and not gone.dir:
         return {event.key: None}
     # A directory, perhaps one above the watched one, is removed with all nodes in it.
-    return dict.fromkeys(
-        key for key in known if key == event.key or _is_below(key, event.key))
+    return dict.fromkeys(key for key in known if key == event.key or _is_below(key, event.key))
 
 
 def _identity(node: Node | None) -> tuple[Any, ...]:
     """Return the properties that only a write changes; the remaining ttl is none of them."""
-    return () if node is None else (
-        node.value, node.dir, node.modified_index, node.created_index)
+    return () if node is None else (node.value, node.dir, node.modified_index, node.created_index)
 
 
 def _is_below(key: str, directory: str) -> bool:
     return key.startswith(directory if directory == "/" else directory + "/")
 
 
-def _difference(
-    known: Mapping[str, Node], found: Mapping[str, Node], since: int, index: int,
-) -> Iterator[EtcdResult]:
+def _difference(known: Mapping[str, Node], found: Mapping[str, Node], since: int,
+                index: int) -> Iterator[EtcdResult]:
     """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
 
     After a restore a node may differ although its index is lower than `since`.
@@ -502,10 +488,9 @@ def _difference(
 async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Call `function` on a thread and return its result; as asyncio.to_thread, but cancellable.
 
-    Cancelling the task cancels a Scope around the call.  The call ends within milliseconds, and
-    the task continues after that, so that nothing runs in the background.  A function that waits
-    for other things runs to its end first.  There is one thread for each call, so that a hundred
-    watches do not block another call.
+    Cancelling the task cancels a Scope around the call, and the task continues when the call has
+    ended: within milliseconds, or at the end of a function that waits for other things.  Each call
+    has its own thread, so that a hundred watches do not block another call.
 
         async with asyncio.timeout(5):
             await to_thread(client.get, "k", quorum=True)
@@ -549,10 +534,7 @@ async def each(items: Iterable[_T]) -> AsyncIterator[_T]:
 
 
 class WatchedChange(EtcdResult):
-    """The result of `Client.watch`; an iteration over it continues the watch.
-
-    The first item is this change; all later changes follow, see Watch.
-    """
+    """The result of `Client.watch`; iterate over it for this change and all later ones."""
 
     def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
         self.__dict__.update(change.__dict__, _later=later)
@@ -569,13 +551,9 @@ class WatchedChange(EtcdResult):
 
 
 class _Watching(_Keys):
-    """The verbs that wait for changes."""
-
-    def read(
-        self, key: str, *, recursive: bool | None = None, wait: bool = False,
-        waitIndex: int | None = None, sorted: bool | None = None,
-        quorum: bool | None = None, timeout: float | None = None,
-    ) -> EtcdResult:
+    def read(self, key: str, *, recursive: bool | None = None, wait: bool = False,
+             waitIndex: int | None = None, sorted: bool | None = None, quorum: bool | None = None,
+             timeout: float | None = None) -> EtcdResult:
         """Return the node at `key`, or with `wait` its next change, with python-etcd's options.
 
         waitIndex  the first change to return; None: the next one from now on
@@ -588,19 +566,16 @@ class _Watching(_Keys):
         limit = self.read_timeout if timeout is None else timeout
         return self.watch(key, waitIndex, limit or math.inf, recursive)
 
-    def watch(
-        self, key: str, index: int | None = None, timeout: float | None = None,
-        recursive: bool | None = None,
-    ) -> WatchedChange:
+    def watch(self, key: str, index: int | None = None, timeout: float | None = None,
+              recursive: bool | None = None) -> WatchedChange:
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to return, such as the last modified_index + 1; None: from now on
         timeout  seconds to wait; None: no limit; 0: return a change since `index`, do not wait.
                  Raises WatchTimeout
 
-        Iterate over the result to get this change and all later ones.
-
-        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        Iterate over the result for this change and all later ones.  Raises EventIndexCleared if
+        `index` is more than 1000 changes back.
         """
         if self._is_replaced():                     # the program's own method sends one request
             query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
@@ -612,16 +587,13 @@ class _Watching(_Keys):
         return WatchedChange(change, lambda later: self.watcher(
             key, recursive=bool(recursive), index=later))
 
-    def watcher(
-        self, key: str, *, recursive: bool = False, index: int | None = None,
-        timeout: float | None = None, relist: bool = True,
-    ) -> Watch:
+    def watcher(self, key: str, *, recursive: bool = False, index: int | None = None,
+                timeout: float | None = None, relist: bool = True) -> Watch:
         """Return an endless iterator over the changes of `key`; see Watch."""
         return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
 
-    def eternal_watch(
-        self, key: str, index: int | None = None, recursive: bool | None = None,
-    ) -> Iterator[EtcdResult]:
+    def eternal_watch(self, key: str, index: int | None = None,
+                      recursive: bool | None = None) -> Iterator[EtcdResult]:
         """Yield the changes of `key` without end; `watcher` returns a cancellable iterator."""
         while self._is_replaced():
             change = self.watch(key, index, math.inf, recursive)

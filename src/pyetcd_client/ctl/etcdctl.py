@@ -52,8 +52,7 @@ _TTL = _Flag(("ttl",), int, "seconds until it expires; 0 and less: never")
 _SORT = _Flag(("sort",), bool, "order by key")
 _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with everything below")
-_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
-                     least=0)
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index", least=0)
 _ROLES = _Flag(("roles",), list, "name of a role; may be repeated", 1)
 _JSON_TOO = ("simple", "json")
 _NO_ARGUMENTS = "No arguments accepted"
@@ -85,9 +84,8 @@ def _cmd_ls(run: _Run) -> None:
     options = run.options
     if run.output != "simple":
         options.refuse(f"with --output {run.output}", "p")
-    result = run.client.get(
-        run.args[0] if run.args else "/", recursive=options.on("recursive"),
-        sorted=options.on("sort"), quorum=options.on("quorum"))
+    result = run.client.get(run.args[0] if run.args else "/", recursive=options.on("recursive"),
+                            sorted=options.on("sort"), quorum=options.on("quorum"))
     if run.output != "simple":
         run.print_result(result)
         return
@@ -125,8 +123,7 @@ _keys_command("mkdir", "<key>", "create a directory that must not exist", _TTL)(
 _keys_command("setdir", "<key>", "create a directory, also in place of a key", _TTL)(
     lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl())))
 _keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)(
-    lambda run: run.print_unless_silent(
-        _set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
+    lambda run: run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True)))
 _keys_command("rmdir", "<key>", "remove an empty directory, or a key")(
     lambda run: run.print_unless_silent(run.client.rmdir(run.key())))
 
@@ -144,9 +141,8 @@ def _cmd_rm(run: _Run) -> None:
 
 def _watch(run: _Run, key: str) -> Watch:
     after_index = run.options.number("after-index")
-    return run.client.watcher(
-        key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
-        relist=False)
+    return run.client.watcher(key, recursive=run.options.on("recursive"),
+                              index=after_index + 1 if after_index else None, relist=False)
 
 
 @_keys_command("watch", "<key>", "print the next change of a key",
@@ -253,9 +249,8 @@ def _cmd_member_add(run: _Run) -> None:
         added = client.member_add([url])
         _print(f"Added member named {name} with ID {added.id} to cluster")
         members = client.member_list()
-    cluster = ",".join(
-        f"{name if member.id == added.id else member.name}={peer_url}"
-        for member in members for peer_url in member.peer_urls)
+    cluster = ",".join(f"{name if member.id == added.id else member.name}={peer_url}"
+                       for member in members for peer_url in member.peer_urls)
     _print(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
 
@@ -321,7 +316,6 @@ def _check_health(client: Client) -> int:
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
-    """Ask a member for its health and print the verdict."""
     unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
         _print(f"{unreachable}: no available published client urls")
@@ -366,13 +360,9 @@ def _cmd_backup(run: _Run) -> None:
         raise _ExitError(str(error)) from error
 
 
-def _run_parallel(
-    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], title: str,
-) -> None:
-    """Call `work` for every item on `workers` threads, with a _Progress under this title.
-
-    An exception ends them all.
-    """
+def _run_parallel(items: Sequence[_Job], workers: int, work: Callable[[_Job], None],
+                  title: str) -> None:
+    """Call `work` for every item on `workers` threads, until one raises; show the progress."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
 
     def serve() -> None:
@@ -402,8 +392,8 @@ def _run_parallel(
 def _read_snapshot_04(path: str, hidden: Sequence[str]) -> list[tuple[str, str, int | None]]:
     """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
 
-    Such a file is the JSON of a store, or a line with a checksum and JSON with the former in
-    base64.  Hidden directories are omitted, except those in `hidden`; so are expired files.
+    Such a file is the JSON of a store, or a checksum line and JSON with the former in base64.
+    Expired files are omitted, and hidden directories that are not in `hidden`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -423,9 +413,8 @@ def _read_snapshot_04(path: str, hidden: Sequence[str]) -> list[tuple[str, str, 
     return [record for record in found if record[2] is None or record[2] > 0]
 
 
-def _snapshot_files(
-    node: Mapping[str, Any], key: str, *, hidden: bool,
-) -> Iterator[tuple[str, str, int | None]]:
+def _snapshot_files(node: Mapping[str, Any], key: str, *,
+                    hidden: bool) -> Iterator[tuple[str, str, int | None]]:
     children = node.get("Children")
     if children is None:
         yield key, node["Value"], _seconds_left(node["ExpireTime"])
@@ -448,7 +437,6 @@ def _seconds_left(instant: str | None) -> int | None:
 
 
 def _import_snapshot_04(run: _Run) -> int:
-    """Write the files of a snapshot of etcd 0.4: `import --snap` of etcdctl."""
     path, workers = run.options.text("snap"), run.options.number("c", 10)
     files = _read_snapshot_04(path, run.options.texts("hidden"))
     client = run.client
@@ -472,7 +460,6 @@ def _names(entries: Sequence[Any] | None, field: str) -> list[str]:
 
 
 def _auth_call(call: Callable[..., _Answer], *args: Any) -> _Answer:
-    """Call the auth API; an error ends the command with one line."""
     with _one_line_errors():
         return call(*args)
 
@@ -488,10 +475,8 @@ def _exists(get: Callable[[str], Any], name: str) -> bool:
     return True
 
 
-def _call_command(
-    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
-) -> None:
-    """Add a command that makes one call and prints `done`."""
+def _call_command(name: str, arguments: str, help: str, call: Callable[..., Any], done: str,
+                  wrong: str) -> None:
     @_command(name, arguments, help, wrong=wrong)
     def run_it(run: _Run) -> None:
         _auth_call(call, run.client, *run.args)
@@ -568,7 +553,6 @@ def _cmd_role_add(run: _Run) -> None:
 
 
 def _permitted(role: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the paths that a role may read and those that it may write."""
     kv = role["permissions"]["kv"]
     return list(kv.get("read") or ()), list(kv.get("write") or ())
 
@@ -588,9 +572,8 @@ _call_command(
     "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 
 
-def _change_permission(
-    run: _Run, change: Callable[[Client, str, str, str], dict[str, Any]], done: str,
-) -> None:
+def _change_permission(run: _Run, change: Callable[[Client, str, str, str], dict[str, Any]],
+                       done: str) -> None:
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")

@@ -37,7 +37,7 @@ def _cmd_machines(run: _Run) -> None:
 
 
 def _machine_rows(listing: Node, *, full: bool) -> Iterator[tuple[str, str, str]]:
-    """Yield id, address and metadata of each machine; tell of what is none on stderr."""
+    """Yield id, address and metadata of each machine; report malformed ones on stderr."""
     for directory in listing.nodes:
         for node in directory.nodes:
             if not node.key.endswith("/object"):

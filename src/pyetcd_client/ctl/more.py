@@ -73,7 +73,6 @@ def _tree_lines(node: Node, options: _Options, strokes: tuple[str, str, str]) ->
 
 
 def _tree_tail(node: Node, options: _Options) -> str:
-    """Return the text after a name: slash, value, seconds left."""
     text = "/" if node.dir else ""
     if options.on("values") and not node.dir:
         value = _escape(node.value or "")
@@ -224,7 +223,6 @@ class _Bench:
         self.failures: list[EtcdError] = []
 
     def prepare(self) -> None:
-        """Write the keys that will be read."""
         if self._reads_percent:
             keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
             _run_parallel(keys, self.connections, self._put, "bench: preparing")
@@ -236,7 +234,6 @@ class _Bench:
         return time.monotonic() - started_at
 
     def clean_up(self) -> None:
-        """Remove the keys and all directories that this run created."""
         try:
             with contextlib.suppress(KeyNotFound):
                 self._client.delete(self.directory, recursive=True)
@@ -404,9 +401,8 @@ def _candidates(words: Sequence[str]) -> list[tuple[str, str]]:
     return [pair for pair in found if pair[0].startswith(current)]
 
 
-def _scan(
-    words: Sequence[str], flags: Sequence[_Flag], *, mixed: bool,
-) -> tuple[_Options, list[str], _Flag | None]:
+def _scan(words: Sequence[str], flags: Sequence[_Flag], *,
+          mixed: bool) -> tuple[_Options, list[str], _Flag | None]:
     """Return options, arguments, and the last flag if its value is missing."""
     for flag in flags:
         if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:

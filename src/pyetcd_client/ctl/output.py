@@ -62,7 +62,6 @@ def _escape(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """Undo `_escape`.  Raises ValueError."""
     def original(match: Match[str]) -> str:
         code = match[1]
         if len(code) == 5:
@@ -74,7 +73,6 @@ def _unescape(text: str) -> str:
 
 
 def _coloured(text: str, colour: str) -> str:
-    """Return `text` in a colour on a terminal, unless NO_COLOR is set."""
     if not colour or not sys.stdout.isatty() or (
             os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
         return text
@@ -82,7 +80,6 @@ def _coloured(text: str, colour: str) -> str:
 
 
 def _table_lines(rows: Sequence[Sequence[str]], colours: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each row, on a terminal aligned and coloured."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for row, colour in zip(rows, colours):
         if sys.stdout.isatty():
@@ -98,7 +95,6 @@ def _print(text: str) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print many lines in few writes."""
     rest = iter(lines)
     for batch in iter(lambda: list(itertools.islice(rest, _LINES_PER_WRITE)), []):
         _print("\n".join(batch))
@@ -206,7 +202,6 @@ def _failure_line(error: EtcdError) -> str:
 
 
 def _error_lines(error: EtcdError) -> str:
-    """Return etcdctl's message for `error`."""
     if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"

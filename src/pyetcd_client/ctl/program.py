@@ -79,14 +79,12 @@ class _Options:
         return float(self._values.get(name, default))
 
     def text(self, name: str, variable: str = "") -> str:
-        """Return a flag, or else an environment variable."""
         return str(self._values.get(name, "")) or os.environ.get(variable, "")
 
     def texts(self, name: str) -> list[str]:
         return list(self._values.get(name, ()))
 
     def refuse(self, why: str, *names: str) -> None:
-        """Raise _ExitError for given options without effect."""
         for name in names:
             if name in self._values:
                 raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
@@ -140,9 +138,8 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def _parse_flags(
-    argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
-) -> tuple[_Options, list[str]]:
+def _parse_flags(argv: Sequence[str], flags: Sequence[_Flag], *,
+                 mixed: bool = False) -> tuple[_Options, list[str]]:
     """Split `argv` into options and arguments by the rules of Go's flag package.
 
     An option has one or two dashes; its value follows `=` or, except for booleans, is the next
@@ -175,7 +172,6 @@ def _parse_flags(
 
 
 def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
-    """Return the message for an option after `args` that is not in `known`."""
     text = f'there is no option "{word}"'
     if any(name in flag.names for flag in _GLOBAL_FLAGS):
         return f"{text} here: {_dashed(name)} stands before the command"
@@ -203,7 +199,6 @@ def _show_request(method: str, url: str, form: bytes | None) -> None:
 
 
 def _ask_password(prompt: str) -> str:
-    """Read a password without echo; from a pipe, its first line."""
     if sys.stdin.isatty():
         return getpass.getpass(prompt)
     _print(prompt)
@@ -211,16 +206,12 @@ def _ask_password(prompt: str) -> str:
 
 
 def _split_user(text: str, prompt: str) -> tuple[str, str]:
-    """Return name and password of NAME[:PASSWORD]; ask for a missing password."""
     name, separator, password = text.partition(":")
     return name, password if separator else _ask_password(prompt)
 
 
 def _cluster_asked(settings: _Options) -> dict[str, Any]:
-    """Return the endpoints as arguments of Client, in the precedence of etcdctl 2.3.
-
-    There some variables override some options: a line on stderr says so.
-    """
+    """Return the endpoints as arguments of Client, by the precedence of etcdctl 2.3."""
     chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
     for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
         variable = "ETCDCTL_" + flag.upper().replace("-", "_")
@@ -266,7 +257,6 @@ class _Access(NamedTuple):
         }, settings.on("debug"))
 
     def client(self, **where: Any) -> Client:
-        """Return a client for these endpoints, or for those in SRV records."""
         try:
             client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
@@ -277,14 +267,10 @@ class _Access(NamedTuple):
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
-    """Return a client for the given endpoints.
-
-    It prints a line if another endpoint than the first one replies: that may be a member of
-    another cluster, or the discovery service.
-    """
     where = _cluster_asked(settings)
     client = access.client(**where)
 
+    # An endpoint behind the first may belong to another cluster, or to the discovery service.
     def report(state: ConnectionState) -> bool:
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
@@ -326,10 +312,8 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
 class _Run:
     """One invocation: the argument of a command function."""
 
-    def __init__(
-        self, settings: _Options, options: _Options, args: list[str],
-        behind: list[str] | None = None,
-    ) -> None:
+    def __init__(self, settings: _Options, options: _Options, args: list[str],
+                 behind: list[str] | None = None) -> None:
         self.settings = settings                    # the global options
         self.options = options                      # of the command
         self.args = args                            # all arguments
@@ -346,7 +330,6 @@ class _Run:
         return self.connect()
 
     def connect(self, make: Callable[[_Options, _Access], Client] = _synced_client) -> Client:
-        """Return the client; the first call creates it."""
         if self._client is None:
             self._client = make(self.settings, self.access)
             if self.settings.on("debug"):
@@ -363,7 +346,6 @@ class _Run:
         return self.args[0]
 
     def value(self) -> str:
-        """Return the second argument, or else all of standard input."""
         if len(self.args) > 1:
             return self.args[1]
         data = sys.stdin.buffer.read()
@@ -379,17 +361,14 @@ class _Run:
         return max(0, self.options.number("ttl")) or None
 
     def conditions(self, value_flag: str, index_flag: str) -> dict[str, Any]:
-        """Return the conditions in these flags as arguments of the client."""
         given = {"prevValue": self.options.text(value_flag),
                  "prevIndex": self.options.number(index_flag)}
         return {name: value for name, value in given.items() if value}
 
     def print_result(self, result: Result) -> None:
-        """Print a result in the chosen format."""
         _print_result(result, self.output)
 
     def print_unless_silent(self, result: Result) -> None:
-        """Print a result; in simple format, nothing for a directory."""
         if not result.node.dir or self.output != "simple":
             self.print_result(result)
 
@@ -446,12 +425,9 @@ _GLOBAL_FLAGS = (
 )
 
 
-def _command(
-    name: str, arguments: str, help: str, *flags: _Flag,
-    formats: tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
-    mixed: bool = True,
-) -> Callable[[_CommandFunction], _CommandFunction]:
-    """Add the decorated function to the table of commands."""
+def _command(name: str, arguments: str, help: str, *flags: _Flag,
+             formats: tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
+             mixed: bool = True) -> Callable[[_CommandFunction], _CommandFunction]:
     def enter(function: _CommandFunction) -> _CommandFunction:
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
         accepted = tuple(flag._replace(least=1) if own and flag.kind in (str, list) else flag
@@ -556,7 +532,6 @@ _OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    """Run the command in `argv`, or print its help."""
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
         _print(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")

@@ -61,8 +61,6 @@ def _with_long_timeouts(client: Client, settings: _Options) -> Client:
 
 
 class _Record(NamedTuple):
-    """A node in an export."""
-
     key: str
     value: str | None = None                     # None for a directory
     expiration: str | None = None                # RFC 3339 instant
@@ -73,7 +71,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_line(cls, line: str) -> _Record:
-        """Parse a line of the text form.  Raises ValueError."""
         name, *fields = line.split("\t")
         is_dir = name.endswith("/")
         extra = fields[1] if len(fields) == 2 else ""
@@ -87,7 +84,6 @@ class _Record(NamedTuple):
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> _Record:
-        """Parse an object of the JSON form.  Raises ValueError."""
         key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
         if raw.get("dir", False) != (value is None) or not isinstance(key, str):
             raise ValueError(f"{raw} has not either a value or dir")
@@ -158,7 +154,6 @@ def _prefixes(options: _Options) -> tuple[str, str]:
           _Flag(("format",), str, "json (default), or text: one key in a line, for diff"),
           _Flag(("hidden",), list, "also this hidden directory; may be repeated"), own=True)
 def _cmd_export(run: _Run) -> None:
-    """Print records, parents first; each --hidden directory takes a request of its own."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
         raise _ExitError("--format is json or text")
@@ -182,7 +177,6 @@ def _cmd_export(run: _Run) -> None:
 
 
 def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
-    """Yield the texts, all but the last with the separator."""
     previous: str | None = None
     for number, text in enumerate(texts):
         progress.show(number)
@@ -194,8 +188,6 @@ def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Ite
 
 
 class _Import:
-    """Writes records, and counts existing keys."""
-
     def __init__(self, client: Client, options: _Options) -> None:
         self._client = client
         self._keep = options.on("keep")
@@ -205,14 +197,12 @@ class _Import:
         self.kept = 0                               # keys that existed
 
     def write(self, records: Sequence[_Record]) -> None:
-        """Write directories in order, then files on many connections."""
         for record in _needed_dirs(records):
             self._write_one(record)
         files = [record for record in records if record.value is not None]
         _run_parallel(files, self._workers, self._write_one, "import")
 
     def ttl(self, record: _Record) -> int | None:
-        """Return the new ttl of a record; None: permanent; 0 or less: expired."""
         return self._ttl if record.expiration and self._ttl else record.ttl
 
     def is_expired(self, record: _Record) -> bool:
@@ -293,8 +283,6 @@ def _cmd_import(run: _Run) -> int:
 
 
 class _Change(NamedTuple):
-    """A change that a mirror makes to its target."""
-
     verb: str                                       # set, mkdir or delete
     key: str
     value: str = ""
@@ -315,9 +303,8 @@ class _Change(NamedTuple):
 class _Mirror:
     """Makes a tree of the target equal to one of the source, and keeps it equal.
 
-    A mirror keeps no state: after a restart it compares both trees and writes the difference.  It
-    does the same after more changes than the source remembers, and when a change does not fit the
-    target.
+    A mirror keeps no state.  After a restart, after more changes than the source remembers, and
+    when a change does not fit the target, it compares both trees and writes the difference.
     """
 
     def __init__(self, source: Client, target: Client, options: _Options) -> None:
@@ -353,7 +340,6 @@ class _Mirror:
         return index + 1
 
     def follow(self, index: int) -> None:
-        """Repeat every change of the source at the target, without end."""
         while True:
             try:
                 with self._source.watcher(
@@ -377,9 +363,8 @@ class _Mirror:
                  for node in result.node.walk())
         return result.etcd_index, {key: node for key, node in moved if key is not None}
 
-    def _difference(
-        self, wanted: Mapping[str, Node], present: Mapping[str, Node],
-    ) -> tuple[list[_Change], list[_Change], list[_Change]]:
+    def _difference(self, wanted: Mapping[str, Node], present: Mapping[str, Node],
+                    ) -> tuple[list[_Change], list[_Change], list[_Change]]:
         """Return the changes: deletions, directories and files."""
         deletions: list[_Change] = []
         for key, node in present.items():           # parents come first

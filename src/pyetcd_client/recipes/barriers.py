@@ -105,8 +105,7 @@ class DoubleBarrier(_Recipe):
     leave only after all participants of the round have left or expired.  Further participants
     form the next round.
     Limit: a participant that is cut off for longer than its ttl is removed, and enter raises
-    LockExpired.  All participants need the same size.  One small file remains, which counts
-    rounds.
+    LockExpired.  All participants need the same size.  One small file remains: a count of rounds.
 
     Thread: one, except for `cancel`; an object is one participant.
     """
@@ -165,8 +164,7 @@ class DoubleBarrier(_Recipe):
     def _read_round(self, entry: _Entry) -> tuple[int | None, _Wait]:
         """Return the index at which the round of `entry` began, or None and the event to wait for.
 
-        A file is written when a round is complete.  Entries whose numbers lie between two such
-        writes form one round.
+        A file is written when a round is complete; the entries between two writes form a round.
         """
         key = f"{self.path}/round"
         while entry.is_held:
@@ -202,8 +200,8 @@ class Counter(_Recipe):
         counter.add()                               # 1, once in the whole cluster
         counter.add(-1); counter.value
 
-    The file holds the number, and the last change of each of the COUNTER_WRITERS objects that
-    changed it last.  There an object finds a change of its own whose reply was lost.
+    The file holds the number, and the last change of each of its COUNTER_WRITERS latest writers,
+    where an object finds a change of its own whose reply was lost.
 
     Guarantee: each add that returns was applied once, and returns its sum.
     Limit: an error with maybe_applied=True after OUTAGE_S seconds without a server, or if more
@@ -228,8 +226,7 @@ class Counter(_Recipe):
     def add(self, amount: int = 1, *, timeout: float | None = None) -> int:
         """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
 
-        timeout  seconds until it raises the obstacle; None: OUTAGE_S without a server; 0: as for
-                 all recipes, TRY_S
+        timeout  seconds until an error; None: OUTAGE_S without a server; 0: TRY_S, as always
 
         Raises Cancelled after `cancel`.
         """

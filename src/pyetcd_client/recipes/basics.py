@@ -1,9 +1,9 @@
 """Common parts of the recipes.
 
-A write of unknown fate carries a uuid, so that a read tells whether it was applied.  A lease is
-counted from before the request that granted it was sent, on a clock of this machine that runs on
-while the machine sleeps, and less a margin.  A waiter watches one key, and reads again after
-every event, timeout and error, so that a lost event costs time only.
+A write carries a uuid, so that a read tells whether it was applied.  A lease is counted from
+before its request was sent, on a clock of this machine that runs on while the machine sleeps, and
+less a margin.  A waiter watches one key, and reads again after every event, timeout and error, so
+that a lost event costs only time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def _call_back_in_background(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _recipe_key(key: str) -> str:
-    """Return the canonical `key`.  Raises ValueError for the root, and for `.` and `..`."""
     if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
         raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
     return clean_key(key)
@@ -75,7 +74,7 @@ _inherited: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary(
 
 
 def _reset_after_fork() -> None:
-    """In a forked child: give up what the parent holds, and locks that are never released."""
+    """In a forked child: forget what the parent holds, and locks that no thread releases."""
     for recipe in list(_inherited.values()):
         recipe._after_fork()
 
@@ -98,9 +97,9 @@ class _Wait(NamedTuple):
 class _CallScope(Scope):
     """The scope of one call of a recipe.
 
-    After `cancel` of the recipe the block ends without an exception, unless a write is in doubt.
-    The same holds when the time ends during a read that is not the first one.  If an outer scope
-    or `client.close` ended it, it raises Cancelled.
+    The block ends without an exception, unless a write is in doubt, after `cancel` of the recipe
+    and when the time ends during a read after the first one.  It raises Cancelled after a
+    cancellation of an outer scope, and after `client.close`.
 
     quiet   False: the block always raises
     waited  True after the first read, which found a reason to wait
@@ -152,10 +151,7 @@ class _CallScope(Scope):
             self.detach(wake)
 
     def wait_for_event(self, client: Client, wait: _Wait, longest_s: float) -> bool:
-        """Wait for an event; return whether there is time for another read.
-
-        May return early: the caller reads again.
-        """
+        """Wait, at most until an event; return whether there is time for another read."""
         wait_s, below = self.wait_s(longest_s), wait.below
         if not wait_s:
             return False
@@ -176,8 +172,6 @@ class _CallScope(Scope):
 
 
 class _Recipe:
-    """A recipe whose calls wait; `cancel` ends the present ones."""
-
     def __init__(self, client: Client, path: str = "") -> None:
         self.client = client
         self.path = path
@@ -220,10 +214,7 @@ def _cleanup_scope() -> Iterator[None]:
 
 def _with_retries(client: Client, attempt: Callable[[], _T], patience_s: float | None = None, *,
                   idempotent: bool = True) -> _T:
-    """Repeat a call while no server replies; then raise the last error.
-
-    `maybe_applied` of the error covers all attempts.
-    """
+    """Repeat a call while no server replies; `maybe_applied` of the error covers all attempts."""
     unsure, pause_s = False, 0.0
     with Scope(OUTAGE_S if patience_s is None else patience_s, client.scope) as scope:
         while True:
@@ -276,7 +267,7 @@ def _children(client: Client, directory: str) -> tuple[list[Node], int]:
 def _entries(client: Client, line: str) -> tuple[list[Node], int]:
     """Return the in-order files of a directory in their order, and the index of the read.
 
-    Other files and directories are no entries: names of locks may contain slashes.
+    Other files and directories are skipped: names of locks may contain slashes.
     """
     nodes, index = _children(client, line)
     return sorted(filter(_is_entry, nodes), key=_number), index
@@ -307,9 +298,8 @@ def _name(key: str) -> str:
 def _create_once(client: Client, key: str, value: str, ttl: int | None) -> tuple[Node, bool]:
     """Create a file with a unique value.  Raises NodeExists for a file with another value.
 
-    Repeating a creation is harmless: if an earlier attempt succeeded, the value shows it, and the
-    second result is False.  A file that expires before it can be read is created again, at most
-    CREATE_TRIES times in all.
+    If an earlier attempt succeeded, the value shows it, and the second result is False.  A file
+    that expires before it can be read is created again, at most CREATE_TRIES times in all.
     """
     tries = 0
     while True:
@@ -328,10 +318,8 @@ def _create_once(client: Client, key: str, value: str, ttl: int | None) -> tuple
             raise
 
 
-def _append_once(
-    client: Client, directory: str, value: str, ttl: int | None,
-    find: Callable[[], Node | None],
-) -> tuple[Node, bool]:
+def _append_once(client: Client, directory: str, value: str, ttl: int | None,
+                 find: Callable[[], Node | None]) -> tuple[Node, bool]:
     """Create an in-order file with a unique value.
 
     After an unknown fate `find` looks for the file; if it finds none the file is written again.

@@ -70,19 +70,15 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         return self._error or (None if watch is None else watch.error)
 
     def start(self) -> CachedTree:
-        """Read the directory, and follow it from now on; no effect if it is followed.
-
-        Raises EtcdError without a server.
-        """
+        """Read and follow the directory, if not yet done.  Raises EtcdError without a server."""
         with self._control:
             if self._thread is not None and self._thread.is_alive() and not self._scope.cancelled:
                 return self
             client_scope = self.client.scope
             watch = self._watch = self._read_directory()
             self._pid, self._error, self._scope = os.getpid(), None, Scope(None, client_scope)
-            self._thread = threading.Thread(
-                target=self._run, args=(watch, client_scope), name=f"pyetcd-tree {self.path}",
-                daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(watch, client_scope),
+                                            name=f"pyetcd-tree {self.path}", daemon=True)
             self._thread.start()
         return self
 
@@ -101,9 +97,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def wait_for(self, index: int, timeout: float | None = None) -> bool:
         """Wait until the copy has the change with `index`, of a file in it; False if it is late.
 
-        timeout  seconds; None: no limit; 0: do not wait
-
-        False at once if the directory is not followed any more.
+        timeout  seconds; None: no limit; 0: do not wait.  No wait if the directory is not followed
         """
         self._check_process()
         with self._call_scope(timeout) as scope:
@@ -283,8 +277,7 @@ class ChildrenWatch(_Follower[list[str], Callable[[list[str]], object]]):
         return sorted(_name(node.key) for node in nodes), _Wait(self.path, index, _is_change)
 
 
-class DataWatch(_Follower[
-        Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
+class DataWatch(_Follower[Optional[Node], Callable[[Optional[str], Optional[Node]], object]]):
     """Calls a function with value and node of a file, now and after each change.
 
         @DataWatch(client, "/config/db")
@@ -298,8 +291,7 @@ class DataWatch(_Follower[
             found = _read(self.client, self.path)
         except KeyNotFound as error:
             return None, _Wait(self.path, error.index)
-        return (None if found.dir else _childless(found.node),
-                _Wait(self.path, found.etcd_index))
+        return (None if found.dir else _childless(found.node), _Wait(self.path, found.etcd_index))
 
     def _call_function(self, function: Callable[..., Any], state: Node | None) -> bool:
         return _call_back_in_background(function, state and state.value, state) is not False

@@ -142,8 +142,7 @@ class Heartbeat:
     def stop(self) -> bool:
         """Stop renewing; return whether the file was held until now.
 
-        A Heartbeat leaves the file to its ttl.  A Lease removes it, if a server replies within
-        LEAVE_S.
+        A Heartbeat leaves the file to its ttl; a Lease tries to remove it, for LEAVE_S.
         """
         held = self.is_held
         if self._pid != os.getpid():                # in a forked child: the parent holds it
@@ -276,8 +275,7 @@ class Heartbeat:
     def _send_renewal(self, *, announce: bool = False) -> Result:
         """Renew on condition that the file has the known index.
 
-        Therefore a renewal that arrives late, after it was given up and repeated, has no effect
-        and cannot shorten a longer ttl.
+        A renewal that arrives after it was given up and repeated thus cannot shorten a longer ttl.
         """
         fields: dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
@@ -368,8 +366,7 @@ class _Entry(Lease):
             raise
 
     def _ours(self) -> list[Node]:
-        return [node for node in _entries(self.client, self.line)[0]
-                if node.value == self._value]
+        return [node for node in _entries(self.client, self.line)[0] if node.value == self._value]
 
     def _create_file(self) -> tuple[int, bool]:
         node, self._sure = _append_once(

@@ -40,8 +40,8 @@ class Contender(_Recipe):
     Each attempt has an entry with a uuid of its own.  Only the entries ahead can block it and no
     new ones appear there, so a contender that was admitted stays admitted until its entry is gone.
 
-    The object is the holder, whichever thread or task calls it: a second `acquire` waits until
-    the first one is released or lost.
+    The object is the holder, not the thread or task: a second `acquire` waits until the first one
+    is released or lost.
     """
 
     label = ""                                      # after the uuid in the value of an entry
@@ -69,7 +69,7 @@ class Contender(_Recipe):
         """The fencing token, higher than that of every earlier holder; 0 if it is not held.
 
         Send it with every write to the protected resource, which must refuse tokens lower than
-        the highest so far.  This protects it from a holder that was suspended past its ttl.
+        the highest so far: they come from a holder that was suspended past its ttl.
         """
         held = self._held
         return held.number if held is not None and held.is_held else 0
@@ -95,11 +95,11 @@ class Contender(_Recipe):
         return self._acquire(lock_ttl, timeout if blocking else 0) is not None
 
     def renew(self, lock_ttl: int | None = None) -> bool:
-        """Renew the entry now, before the heartbeat does; return whether it is held.
+        """Renew the entry now; return whether it is held.
 
         lock_ttl  seconds from now on; None: as before
 
-        This sends a request: it returns False also if the entry was removed a moment ago.
+        Unlike `is_held` it sends a request, and so notices at once that the entry was removed.
         """
         held = self._held
         return held is not None and held.renew(lock_ttl)
@@ -189,7 +189,7 @@ class Contender(_Recipe):
     def _take_turn(self, scope: _CallScope) -> list[_Entry] | None:
         """Wait until no thread contends for or holds this object; None when the time is over.
 
-        Returns the lost hold that was not released, if any, to be stopped.
+        Returns a lost hold that was not released, to be stopped, or [].
         """
         thread = threading.current_thread()
         if self._taken_by is thread and self.is_held and scope.wait_s():
@@ -223,10 +223,7 @@ class Contender(_Recipe):
         return nodes, index
 
     def _blocker(self, ahead: list[Node]) -> str | None:
-        """Return the key to watch before the next read; None: admitted.
-
-        The key of the line itself means: until any entry is removed.
-        """
+        """Return the key to watch (the line's own: for any removal); None: admitted."""
         return ahead[-1].key if ahead else None
 
     def _contend(self, ttl: int, scope: _CallScope) -> _Entry | None:
@@ -285,9 +282,8 @@ class Contender(_Recipe):
     def _admitted(self, entry: _Entry) -> None:
         """Notify the contenders behind of the admission, if the recipe needs it."""
 
-    def _wait_for_blocker(
-        self, scope: _CallScope, entry: _Entry, blocker: str | None, index: int,
-    ) -> bool:
+    def _wait_for_blocker(self, scope: _CallScope, entry: _Entry, blocker: str | None,
+                          index: int) -> bool:
         """Wait for a change of `blocker` or the loss of `entry`; return whether to read again."""
         with contextlib.suppress(Cancelled), Scope() as waiting:
             entry._scope.attach(waiting.cancel)
@@ -318,8 +314,7 @@ class Lock(Contender):
             write(..., fencing_token=lock.token)
         if lock.acquire(timeout=5): ...
 
-    on_lost  called on another thread when the lock is lost while it is held; `is_held` is False
-             then, and another contender may soon hold the lock
+    on_lost  called on another thread when a held lock is lost; another contender may hold it soon
 
     It shares its line with python-etcd's lock: in-order files under client.lock_prefix.  Unlike
     there, an entry always has a ttl and is renewed while the process lives: a crash releases the
@@ -364,9 +359,8 @@ class RLock(Lock):
         with lock, lock: ...                        # the holder is the thread
         lock.acquire(holder=task)                   # or any object: a task, a request
 
-    Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
-    (`with` raises LockExpired): the outer block has to end first.  Tasks that share a thread need
-    `holder`.
+    Guarantee and limit are those of Lock.  After a loss an inner acquire returns False (`with`
+    raises LockExpired) until the outer block has ended.  Tasks that share a thread need `holder`.
     """
 
     _reacquires = False

@@ -47,8 +47,6 @@ PRIORITY = 100                  # default priority of an item
 
 
 class _Item(NamedTuple):
-    """An item of a queue, from a listing."""
-
     uid: str                                        # the same in both files of an item that was
     value: str                                      # written twice after a lost reply
     priority: int
@@ -72,9 +70,7 @@ _ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 
 
 class QueueItem:
-    """An item that this process works on; from Queue.take.
-
-    value  the value given to `put`
+    """An item that this process works on, from Queue.take; `value` is the one given to `put`.
 
     A context manager: the item is done after the block, or given back after an exception.
     """
@@ -150,10 +146,7 @@ class Queue(_Recipe):
         self._after_fork()
 
     def put(self, value: str, priority: int = PRIORITY) -> str:
-        """Add an item, behind all of the same priority; return its key.
-
-        priority  items with lower numbers come first
-        """
+        """Add an item, behind all of the same priority (lower numbers first); return its key."""
         uid = uuid.uuid4().hex
         text = f"{uid}:{priority:d}:{_text(value)}"
 
@@ -176,10 +169,7 @@ class Queue(_Recipe):
         return self._first(timeout, lambda item: item.value if self._remove(item) else None)
 
     def take(self, timeout: float | None = None) -> QueueItem:
-        """Return the first item that no other consumer works on.
-
-        Raises WatchTimeout in place of None, since a `with` needs an item.
-        """
+        """Return the first item that no other consumer works on.  Raises WatchTimeout."""
         item = self._first(timeout, self._claim)
         if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
@@ -217,10 +207,7 @@ class Queue(_Recipe):
         return free, len(items) - len(free), found.etcd_index
 
     def _first(self, timeout: float | None, obtain: Callable[[_Item], _T | None]) -> _T | None:
-        """Return what `obtain` makes of the first item that it accepts (None: it does not).
-
-        None after the timeout, or `cancel`.
-        """
+        """Return the first result of `obtain` that is not None; None after timeout or `cancel`."""
         with self._call_scope(timeout) as scope:
             found, _ = self._try(obtain)
             if found is not None or not scope.wait_s():
@@ -283,8 +270,7 @@ class Queue(_Recipe):
             return False
         if mark.rpartition(":")[2] != _name(item.node.key):
             with contextlib.suppress(EtcdError):
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
         return True
 
     def _delete(self, item: _Item) -> bool:
@@ -294,8 +280,7 @@ class Queue(_Recipe):
         def attempt() -> bool:
             nonlocal unsure
             try:
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
+                self.client.compare_and_delete(item.node.key, prev_index=item.node.modified_index)
             except (KeyNotFound, CompareFailed) as error:
                 # Other consumers leave it alone until our mark expires.
                 return unsure and isinstance(error, KeyNotFound) and item.mark == _read(

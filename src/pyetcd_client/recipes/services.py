@@ -54,12 +54,7 @@ class Instance:
 
 
 class Registration(Lease):
-    """A Lease that renews itself after a loss; from ServiceRegistry.register and Party.
-
-    After a loss it calls on_lost, and creates the file again as soon as a server replies.
-
-    Thread: any.
-    """
+    """A Lease of ServiceRegistry or Party: after a loss it calls on_lost and recreates the file."""
 
     def _regain(self, scope: Scope) -> bool:
         self._report_loss()
@@ -102,10 +97,8 @@ class ServiceRegistry:
         self.prefix = clean_key(prefix)
         self.ttl = _checked_ttl(ttl)
 
-    def register(
-        self, service: str, address: str, *, metadata: Mapping[str, Any] | None = None,
-        tags: Iterable[str] = (), on_lost: _LostCallback = None,
-    ) -> Registration:
+    def register(self, service: str, address: str, *, metadata: Mapping[str, Any] | None = None,
+                 tags: Iterable[str] = (), on_lost: _LostCallback = None) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
         metadata  any JSON values, for the users of the service

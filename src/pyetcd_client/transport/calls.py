@@ -125,7 +125,6 @@ def _quote_plus(text: str) -> str:
 
 
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
-    """Return the parameters that are not None, form-encoded."""
     return "&".join(
         f"{_quote_plus(name)}="
         f"{_quote_plus(str(value).lower() if isinstance(value, bool) else str(value))}"
@@ -170,8 +169,7 @@ if TYPE_CHECKING:
 _ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
-_PERMANENT = (
-    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
+_PERMANENT = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
 def _is_permanent(error: EtcdError) -> bool:
@@ -182,7 +180,6 @@ def _is_permanent(error: EtcdError) -> bool:
 
 
 def _backoff_s(rounds: int) -> float:
-    """Return the wait after so many failed rounds: doubled each time, with jitter."""
     longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
     return float(longest_s * random.uniform(0.5, 1.0))
 
@@ -218,28 +215,24 @@ def _with_settings_of(
 
 
 class _Caller(_Closeable):
-    """Performs calls: endpoints, connections, retries.  The base of all parts of the client.
+    """Performs calls: endpoints, connections, retries.  The base of all parts of the client."""
 
-    on_request  called with method, URL and form of each request before it is sent
-    """
-
+    # Called with method, URL and form of each request before it is sent.
     on_request: Callable[[str, str, bytes | None], object] | None = None
 
-    def __init__(
-        self, host: _Address | Sequence[_Address] = "127.0.0.1", port: int = 2379,
-        srv_domain: str | None = None, version_prefix: str = "/v2",
-        read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
-        cert: None | str | tuple[str, str] = None, ca_cert: str | None = None,
-        username: str | None = None, password: str | None = None,
-        allow_reconnect: bool | None = None, use_proxies: bool = False,
-        expected_cluster_id: str | None = None, per_host_pool_size: int = 10,
-        lock_prefix: str = "/_locks", *, endpoints: Iterable[str] | None = None,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        total_timeout: float | None = TOTAL_TIMEOUT_S,
-        session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
-        verify: bool = True, proxies: Mapping[str, str] | None = None,
-        on_state: _Listener | None = None,
-    ) -> None:
+    def __init__(self, host: _Address | Sequence[_Address] = "127.0.0.1", port: int = 2379,
+                 srv_domain: str | None = None, version_prefix: str = "/v2",
+                 read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True,
+                 protocol: str = "http", cert: None | str | tuple[str, str] = None,
+                 ca_cert: str | None = None, username: str | None = None,
+                 password: str | None = None, allow_reconnect: bool | None = None,
+                 use_proxies: bool = False, expected_cluster_id: str | None = None,
+                 per_host_pool_size: int = 10, lock_prefix: str = "/_locks", *,
+                 endpoints: Iterable[str] | None = None, connect_timeout: float = CONNECT_TIMEOUT_S,
+                 total_timeout: float | None = TOTAL_TIMEOUT_S,
+                 session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
+                 verify: bool = True, proxies: Mapping[str, str] | None = None,
+                 on_state: _Listener | None = None) -> None:
         if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
             raise EtcdValueError("timeouts are seconds above 0")
         if (username is None) != (password is None):
@@ -270,8 +263,7 @@ class _Caller(_Closeable):
             (ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self.scope = Scope()                        # of all calls and watches until `close`
         self._idle: deque[_Connections] = deque()   # last in, first out
-        # Also at exit, but only idle ones: closing a connection that a daemon thread reads from
-        # would wait for that thread.
+        # Also at exit, but only idle ones: closing one that a daemon thread reads from would wait.
         weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
@@ -310,10 +302,9 @@ class _Caller(_Closeable):
         return self._connectivity.state
 
     def add_listener(self, listener: _Listener) -> None:
-        """Call `listener(state)` at every change of `state`, in order.
+        """Call `listener(state)` at every change of `state`, in order, until it returns True.
 
-        The listener runs in the thread that noticed the change and must not block.  It is removed
-        when it returns True; its exceptions are logged.
+        It runs in the thread that noticed the change and must not block; its exceptions are logged.
         """
         self._connectivity.add(listener)
 
@@ -327,10 +318,7 @@ class _Caller(_Closeable):
         return self.version_prefix + "/keys"
 
     def close(self) -> None:
-        """End every call and watch under way with Cancelled, and close the connections.
-
-        This also ends the background work of recipes.  New calls are possible afterwards.
-        """
+        """End calls, watches and recipes with Cancelled.  New calls are possible afterwards."""
         scope, self.scope = self.scope, Scope()
         scope.cancel()
         self._connectivity.close()
@@ -344,7 +332,7 @@ class _Caller(_Closeable):
         return False
 
     def _perform(self, call: _Call[_T]) -> _T:
-        """Send `call` to one endpoint after the other, and again, as long as that is safe.
+        """Send `call` to one endpoint after the other, in rounds, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
@@ -375,8 +363,7 @@ class _Caller(_Closeable):
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
             until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
             with contextlib.suppress(EtcdError):    # the result of the call is known
-                self._learn_members(
-                    lambda call: self._attempt(self.endpoints.current, call, until))
+                self._learn_members(lambda call: self._attempt(self.endpoints.current, call, until))
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Leave `endpoint` if it failed.  Raises `error` unless the next one may be tried."""
@@ -402,10 +389,10 @@ class _Caller(_Closeable):
                           error.message if error else "no answer", self.endpoints.current)
 
     def _wait_before_retry(self, rounds: int, errors: list[EtcdError], scope: Scope) -> None:
-        """Wait before the next round.  Raises the errors of the last one if it was the final one.
+        """Wait before the next round, or raise the errors of the final one.
 
-        Without a deadline there is one round: a dead cluster must not block for ever.  As long as
-        no server was ever reached there is one round, too: the address is probably wrong.
+        There is one round without a deadline, since a dead cluster must not block for ever, and
+        until a server was reached, since the address is probably wrong.
         """
         pause_s = _backoff_s(rounds)
         final = scope.once or not (self._retry and self._reached) or all(map(_is_permanent, errors))
@@ -438,10 +425,7 @@ class _Caller(_Closeable):
             self.endpoints.learn([_base_url(url) for url in urls])
 
     def _attempt(self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1) -> _T:
-        """Send `call` to `endpoint` once.
-
-        sharers  number of endpoints left to try; a read takes its share of the remaining time
-        """
+        """Send `call` once; a read takes an equal share of the time left to `sharers` endpoints."""
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
         return self._request(endpoint, call, _Exchange(
@@ -450,9 +434,8 @@ class _Caller(_Closeable):
     def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return its parsed reply.
 
-        Redirects are followed for reads, and for writes with 307 and 308, whose sender has not
-        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.  Any other
-        redirect of a write is an error; 303 means that the write was applied.
+        Follows redirects of reads, and redirects of writes with 307 and 308, whose sender has not
+        executed the request (RFC 9110 section 15.4), such as a follower of etcd 0.4.
         """
         scope = cast(Scope, _context.scope)
         scope.attach(exchange.cancel)
@@ -482,10 +465,8 @@ class _Caller(_Closeable):
         harmless = not call.write or reply.status in (307, 308)
         return self.allow_redirect and harmless and "Location" in reply.headers
 
-    def _exchange(
-        self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
-        connections: _Connections,
-    ) -> _Reply:
+    def _exchange(self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
+                  connections: _Connections) -> _Reply:
         exchange.sent = False
         if self.on_request is not None:
             self.on_request(call.method, base + target, call.form)
@@ -516,7 +497,6 @@ class _Caller(_Closeable):
         return headers
 
     def _take_connections(self) -> _Connections:
-        """Return connections for one exchange, to be returned by `_return_connections`."""
         while self._idle:
             with contextlib.suppress(IndexError):   # another thread was faster
                 connections = self._idle.pop()
@@ -534,7 +514,6 @@ class _Caller(_Closeable):
                 self._idle.popleft().close()
 
     def _interpret(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
-        """Return the parsed reply.  Raises the error that it stands for."""
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:

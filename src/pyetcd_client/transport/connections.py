@@ -54,10 +54,9 @@ class Scope:
             client.get("a")
             lock.acquire()
 
-    Every wait of this module in the thread that entered the scope, however deep below, ends at
-    the scope's deadline: requests, retries, watches and recipes.  After `cancel` these waits, and
-    all later ones, raise Cancelled within milliseconds.  Scopes nest: the earliest deadline
-    counts, and cancelling the outer scope cancels the inner one.
+    Every wait of the thread that entered the scope ends at its deadline: requests, retries,
+    watches and recipes.  After `cancel` these and all later waits raise Cancelled within
+    milliseconds.  Scopes nest: the earliest deadline counts, and `cancel` reaches inner scopes.
 
     timeout    seconds from now; None: no limit of its own; 0: each call tries once and waits for
                nothing but the reply, TRY_S at most
@@ -67,8 +66,8 @@ class Scope:
     cancelled  True after `cancel`
 
     Threads do not inherit a scope: the background work of a recipe has scopes of its own.
-    Thread: one enters the scope, once; any thread may cancel it, also before and after.  There is
-    no lock: each side writes first (`cancelled`, or its waker) and then reads the other's.
+    Thread: one enters the scope, once; any thread may cancel it, at any time.  There is no lock:
+    each side writes first (`cancelled`, or its waker) and then reads the other's.
     """
 
     __slots__ = ("deadline", "once", "cancelled", "_within", "_wakers", "_outer")
@@ -93,10 +92,7 @@ class Scope:
                 wake()
 
     def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
-        """Return the seconds that the next wait may take; 0 after the deadline.
-
-        Raises Cancelled.
-        """
+        """Return the seconds left for a wait, 0 after the deadline.  Raises Cancelled."""
         if self.cancelled:
             raise Cancelled("cancelled")
         return max(0.0, min(longest_s, self.deadline - time.monotonic()))
@@ -173,8 +169,7 @@ def _start_thread(name: str, function: Callable[[], _T]) -> concurrent.futures.F
 def _call_on_thread(name: str, function: Callable[[], _T], left_s: Callable[[], float]) -> _T:
     """Return the result of `function`, which cannot be interrupted, such as a name lookup.
 
-    After a cancellation or when `left_s()` seconds are over the thread is abandoned; `left_s`
-    raises then.
+    After a cancellation or `left_s()` seconds, `left_s` raises and the thread is abandoned.
     """
     woken, scope = threading.Event(), _context.scope or Scope()
     scope.attach(woken.set)
@@ -224,7 +219,6 @@ class _Exchange:
         return left_s
 
     def keeps_waiting(self) -> bool:
-        """Return whether to continue waiting after silence."""
         if self.on_silence is None or time.monotonic() >= self.deadline:
             return False
         waits = self.on_silence()
@@ -232,7 +226,6 @@ class _Exchange:
         return waits
 
     def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
-        """Prepare `sock` for the next wait."""
         self._sock = sock                           # before `cancelled` is read
         sock.settimeout(min(limit_s, self.left_s()))
 
@@ -256,9 +249,8 @@ class _Exchange:
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        return _call_on_thread(
-            f"pyetcd-lookup {host}",
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), self.left_s)
+        return _call_on_thread(f"pyetcd-lookup {host}", lambda: socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM), self.left_s)
 
     def guard(self, sock: socket.socket) -> None:
         """Let `cancel` end the TLS handshake, during which the library owns `sock`."""
@@ -295,7 +287,6 @@ class _TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Fill `buffer` with the next bytes.  Raises socket.timeout after the time limit."""
         exchange = _context.exchange
         while True:
             self._sock.settimeout(exchange.left_s())
@@ -334,13 +325,11 @@ class _Headers(dict[str, str]):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A reply that is read through a _TimedReader."""
-
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(cast(socket.socket, _TimedReader(sock)), *args, **kwargs)
 
     def begin(self, **_: Any) -> None:
-        """Read the head; http.client's way, the parser for mails, takes five times as long."""
+        """Read the head; http.client's parser, made for mail, takes five times as long."""
         this = cast(Any, self)
         version, status, reason = this._read_status()
         head = self._read_head()
@@ -384,7 +373,6 @@ class _HttpConnection(HTTPConnection):
         return _context.exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
-        """Connect, through the proxy if there is one, and perform the TLS handshake."""
         try:
             super().connect()
         except ValueError as error:                 # urllib3 1.26: certificate of another host
@@ -393,7 +381,6 @@ class _HttpConnection(HTTPConnection):
             _context.exchange.sent = False          # bytes for a proxy are not the request
 
     def send(self, data: Any) -> None:
-        """Send bytes of the request; from here on the server may have it."""
         if self.sock is None:
             self.connect()
         exchange = _context.exchange
@@ -440,7 +427,6 @@ class _Route(NamedTuple):
 
     @classmethod
     def to(cls, endpoint: str, settings: _ConnectionSettings) -> _Route:
-        """Return the route to `endpoint`.  Raises OSError for a file that is missing."""
         proxy = select_proxy(endpoint, dict(settings.proxies))
         tls = settings.tls_options() if "https:" in (endpoint[:6], (proxy or "")[:6]) else {}
         manager = PoolManager(**tls) if proxy is None else ProxyManager(
@@ -469,7 +455,6 @@ class _Route(NamedTuple):
         return "\r\n".join([*lines, "\r\n"]).encode("ascii") + (form or b"")
 
     def prepare(self) -> None:
-        """Close a connection that the server has closed; open the tunnel through a proxy."""
         if self.connection.sock is not None and is_connection_dropped(self.connection):
             self.connection.close()
         if self.connection.sock is None and self.open_tunnel is not None:
@@ -479,7 +464,7 @@ class _Route(NamedTuple):
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange at a time.
 
-    requests.Session and urllib3's urlopen are not used: their merging of settings, retries and
+    Replaces requests.Session and urllib3's urlopen: their merging of settings, retries and
     wrapping of replies take longer than etcd's reply.
     """
 
@@ -489,17 +474,15 @@ class _Connections:
         self._routes: dict[str, _Route] = {}
         self.used_at = time.monotonic()
 
-    def perform(
-        self, exchange: _Exchange, endpoint: str, method: str, target: str, form: bytes | None,
-        headers: Mapping[str, str], on_head: Callable[[_Reply], None] | None,
-    ) -> _Reply:
+    def perform(self, exchange: _Exchange, endpoint: str, method: str, target: str,
+                form: bytes | None, headers: Mapping[str, str],
+                on_head: Callable[[_Reply], None] | None) -> _Reply:
         """Send a request and read the reply.  Raises OSError, HTTPException or urllib3's errors.
 
         A server or a load balancer may close an idle connection while the request is on its way.
-        Such a request was probably not executed, but this cannot be known, so for a write it is
-        an error with maybe_applied=True.  A connection whose end has arrived is replaced; the race
-        that remains is made rare by replacing connections that were idle for IDLE_CLOSE_S, which
-        is below the usual idle limits (5 s and more).  The price is one round trip.
+        The request was probably not executed, but the client cannot know: a write raises an error
+        with maybe_applied=True.  To make this rare, a connection that was idle for IDLE_CLOSE_S,
+        below the usual idle limits (5 s and more), is replaced.  The price is one round trip.
         """
         if time.monotonic() - self.used_at > IDLE_CLOSE_S:
             self.close()
@@ -526,7 +509,6 @@ class _Connections:
                 connection.close()                  # the rest of this reply must not be the next
 
     def close(self) -> None:
-        """Close the connections; the next request opens new ones."""
         while self._routes:
             self._routes.popitem()[1].connection.close()
 
@@ -542,7 +524,6 @@ def _close_all(idle: deque[_Connections]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the cause of an exception in a few words."""
     inner = next((item for item in error.args if isinstance(item, BaseException)), None)
     if inner is not None:                           # urllib3's errors about certificates
         return _reason(inner)
@@ -555,9 +536,8 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _transport_error(
-    error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
-) -> EtcdError:
+def _transport_error(error: Exception, endpoint: str, exchange: _Exchange, *,
+                     write: bool) -> EtcdError:
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if exchange.cancelled:
         return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
@@ -598,10 +578,7 @@ def _call_back(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Connectivity:
-    """The connection state of a client, and its listeners.
-
-    A timer changes SUSPENDED to LOST on time without further calls.  Thread: any.
-    """
+    """The connection state of a client; a timer changes SUSPENDED to LOST.  Thread: any."""
 
     def __init__(self, session_timeout_s: float) -> None:
         self.state = ConnectionState.LOST
@@ -617,7 +594,6 @@ class _Connectivity:
         self._timer: threading.Timer | None = None
 
     def report(self, answered: bool) -> None:
-        """Note the outcome of a call."""
         if answered == (self.state is ConnectionState.CONNECTED):
             return
         if self._pid != os.getpid():                # a forked child has no timer, and perhaps

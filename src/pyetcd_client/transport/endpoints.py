@@ -35,7 +35,6 @@ def _base_url(text: str, protocol: str = "http") -> str:
 
 
 def _endpoint_advice(text: str) -> str:
-    """Return what is probably wrong with an endpoint; "" if that is unknown."""
     if not text.strip():
         return "; it is empty, or there is a comma too many"
     if re.search(r"[\"'\u2018-\u201f]", text):
@@ -149,10 +148,10 @@ def _lookup_srv(name: str, deadline: float) -> list[str]:
 
 
 def _discover(domain: str, protocol: str, deadline: float) -> list[str]:
-    """Return the URLs of the servers in the SRV records of `domain`.
+    """Return the URLs of the servers in the SRV records of `domain`.  Raises ConnectionFailed.
 
     _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as in etcdctl 2.3; else
-    _etcd._tcp (`protocol`), as in python-etcd.  Raises ConnectionFailed.
+    _etcd._tcp (`protocol`), as in python-etcd.
     """
     services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
     for service, scheme in services:

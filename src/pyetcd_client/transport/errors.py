@@ -18,8 +18,6 @@ class EtcdError(Exception):
     status         HTTP status; 0 without a reply
     endpoint       base URL of the server
     maybe_applied  True if the request was a write that was, or may yet be, applied
-
-    python-etcd calls it EtcdException.
     """
 
     code = 0
@@ -30,11 +28,9 @@ class EtcdError(Exception):
             cls.code = code
             cls.error_exceptions[code] = cls
 
-    def __init__(
-        self, message: str | None = "", payload: Mapping[str, Any] | None = None,
-        cause: Any = "", *, code: int | None = None, index: int = 0, status: int = 0,
-        endpoint: str = "", maybe_applied: bool = False,
-    ) -> None:
+    def __init__(self, message: str | None = "", payload: Mapping[str, Any] | None = None,
+                 cause: Any = "", *, code: int | None = None, index: int = 0, status: int = 0,
+                 endpoint: str = "", maybe_applied: bool = False) -> None:
         super().__init__(message or "")
         self.message = message or ""
         self.payload: dict[str, Any] = dict(payload or {})
@@ -61,13 +57,12 @@ class EtcdError(Exception):
         return (self, *self.others)
 
     @classmethod
-    def from_payload(
-        cls, payload: Mapping[str, Any], *, endpoint: str = "", maybe_applied: bool = False,
-    ) -> EtcdError:
+    def from_payload(cls, payload: Mapping[str, Any], *, endpoint: str = "",
+                     maybe_applied: bool = False) -> EtcdError:
         """Return the error for the JSON of an error reply and its HTTP `status`.
 
-        The keys API sends a code.  For the members and auth APIs the status decides: 401 is
-        Unauthorized, 404 KeyNotFound, all others HttpError.
+        Only the keys API sends a code.  Without one the status decides: 401 is Unauthorized, 404
+        KeyNotFound, all others HttpError.
         """
         status, message = payload.get("status", 0), str(payload.get("message", ""))
         code, index = payload.get("errorCode"), payload.get("index")
@@ -118,11 +113,11 @@ EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdVal
 
 
 class KeyNotFound(EtcdKeyError, KeyError, code=100):
-    """A path component is missing; the cause is its path.  Also a missing user, role or member."""
+    """A path component is missing (the cause is its path), or a user, role or member."""
 
 
 class CompareFailed(EtcdValueError, code=101):
-    """prev_value or prev_index does not match; the cause shows the given and the stored one."""
+    """prev_value or prev_index does not match; the cause shows the given and the stored value."""
 
 
 class NotFile(EtcdKeyError, code=102):
@@ -228,10 +223,7 @@ class ClusterIdChanged(TransportError):
 
 
 class Cancelled(EtcdError):
-    """The Scope of this wait was cancelled, or its client was closed.
-
-    maybe_applied=True: a write had been sent.
-    """
+    """The Scope was cancelled, or the client closed; maybe_applied: a write had been sent."""
 
 
 class LockExpired(EtcdError):

@@ -21,12 +21,12 @@ class _Reply(NamedTuple):
     """One complete HTTP reply; the result of `Client.api_execute`."""
 
     status: int
-    headers: Mapping[str, str]      # case-insensitive
+    headers: Mapping[str, str]      # by case-insensitive name
     body: bytes
 
     @property
     def data(self) -> bytes:
-        """The body, under python-etcd's name; so are the next two."""
+        """The body; this and the next two are python-etcd's names."""
         return self.body
 
     def getheader(self, name: str, default: str | None = None) -> str | None:
@@ -41,7 +41,6 @@ class _Reply(NamedTuple):
         return int(text) if text.isdigit() and text.isascii() else 0
 
     def json(self) -> Any:
-        """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
 
 
@@ -154,12 +153,10 @@ class EtcdResult:
         "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
         "createdIndex": None, "newKey": False, "dir": False}
 
-    def __init__(
-        self, action: str | None = None, node: Node | Mapping[str, Any] | None = None,
-        prevNode: Node | Mapping[str, Any] | None = None, *, new_key: bool = False,
-        etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
-        raw: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, action: str | None = None, node: Node | Mapping[str, Any] | None = None,
+                 prevNode: Node | Mapping[str, Any] | None = None, *, new_key: bool = False,
+                 etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0,
+                 relisted: bool = False, raw: Mapping[str, Any] | None = None) -> None:
         present = _as_node(node or {})
         self.__dict__.update(
             action=action or "", node=present,
@@ -173,10 +170,7 @@ class EtcdResult:
         return None if self.prev_node is None else EtcdResult(node=self.prev_node)
 
     def get_subtree(self, leaves_only: bool = False) -> Iterator[EtcdResult]:
-        """Yield this node and all listed nodes below it, parents before their children.
-
-        leaves_only  only nodes without children: files and empty directories
-        """
+        """Yield this and all listed nodes, parents first; `leaves_only`: those without children."""
         if not self.nodes or not leaves_only:
             yield self
         for child in self.nodes:
@@ -229,7 +223,6 @@ class Member:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Member:
-        """Return the member in a server's JSON."""
         return cls(raw["id"], raw["name"], tuple(raw.get("peerURLs") or ()),
                    tuple(raw.get("clientURLs") or ()), raw)
 
@@ -245,12 +238,10 @@ def _parse_result(reply: _Reply) -> EtcdResult:
     previous = raw.get("prevNode")
     return EtcdResult(
         raw["action"], _expect_object(raw["node"]),
-        None if previous is None else _expect_object(previous),
-        new_key=reply.status == 201,
+        None if previous is None else _expect_object(previous), new_key=reply.status == 201,
         etcd_index=reply.header_number("X-Etcd-Index"),
         raft_index=reply.header_number("X-Raft-Index"),
-        raft_term=reply.header_number("X-Raft-Term"),
-        raw=raw)
+        raft_term=reply.header_number("X-Raft-Term"), raw=raw)
 
 
 def _parse_object(reply: _Reply) -> dict[str, Any]:
@@ -275,9 +266,8 @@ def _describe_reply(reply: _Reply) -> str:
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     """Return the error for an error reply.
 
-    A 4xx is a refusal.  After a 5xx to a write the proposal may be in a log and be applied when
-    the quorum returns (as in etcd 2.3), or a proxy may have lost the reply.  A 303 means that
-    the write was applied.
+    After a 5xx to a write the proposal may be in a log and be applied when the quorum returns (as
+    in etcd 2.3), or a proxy may have lost the reply.  A 303 means that the write was applied.
     """
     maybe_applied = write and (reply.status >= 500 or reply.status == 303)
     try:
@@ -285,8 +275,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     except (ValueError, RecursionError):
         payload = {"status": reply.status}
     # The members and auth APIs refuse a user or password without the header.
-    of_etcd = "message" in payload and (
-        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    of_etcd = "message" in payload and (reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
     message = str(payload.get("message", "")) or _describe_reply(reply)
