@@ -36,7 +36,7 @@ MODULE_LINES_MAX = 750
 COLUMNS_MAX = 100
 BROAD_HANDLERS_MAX = 4
 # All lines below src/.  Raised only with the reason in the body of the commit.
-SOURCE_LINES_MAX = {"pyetcd": 26_110, "pyetcd_client": 8_750}
+SOURCE_LINES_MAX = {"pyetcd": 24_720, "pyetcd_client": 8_260}
 
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
