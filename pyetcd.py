@@ -9010,11 +9010,14 @@ class Connection:
     def _refuse_http2(self, refusal: StreamParser) -> None:
         data = bytes(self._in)
         self._in.clear()
+        answers: List[bytes] = []
         for answer in () if self._close_after else refusal.feed(data):
+            answers.append(answer)
             if not answer:
                 self._close_after = True
                 break
-            self.send(answer)
+        if answers:                     # one piece: a flood of pings would leave 100,000
+            self.send(b"".join(answers))
 
     def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
         """Queue bytes for the end of this turn."""

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import selectors
 import socket
 import sys
 import threading
@@ -1609,6 +1610,18 @@ def test_http_clients_that_read_too_slowly_are_closed(piece, is_kept):
     sock.send = len
     connection.flush()
     assert not service.unread
+
+
+def test_http_answers_to_a_flood_of_http2_frames_are_one_piece():
+    """7,000 short ones would hold six times the memory that the budget counts."""
+    settings = b"\0\0\0\4\0\0\0\0\0"
+    sock = _FuzzSocket([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", settings * 7_000])
+    service = pyetcd.Service(
+        FakeReactor(), lambda request: None, 1_000, None, None, patient=False)
+    connection = service.serve(sock, "client")
+    for _ in range(2):
+        connection._on_event(selectors.EVENT_READ)
+    assert [len(piece) for piece in connection.pieces()] == [9, 9 * 7_000]
 
 
 def test_http_pipelined_replies_wait_for_a_slow_reader(http_server):
