@@ -10940,8 +10940,8 @@ class Cluster:
 
     def _check_version(self, version: str) -> None:
         if not self.identity.bears(version):
-            bearing = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
-            hint = f", or start this one with -compat-version {bearing[0]}" if bearing else ""
+            able = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
+            hint = f", or start this one with -compat-version {able[0]}" if able else ""
             raise InvariantError(
                 f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
                 f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
@@ -17735,8 +17735,8 @@ class UiApi:
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
-        is_of_page = path in ("/", "/ui") or path.startswith("/ui/")
-        if self._mode == "false" or not is_of_page:
+        is_page_path = path in ("/", "/ui") or path.startswith("/ui/")
+        if self._mode == "false" or not is_page_path:
             return None
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")

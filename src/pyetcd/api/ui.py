@@ -92,8 +92,8 @@ class UiApi:
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
-        is_of_page = path in ("/", "/ui") or path.startswith("/ui/")
-        if self._mode == "false" or not is_of_page:
+        is_page_path = path in ("/", "/ui") or path.startswith("/ui/")
+        if self._mode == "false" or not is_page_path:
             return None
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")

@@ -288,8 +288,8 @@ class Cluster:
 
     def _check_version(self, version: str) -> None:
         if not self.identity.bears(version):
-            bearing = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
-            hint = f", or start this one with -compat-version {bearing[0]}" if bearing else ""
+            able = [name for name, identity in IDENTITIES.items() if identity.bears(version)]
+            hint = f", or start this one with -compat-version {able[0]}" if able else ""
             raise InvariantError(
                 f"cluster cannot be downgraded (current version: {self.identity.server} is lower"
                 f" than determined cluster version: {version.rpartition('.')[0]}). Run a program"
