@@ -293,6 +293,21 @@ def test_codec_varints_of_ids_are_read_like_any_other():
             assert pyetcd._varint_number(varint) == pyetcd.decode_varint(varint, 0)[0]
 
 
+@pytest.mark.parametrize("size", [1 << 31, 1 << 32, 1 << 35, 1 << 62, 1 << 63, (1 << 64) - 1])
+def test_codec_entry_with_a_huge_size_in_it_is_damaged(size):
+    """Not too large for this machine's numbers: that ended each member that applied the entry."""
+    key, value = b"\x1a\x04/1/k", b'"\x01v'
+    data = pyetcd.encode_request(pyetcd.Request(1, "PUT", "/1/k", "v"))
+    huge = pyetcd.encode_varint(size)
+    for field in (key, value):
+        assert field in data
+        with pytest.raises(pyetcd.CodecError):
+            pyetcd.read_command(data.replace(field, field[:1] + huge + field[2:]))
+    nested = b"\x08\x05\x12" + huge + data
+    with pytest.raises(pyetcd.CodecError):
+        pyetcd.read_command(nested)
+
+
 def test_codec_plain_put_is_read_like_any_other():
     """The short way for a PUT of a value returns what the general one does, also for near ones."""
     rng = random.Random(20152)

@@ -450,7 +450,8 @@ _REQUEST: Schema = {
 _LONG_REQUEST: Schema = {**_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
 LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
-_PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a%b" % (_VARINT, _VARINT))
+# The size has 35 bits at most: a pattern takes no position of 64.
+_PUT_HEAD = re.compile(rb"\x08%b\x12\x03PUT\x1a([\x80-\xff]{0,4}[\x00-\x7f])" % _VARINT)
 _VALUE_HEAD = re.compile(b'"' + _VARINT)
 
 
