@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -82,6 +83,38 @@ def test_bolt_damage_is_an_error_of_its_own(tmp_path):
                     assert sum(1 for _ in reader.items(name)) < 100_000
         except pyetcd.BoltError as error:
             assert str(path) in str(error)
+
+
+def _bolt_with(pages, root, overflow=0, children=()):
+    """A database whose intact heads name so many pages; page 3 is a branch with `children`."""
+    whole = io.BytesIO()
+    pyetcd.write_bolt(whole, {b"key": [(b"%04d" % n, b"v" * 50) for n in range(300)]})
+    data = bytearray(whole.getvalue())
+    for start in (0, pyetcd.PAGE_BYTES):
+        body = data[start + 16:start + 72]
+        body[16:24], body[40:48] = root.to_bytes(8, "little"), pages.to_bytes(8, "little")
+        data[start + 16:start + 72] = body
+        data[start + 72:start + 80] = pyetcd._checksum(bytes(body)).to_bytes(8, "little")
+    branch = struct.pack("<QHHI", 3, 1, len(children), overflow)
+    branch += b"".join(struct.pack("<IIQ", 16, 0, child) for child in children)
+    if children:
+        start = 3 * pyetcd.PAGE_BYTES
+        data[start:start + len(branch)] = branch
+    return bytes(data)
+
+
+@pytest.mark.parametrize("data", [
+    _bolt_with(2**64 - 1, 2**64 - 2), _bolt_with(2**64 - 1, 2**51),
+    _bolt_with(2**64 - 1, 3, overflow=2**32 - 1, children=(4,)),
+    _bolt_with(2**64 - 1, 3, children=(3,)), _bolt_with(2**64 - 1, 3, children=(4,) * 200),
+], ids=["root", "far-root", "overflow", "circle", "one-page-200-times"])
+def test_bolt_head_that_names_more_pages_than_the_file_has_is_damage(tmp_path, data):
+    """With a checksum that fits: a peer can send such a database with its snapshot."""
+    path = tmp_path / "db"
+    path.write_bytes(data)
+    with pytest.raises(pyetcd.BoltError):
+        pyetcd.BoltReader(str(path))
+    assert pyetcd.holds_v3_data(io.BytesIO(data))
 
 
 # -- check and dump

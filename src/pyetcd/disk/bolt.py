@@ -79,6 +79,8 @@ class BoltReader:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self._meta = self._newest_meta()
+            # What the file has: its head may name any number of 64 bits.
+            self._whole_pages = (self._file.seek(0, os.SEEK_END) - start) // self._meta.page_bytes
             top = self._walk(self._meta.root)
             self._buckets = {name: value for flags, name, value in top if flags & _BUCKET}
             on_failure.pop_all()
@@ -131,7 +133,7 @@ class BoltReader:
             page = waiting[-1].pop()
             kind, data = self._page(page)
             seen += 1
-            if seen > self._meta.pages or len(waiting) > _DEPTH_MAX:
+            if seen > self._whole_pages or len(waiting) > _DEPTH_MAX:
                 raise self._damage("its pages form a circle")
             if kind == _LEAF:
                 yield from self._leaf(data, f"page {page}")
@@ -145,12 +147,12 @@ class BoltReader:
         size = self._meta.page_bytes
         if not 2 <= number < self._meta.pages:
             raise self._damage(f"page {number} is none of its {self._meta.pages}")
+        if number >= self._whole_pages:
+            raise self._damage(f"the file ends before page {number}")
         self._file.seek(self._start + number * size)
         data = self._file.read(size)
-        if len(data) < size:
-            raise self._damage(f"the file ends before page {number}")
         id, kind, _, overflow = _PAGE_HEAD.unpack_from(data)
-        if id != number or kind not in (_BRANCH, _LEAF) or overflow >= self._meta.pages:
+        if id != number or kind not in (_BRANCH, _LEAF) or overflow >= self._whole_pages:
             raise self._damage(f"page {number} is damaged")
         if overflow:
             data += self._file.read(size * overflow)

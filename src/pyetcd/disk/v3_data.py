@@ -90,7 +90,7 @@ def holds_v3_data(database: IO[bytes]) -> bool:
         try:
             reader = BoltReader("database", database, start)
             return any(True for bucket in _DATA_BUCKETS for _ in reader.items(bucket))
-        except (BoltError, OSError, OverflowError):
+        except (BoltError, OSError):
             return True
 
 
