@@ -16407,19 +16407,20 @@ const guarded = act => async (...given) => {
       : `No answer from the server: ${error.message}`, {bad: true});
   }
 };
-/** Show a dialog; return the button that closed it, or "". */
+/** Show a dialog; return the button that closed it, or "".  Its event comes too late: it may meet the next one. */
 function choose(title, content, ...buttons) {
   const dialog = $("dialog");
-  fill(dialog, h("h2", {id: "title"}, title), content, h("div.bar",
-    [["", buttons.length ? "Cancel" : "Close"], ...buttons].map(([name, label, kind]) =>
-      h("button", {class: kind, "data-name": name, click: () => dialog.close(name)}, label))));
-  dialog.returnValue = "";
-  dialog.onkeydown = ({key, target}) => {
-    if (key === "Enter" && target.tagName === "INPUT") dialog.close(buttons[buttons.length - 1][0]);
-  };
-  dialog.showModal();
-  return new Promise(done => dialog.addEventListener(
-    "close", () => done(dialog.returnValue), {once: true}));
+  return new Promise(done => {
+    const close = name => { done(name); dialog.close(); };
+    fill(dialog, h("h2", {id: "title"}, title), content, h("div.bar",
+      [["", buttons.length ? "Cancel" : "Close"], ...buttons].map(([name, label, kind]) =>
+        h("button", {class: kind, "data-name": name, click: () => close(name)}, label))));
+    dialog.onkeydown = ({key, target}) => {
+      if (key === "Enter" && target.tagName === "INPUT") close(buttons[buttons.length - 1][0]);
+    };
+    dialog.oncancel = () => done("");
+    dialog.showModal();
+  });
 }
 const field = (label, input) => h("label.field", label, input);
 

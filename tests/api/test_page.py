@@ -408,6 +408,21 @@ def test_page_in_a_browser_creates_deletes_and_undoes(browser, member):
     assert _value(member, "/d/new") == "hello" and 400 < node["ttl"] <= 500
 
 
+def test_page_in_a_browser_takes_no_answer_of_the_dialog_before(browser, member):
+    """The event of a dialog that was closed comes when the next one is open."""
+    page = Page(browser, member.client_url, "keys")
+    page.run("window.answers = [];"
+             "const ask = title => choose(title, [], ['ok', 'Do it']).then(a => answers.push(a));"
+             "ask('first'); document.querySelector('#dialog button').click(); ask('second')")
+    page.shows("second", "#dialog")
+    page.until("return answers.length === 1")
+    page.click("#dialog button", "Do it")
+    assert page.until("return answers.length === 2 && answers") == ["", "ok"]
+    page.run("choose('third', []).then(answer => answers.push(answer))")
+    page.press("\ue00c")                # Escape
+    assert page.until("return answers.length === 3 && answers")[2] == ""
+
+
 def test_page_in_a_browser_counts_down_and_copies(browser, member):
     _put(member, "/it's", "a 'b'", ttl=100)
     page = Page(browser, member.client_url, "keys/it's")
