@@ -1274,6 +1274,9 @@ class _DoorMember:
         self.id = self.server.call(lambda etcd: etcd.member_id)
         self.cluster = self.server.call(lambda etcd: f"{etcd.cluster.id:x}")
         self.peer = 0x2222
+        # It proposes its version behind its first entries; a test compares what is on disk.
+        eventually(lambda: self.server.call(lambda etcd: etcd.cluster.version))
+        self.rest()
 
     def follow(self) -> None:
         """Have peer 2 in the cluster, and lead it at the next term."""
@@ -1285,6 +1288,10 @@ class _DoorMember:
         assert self.post(Message(
             MsgType.HEARTBEAT, to=self.id, sender=self.peer, term=self.term() + 1)) == 204
         assert self.server.call(lambda etcd: etcd.node.raft.lead) == self.peer
+        self.rest()
+
+    def rest(self) -> None:
+        """Wait until nothing is to be written."""
         eventually(lambda: self.server.call(
             lambda etcd: not etcd.journal.busy and not etcd.node.has_ready()))
 
