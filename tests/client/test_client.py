@@ -1070,7 +1070,7 @@ def test_client_watch_waits_for_a_change_while_others_write(_client, _client_dir
 def test_client_watch_times_out_and_says_where_to_go_on(_client, _client_dir):
     made = _client.set(_client_dir, "v")
     with pytest.raises(pyetcd_client.WatchTimeout) as caught:
-        _client.watch(_client_dir, timeout=0.3)
+        _client.watch(_client_dir, timeout=1)
     assert caught.value.index == made.modified_index + 1 and not caught.value.maybe_applied
 
 
@@ -1286,7 +1286,7 @@ def test_client_fate_late_reply():
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.set("k", "v")
             assert caught.value.maybe_applied and other.requests == []
-        with Client([server.url, other.url], read_timeout=0.2) as client:
+        with Client([server.url, other.url], read_timeout=1) as client:
             assert client.get("k").value == "v"
         hold.set()
 
@@ -1297,7 +1297,7 @@ def test_client_fate_total_timeout_ends_the_round():
         servers = [stack.enter_context(_ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)))
                    for _ in range(3)]
         urls = [server.url for server in servers]
-        with Client(endpoints=urls, total_timeout=0.3) as client:
+        with Client(endpoints=urls, total_timeout=1.5) as client:
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.get("k")
             assert len(caught.value.failures) == 3                  # each got its part of the time

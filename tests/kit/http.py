@@ -80,28 +80,41 @@ class _HttpSocket:
     def until(self, end):
         """Read up to and including `end`; return that."""
         while end not in self.data:
-            piece = self.socket.recv(65536)
-            assert piece, f"closed before {end!r}; got {self.data!r}"
-            self.data += piece
+            self._receive(repr(end))
         found, _, self.data = self.data.partition(end)
         return found + end
+
+    def bytes(self, size):
+        """Read `size` bytes."""
+        while len(self.data) < size:
+            self._receive(f"{size} bytes")
+        found, self.data = self.data[:size], self.data[size:]
+        return found
+
+    def _receive(self, wanted):
+        piece = self.socket.recv(65536)
+        assert piece, f"closed before {wanted}; got {self.data!r}"
+        self.data += piece
 
     def answer(self):
         """Read one answer with Content-Length; return (status, head, body)."""
         head = self.until(b"\r\n\r\n").decode("latin-1")
         size = int(re.search(r"(?i)content-length: (\d+)", head).group(1))
-        while len(self.data) < size:
-            self.data += self.socket.recv(65536)
-        body, self.data = self.data[:size], self.data[size:]
-        return int(head.split()[1]), head, body
+        return int(head.split()[1]), head, self.bytes(size)
 
     def chunk(self):
         """Read one chunk; b"" at the end of the body."""
         size = int(self.until(b"\r\n"), 16)
-        while len(self.data) < size + 2:
-            self.data += self.socket.recv(65536)
-        chunk, self.data = self.data[:size], self.data[size + 2:]
-        return chunk
+        return self.bytes(size + 2)[:-2]
+
+    def event(self):
+        """Read one event, in one chunk or, behind a proxy, in several."""
+        data = self.chunk()
+        while not data.endswith(b"\n"):
+            more = self.chunk()
+            assert more, f"the body ends within an event: {data!r}"
+            data += more
+        return json.loads(data)
 
     def rest(self):
         """Read until the server closes."""

@@ -651,7 +651,7 @@ def test_http_watch_sends_its_head_before_any_event(http_server):
         assert re.search(r"X-Etcd-Index: 3\r\nX-Raft-Index: \d+\r\nX-Raft-Term: 2\r\n", head)
         _http_keys(http_server, "PUT", "/other", "value=1")
         _, event = _http_keys(http_server, "PUT", "/w", "value=2")
-        assert json.loads(client.chunk()) == event and client.chunk() == b""
+        assert client.event() == event and client.chunk() == b""
         client.send(_http_get())
         assert client.answer()[0] == 200
 
@@ -684,7 +684,7 @@ def test_http_stream_tells_every_event(http_server):
         client.until(b"\r\n\r\n")
         for number in range(20):
             _, event = _http_keys(http_server, "PUT", f"/d/{number}", "value=1")
-            assert json.loads(client.chunk()) == event
+            assert client.event() == event
         assert http_server.call(lambda etcd: etcd.store.stats.watchers) == 1
     eventually(lambda: not http_server.call(lambda etcd: etcd.store.stats.watchers))
 
@@ -725,7 +725,7 @@ def test_http_watcher_that_reads_may_get_many_events_at_once(http_server):
         client.send(_http_get("/v2/keys/b?wait=true&stream=true"))
         client.until(b"\r\n\r\n")
         http_server.call(burst)
-        got = [json.loads(client.chunk())["node"]["value"] for _ in range(events)]
+        got = [client.event()["node"]["value"] for _ in range(events)]
     assert got == [str(number) for number in range(events)]
 
 
@@ -1591,7 +1591,7 @@ def test_http_clients_that_do_not_read_are_closed(tmp_path, monkeypatch):
         monkeypatch.setattr(pyetcd, "UNREAD_SECONDS_MAX", 0.2)
         eventually(lambda: not listener.unread)
         _http_keys(server, "PUT", "/w", "value=1")
-        assert json.loads(idle.chunk())["node"]["value"] == "1"
+        assert idle.event()["node"]["value"] == "1"
 
 
 @pytest.mark.parametrize(("piece", "is_kept"), [(1, False), (9_000, False), (12_000, True)])

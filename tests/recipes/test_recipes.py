@@ -309,7 +309,7 @@ def test_recipe_lock_who_gives_up_leaves_nothing(
     with Client(_client_server.url) as other, _recipe_lock(other, _client_dir) as held:
         lock = _recipe_lock(_recipe_client, _client_dir)
         assert lock.acquire(blocking=False) is False
-        assert lock.acquire(timeout=0.05) is False
+        assert lock.acquire(timeout=1) is False
         with _client_background(lock.acquire) as outcome:
             eventually(lambda: len(held.contenders()) == 2)
             lock.cancel()
@@ -471,7 +471,7 @@ def test_recipe_rwlock_readers_share_and_writers_do_not(_recipe_client, _client_
         with _client_background(writer.acquire) as outcome:
             eventually(lambda: len(first.contenders()) == 3)
             # A reader that comes after a writer waits for it.
-            assert both.read_lock().acquire(timeout=0.05) is False
+            assert both.read_lock().acquire(timeout=1) is False
             assert outcome == []
             first.release(), second.release()
         assert outcome == [True] and both.read_lock().acquire(blocking=False) is False
@@ -539,7 +539,7 @@ def test_recipe_queue_is_first_in_first_out(_recipe_client, _client_dir):
         queue.put(value)
     assert len(queue) == 4
     assert [queue.get(0) for _ in range(5)] == ["a", "b", "", "a", None]
-    assert len(queue) == 0 and queue.get(timeout=0.5) is None
+    assert len(queue) == 0 and queue.get(timeout=1) is None
 
 
 @pytest.mark.parametrize("fate", _RECIPE_FATES)
@@ -624,7 +624,7 @@ def test_recipe_barrier_opens_for_all(_recipe_client, _client_dir):
     barrier = pyetcd_client.Barrier(_recipe_client, _client_dir + "/b")
     assert barrier.wait(timeout=0) is True and barrier.remove() is False
     assert barrier.create() is True and barrier.create() is False
-    assert barrier.wait(timeout=0.05) is False
+    assert barrier.wait(timeout=1) is False
     with _client_background(barrier.wait) as one, _client_background(barrier.wait) as two:
         _recipe_client.fault = _recipe_first("unheard", "DELETE")
         assert barrier.remove() is True
@@ -655,14 +655,14 @@ def test_recipe_double_barrier_rounds_begin_and_end_together(_recipe_client, _cl
 
 def test_recipe_double_barrier_who_waits_in_vain_is_not_counted(_recipe_client, _client_dir):
     barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
-    assert barrier.enter(timeout=0.5) is False
+    assert barrier.enter(timeout=1) is False
     assert _recipe_client.ls(_client_dir + "/members") == []
     other = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
     with _client_background(other.enter) as outcome:
         assert barrier.enter() is True
-    assert outcome == [True] and barrier.leave(timeout=0.5) is False
+    assert outcome == [True] and barrier.leave(timeout=1) is False
     assert other.leave() and barrier.leave()
-    assert barrier.enter(timeout=0.5) is False     # the next round needs two again
+    assert barrier.enter(timeout=1) is False     # the next round needs two again
 
 
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
