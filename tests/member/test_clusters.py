@@ -103,18 +103,19 @@ def test_cluster_grows_and_shrinks(tmp_path):
             member.process.wait_log("published")
             eventually(lambda m=member: m.value("before") == "joined")
             joined.append(member)
-        members = first.request("GET", "/v2/members")[1]["members"]
-        assert {m["name"] for m in members} == {"n0", "j1", "j2"}
+
+        def members():
+            return {m["name"]: m["id"] for m in first.request("GET", "/v2/members")[1]["members"]}
+        eventually(lambda: members().keys() == {"n0", "j1", "j2"})
         leader = first.request("GET", "/v2/members/leader")[1]
         assert leader["name"] in {"n0", "j1", "j2"}
-        gone = next(m for m in members if m["name"] == "j2")
-        answer = requests.delete(f"{first.client}/v2/members/{gone['id']}", timeout=10)
+        gone = f"{first.client}/v2/members/{members()['j2']}"
+        answer = requests.delete(gone, timeout=10)
         assert answer.status_code == 204
         assert joined[1].process.popen.wait(60) == 0
         assert "permanently removed" in joined[1].process.log()
         assert first.put("after", "removal")[0] == 201
-        assert requests.delete(f"{first.client}/v2/members/{gone['id']}", timeout=10
-                               ).status_code == 410
+        assert requests.delete(gone, timeout=10).status_code == 410
 
 
 def test_cluster_sigterm_stops_in_order(tmp_path):
