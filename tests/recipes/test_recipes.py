@@ -120,7 +120,7 @@ def test_recipe_import_starts_no_thread():
 
 def test_recipe_lease_outlives_its_ttl_wakes_nobody_and_goes_with_stop(_recipe_client, _client_dir):
     key = _client_dir + "/k"
-    with pyetcd_client.Lease(_recipe_client, key, "me", ttl=1) as lease:
+    with pyetcd_client.Lease(_recipe_client, key, "me", ttl=2) as lease:
         made = _recipe_client.get(key)
         eventually(lambda: _recipe_client.get(key).modified_index > made.modified_index + 3)
         assert lease.alive
@@ -136,7 +136,7 @@ def test_recipe_lease_outlives_its_ttl_wakes_nobody_and_goes_with_stop(_recipe_c
 def test_recipe_lease_stays_lost(_recipe_client, _client_dir):
     key = _client_dir + "/k"
     lost = threading.Event()
-    lease = pyetcd_client.Lease(_recipe_client, key, ttl=1, on_lost=lost.set).start()
+    lease = pyetcd_client.Lease(_recipe_client, key, ttl=2, on_lost=lost.set).start()
     _recipe_client.set(key, "other")            # a new owner
     assert lost.wait(_CLIENT_WAIT_S) and not lease.alive
     assert lease.stop() is False
@@ -326,7 +326,7 @@ def test_recipe_lock_who_gives_up_leaves_nothing(
 def test_recipe_lock_is_known_to_be_lost_before_another_gets_it(
         _recipe_client, _client_server, _client_dir):
     lost = []
-    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1,
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=2,
                         on_lost=lambda: lost.append((lock.is_held, lock.token)))
     with lock, Client(_client_server.url) as other:
         _recipe_cut(_recipe_client)
@@ -341,7 +341,7 @@ def test_recipe_lock_is_known_to_be_lost_before_another_gets_it(
 
 def test_recipe_lock_lost_by_removal_can_be_acquired_again(_recipe_client, _client_dir):
     lost = threading.Event()
-    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=2, on_lost=lost.set)
     with lock:
         token = lock.token
         _recipe_client.delete(lock.path, recursive=True)
@@ -350,7 +350,7 @@ def test_recipe_lock_lost_by_removal_can_be_acquired_again(_recipe_client, _clie
 
 
 def test_recipe_lock_waiter_that_was_removed_stands_in_line_again(_recipe_client, _client_dir):
-    held, lock = (_recipe_lock(_recipe_client, _client_dir, ttl=1) for _ in range(2))
+    held, lock = (_recipe_lock(_recipe_client, _client_dir, ttl=2) for _ in range(2))
     held.acquire()
     with _client_background(lock.acquire) as outcome:
         entry = eventually(lambda: _recipe_client.ls(held.path)[1:])[0]
@@ -506,7 +506,7 @@ def test_recipe_semaphore_notices_another_limit(_recipe_client, _client_dir):
 
 
 def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_server, _client_dir):
-    first, second = (pyetcd_client.Election(_recipe_client, _client_dir, name, ttl=1)
+    first, second = (pyetcd_client.Election(_recipe_client, _client_dir, name, ttl=2)
                      for name in ("a:1", "b"))
     with Client(_client_server.url) as observer:
         seen = pyetcd_client.Election(observer, _client_dir).observe(timeout=_CLIENT_WAIT_S)
@@ -597,7 +597,7 @@ def test_recipe_queue_item_wakes_one_of_the_waiting(_recipe_client, _client_serv
 
 
 def test_recipe_queue_taken_item_comes_back_unless_it_is_done(_recipe_client, _client_dir):
-    queue = pyetcd_client.Queue(_recipe_client, _client_dir, ttl=1)
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir, ttl=2)
     queue.put("a")
     with pytest.raises(ZeroDivisionError), queue.take(timeout=0) as item:
         assert item.is_held and len(queue) == 1
@@ -799,7 +799,7 @@ def test_recipe_cached_tree_reads_anew_what_it_has_missed(tmp_path, monkeypatch)
 
 
 def test_recipe_registry_lists_who_lives(_recipe_client, _client_dir):
-    registry = pyetcd_client.ServiceRegistry(_recipe_client, _client_dir, ttl=1)
+    registry = pyetcd_client.ServiceRegistry(_recipe_client, _client_dir, ttl=2)
     seen = registry.watch("mail", timeout=_CLIENT_WAIT_S)
     assert next(seen) == [] == registry.resolve("mail")
     missed = threading.Event()
@@ -1081,7 +1081,7 @@ def test_recipe_lock_is_given_back_though_the_time_of_the_block_is_over(
 
 def test_recipe_lock_release_names_the_hold_by_its_token(_recipe_client, _client_dir):
     lost = threading.Event()
-    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=2, on_lost=lost.set)
     assert lock.acquire()
     old = lock.token
     _recipe_client.delete(lock.path, recursive=True)
@@ -1093,7 +1093,7 @@ def test_recipe_lock_release_names_the_hold_by_its_token(_recipe_client, _client
 def test_recipe_lock_block_that_lost_it_does_not_release_what_another_thread_has(
         _recipe_client, _client_dir):
     lost = threading.Event()
-    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=2, on_lost=lost.set)
     with lock:
         _recipe_client.delete(lock.path, recursive=True)
         assert lost.wait(_CLIENT_WAIT_S)
