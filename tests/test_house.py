@@ -187,6 +187,19 @@ def _clock_reads(tree: ast.Module) -> Iterator[int]:
             yield node.lineno
 
 
+def _simple_queue_waits(tree: ast.Module) -> Iterator[int]:
+    """Lines that wait in a SimpleQueue for some time."""
+    made = {ast.unparse(target) for node in ast.walk(tree)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func).endswith("SimpleQueue")
+            for target in getattr(node, "targets", None) or [node.target]}
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "get" and (node.args or node.keywords)
+                and ast.unparse(node.func.value) in made):
+            yield node.lineno
+
+
 # The modules of the server that may read a clock: the one that has it; certificates and registries
 # that are asked before there is a reactor; members in a test, whose threads wait for each other;
 # the tools and the command line.
@@ -427,6 +440,14 @@ def test_house_handlers_are_narrow() -> None:
         assert len(broad) <= BROAD_HANDLERS_MAX
 
 
+def test_house_no_wait_in_a_simple_queue_has_a_limit() -> None:
+    """Until 3.12 `get(timeout)` of a new SimpleQueue waits for ever when its thread is late:
+    `pyetcd dev` on a port that is taken did not end."""
+    waits = [f"{path.relative_to(ROOT)}:{line}" for path in [*SOURCES, *TESTS]
+             for line in _simple_queue_waits(_tree(path))]
+    assert not waits
+
+
 def test_house_every_module_says_what_it_holds() -> None:
     """Modules and public classes have a docstring; for an error its text is enough."""
     missing = [str(path.relative_to(ROOT)) for path in SOURCES
@@ -572,6 +593,10 @@ def test_house_rules_notice_what_they_forbid() -> None:
     assert _nesting(second.body) == 2
     assert _length(second) == 6
     assert list(_sleeps(tree)) == [8]
+    waits = ast.parse("a: queue.SimpleQueue[int] = queue.SimpleQueue()\n"
+                      "self.b = SimpleQueue()\nc = queue.Queue()\na.get()\nc.get(timeout=1)\n"
+                      "a.get(timeout=1)\nself.b.get(True, 1)\n")
+    assert list(_simple_queue_waits(waits)) == [6, 7]
     clocks = ast.parse("import time\nfrom email.utils import formatdate\n"
                        "from datetime import datetime\nfrom time import monotonic\n"
                        "a = time.time_ns\nmonotonic()\ntime.localtime()\nformatdate()\n"

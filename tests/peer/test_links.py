@@ -1280,7 +1280,7 @@ class _DoorMember:
 
     def follow(self) -> None:
         """Have peer 2 in the cluster, and lead it at the next term."""
-        added = queue.SimpleQueue()
+        added = queue.Queue()
         member = pyetcd.Member(self.peer, ("http://127.0.0.1:1",))
         self.server.call(lambda etcd: etcd.change_member(
             pyetcd.ConfChangeType.ADD_NODE, member, added.put))

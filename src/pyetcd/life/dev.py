@@ -8,9 +8,9 @@ import http.client
 import json
 import logging
 import os
-import queue
 import signal
 import tempfile
+import threading
 from typing import Any, Dict, List, Tuple
 
 from ..base.errors import ServerStopped, StartError
@@ -87,7 +87,9 @@ class EndSignals:
     """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
 
     def __enter__(self) -> EndSignals:
-        self._received: queue.SimpleQueue[int] = queue.SimpleQueue()    # put() may interrupt get()
+        self._is_over = False
+        self._until = threading.Lock()      # held until a signal, whose handler may interrupt us
+        self._until.acquire()
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
@@ -96,18 +98,19 @@ class EndSignals:
 
     def __exit__(self, *exc_info: object) -> None:
         # A late signal must not change the exit code of a process that has cleaned up.
-        is_over = self.wait(0.0)
         for number, before in self._before.items():
-            signal.signal(number, signal.SIG_IGN if is_over else before)
+            signal.signal(number, signal.SIG_IGN if self._is_over else before)
 
     def _receive(self, number: int, frame: object) -> None:
-        self._received.put(number)
+        self._is_over = True
+        with contextlib.suppress(RuntimeError):         # not the first signal
+            self._until.release()
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a signal has come, for at most timeout_s; tell whether one has."""
-        with contextlib.suppress(queue.Empty):
-            self._received.put(self._received.get(timeout=timeout_s))
-        return not self._received.empty()
+        if not self._is_over:
+            self._until.acquire(timeout=timeout_s)
+        return self._is_over
 
 
 # -- where the members live ------------------------------------------------------

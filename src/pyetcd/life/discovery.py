@@ -127,7 +127,7 @@ def look_up(host: str, timeout_s: float) -> None:
 
     Raises OSError, also after timeout_s: a lookup can block for minutes, and no signal ends it.
     """
-    answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
+    answers: queue.Queue[Optional[Exception]] = queue.Queue()
 
     def ask() -> None:
         answers.put(outcome_of(socket.getaddrinfo, host, None)[0])

@@ -277,7 +277,7 @@ class Server(ServerThread):
         """Return work(etcd), run on the reactor's thread.  Raises TimeoutError, ServerStopped."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
-        answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
+        answers: queue.Queue[Tuple[Optional[Exception], Any]] = queue.Queue()
         etcd = self.etcd
 
         self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
