@@ -59,6 +59,7 @@ import http
 import http.client
 import importlib
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -1316,6 +1317,8 @@ def _base_url(text: str, protocol: str = "http") -> str:
     try:
         parts = urlsplit(url)
         valid = parts.port != 0 and not parts.netloc.endswith(":")
+        if "[" in parts.netloc:         # urlsplit looks into brackets since 3.11.4
+            ipaddress.IPv6Address(parts.hostname or "")
     except ValueError:                  # not a number, above 65535, or not an IPv6 address
         parts, valid = urlsplit(""), False
     if (parts.scheme not in ("http", "https") or not valid
@@ -6642,7 +6645,7 @@ def _check_health(client: Client) -> int:
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
-    unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
+    unreachable = f"member {member.id.ljust(width)} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
         _print(f"{unreachable}: no available published client urls")
         return False
@@ -6655,7 +6658,7 @@ def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
             continue
         word = "healthy" if healthy else "unhealthy"
         verdict = _coloured(word, _GREEN if healthy else _RED)
-        _print(f"member {member.id:{width}} is {verdict}: got {word} result from {url}")
+        _print(f"member {member.id.ljust(width)} is {verdict}: got {word} result from {url}")
         return healthy
     _print(f"{unreachable}: [{' '.join(member.client_urls)}] are all unreachable")
     return False

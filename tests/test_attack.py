@@ -665,7 +665,7 @@ class _TurnRig:
         data = []
 
         def is_there():
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(socket.timeout):       # no TimeoutError before 3.10
                 data.append(client.recv(1 << 20))
             return data and not data[-1] or until and until in b"".join(data)
 

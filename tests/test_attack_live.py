@@ -467,22 +467,21 @@ def test_live_names_whose_server_hangs(tmp_path):
     """B10: two of five are names that no server answers for; all else goes on, and it stops."""
     if os.geteuid():
         pytest.skip("only root can have a resolv.conf of its own")
-    silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        silent.bind(("127.0.0.1", 53))
-    except OSError:
-        pytest.skip("somebody is a name server here")
-    conf = tmp_path / "resolv.conf"
-    conf.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
-    mount = f'mount --bind {conf} /etc/resolv.conf && exec "$0" "$@"'
-    probe = ("unshare", "-m", "sh", "-c", mount)
-    if subprocess.run([*probe, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        try:
+            silent.bind(("127.0.0.1", 53))
+        except OSError:
+            pytest.skip("somebody is a name server here")
+        conf = tmp_path / "resolv.conf"
+        conf.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
+        mount = f'mount --bind {conf} /etc/resolv.conf && exec "$0" "$@"'
+        probe = ("unshare", "-m", "sh", "-c", mount)
+        if subprocess.run([*probe, "true"], check=False, capture_output=True).returncode:
+            pytest.skip("no mount namespaces here")
 
-    class Silenced(Process):
-        program = (*probe, *Process.program)
+        class Silenced(Process):
+            program = (*probe, *Process.program)
 
-    with silent:
         cluster = StaticCluster(tmp_path, 3, "-snapshot-count", "50", process_type=Silenced)
         cluster.initial += ",x=http://x.invalid:2380,y=http://y.invalid:2380"
         with cluster:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -95,6 +96,7 @@ def test_dev_signal_during_the_start_leaves_nothing(dev_started: Any) -> None:
     assert list(dev.temporary.iterdir()) == []
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_dev_lines_to_try_next_work_as_they_stand(dev_started: Any) -> None:
     dev = dev_started("3")
     dev.wait_ready()

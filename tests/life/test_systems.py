@@ -19,7 +19,7 @@ _MACOS = ROOT / "tests/kit/macos"
 
 # Windows as far as a program sees it that imports our modules, after those of Python.
 _WINDOWS = """
-import builtins, importlib, os, re, select, shutil, signal, socket, sys, tempfile
+import builtins, importlib, os, re, select, shutil, signal, socket, sys, tempfile, types
 sys.path.insert(0, %r)
 gone = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "crypt", "pty", "posix")
 texts = [open(name + ".py", encoding="utf-8").read() for name in ("pyetcd", "pyetcd_client")]
@@ -27,6 +27,8 @@ for name in re.findall(r"^(?:import|from) (\\w+)", "\\n".join(texts), re.M):
     if name not in gone:
         importlib.import_module(name)
 import pytest
+tempfile.gettempdir()                       # found once, with pwd
+shutil.os = types.SimpleNamespace(**vars(os))       # it decided at its import what to call
 for name in gone:
     sys.modules[name] = None
 for module, wanted in (
@@ -47,8 +49,6 @@ for name in ("AF_UNIX", "SO_REUSEPORT", "MSG_DONTWAIT", "MSG_NOSIGNAL", "SOCK_CL
              "SOCK_NONBLOCK"):
     if hasattr(socket, name):
         delattr(socket, name)
-shutil._use_fd_functions = False            # Python decides this when it is imported
-tempfile.gettempdir()                       # and this with pwd, once
 sys.platform, os.name = "win32", "nt"
 import pyetcd, pyetcd_client, pyetcd_pytest
 pyetcd_client.Client()

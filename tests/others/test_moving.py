@@ -63,7 +63,7 @@ class Guide:
         self._script("pyetcdctl", f'{ours} "$@"')
         self._script("python3", f'{self.python} {compiled(pyetcd)} "$@"', "shift")
         self._script("sudo", '"$@"', "shift 2")
-        self._script("systemctl", "kill -TERM $MEMBER")
+        self._script("systemctl", "true", "kill -TERM $MEMBER || exit")
 
     @staticmethod
     def _words(program):
@@ -255,6 +255,7 @@ def test_moving_frees_a_directory_that_etcd_3_6_refuses(tmp_path):
         assert re.search(r"^etcd 3.6: +starts$", checked, re.M)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_moving_forms_a_cluster_by_a_discovery_service_of_its_own(tmp_path):
     """A pyetcd outside of the cluster gives a fresh URL, with which three members find together."""
     guide = Guide(tmp_path)

@@ -316,7 +316,7 @@ def _check_health(client: Client) -> int:
 
 
 def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
-    unreachable = f"member {member.id:{width}} is {_coloured('unreachable', _RED)}"
+    unreachable = f"member {member.id.ljust(width)} is {_coloured('unreachable', _RED)}"
     if not member.client_urls:
         _print(f"{unreachable}: no available published client urls")
         return False
@@ -329,7 +329,7 @@ def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
             continue
         word = "healthy" if healthy else "unhealthy"
         verdict = _coloured(word, _GREEN if healthy else _RED)
-        _print(f"member {member.id:{width}} is {verdict}: got {word} result from {url}")
+        _print(f"member {member.id.ljust(width)} is {verdict}: got {word} result from {url}")
         return healthy
     _print(f"{unreachable}: [{' '.join(member.client_urls)}] are all unreachable")
     return False

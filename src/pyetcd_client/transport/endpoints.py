@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ def _base_url(text: str, protocol: str = "http") -> str:
     try:
         parts = urlsplit(url)
         valid = parts.port != 0 and not parts.netloc.endswith(":")
+        if "[" in parts.netloc:         # urlsplit looks into brackets since 3.11.4
+            ipaddress.IPv6Address(parts.hostname or "")
     except ValueError:                  # not a number, above 65535, or not an IPv6 address
         parts, valid = urlsplit(""), False
     if (parts.scheme not in ("http", "https") or not valid
