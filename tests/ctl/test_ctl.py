@@ -512,6 +512,7 @@ def test_ctl_tells_of_an_option_that_does_not_count(_client_server, _client_dir,
     ("http://h:1,", "; it is empty, or there is a comma too many"), ("http://h:", ""),
     ("http://${IP}:1", "; a variable or placeholder"), ("http://a:1 http://b:1", "; separate"),
     ("http://a b:1", "; separate endpoints by commas"), ("http://[::g]:1", ""),
+    ("http://[::1]x:1", ""), ("http://x[::1]:1", ""), ("http://[::1]]:1", ""),
 ])
 def test_ctl_says_what_is_wrong_with_an_endpoint(url, advice):
     for words in (["get", "/k"], ["member", "list"], ["export"]):

@@ -84,7 +84,7 @@ class _HttpSocket:
         found, _, self.data = self.data.partition(end)
         return found + end
 
-    def bytes(self, size):
+    def exactly(self, size):
         """Read `size` bytes."""
         while len(self.data) < size:
             self._receive(f"{size} bytes")
@@ -100,12 +100,12 @@ class _HttpSocket:
         """Read one answer with Content-Length; return (status, head, body)."""
         head = self.until(b"\r\n\r\n").decode("latin-1")
         size = int(re.search(r"(?i)content-length: (\d+)", head).group(1))
-        return int(head.split()[1]), head, self.bytes(size)
+        return int(head.split()[1]), head, self.exactly(size)
 
     def chunk(self):
         """Read one chunk; b"" at the end of the body."""
         size = int(self.until(b"\r\n"), 16)
-        return self.bytes(size + 2)[:-2]
+        return self.exactly(size + 2)[:-2]
 
     def event(self):
         """Read one event, in one chunk or, behind a proxy, in several."""

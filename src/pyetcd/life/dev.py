@@ -88,7 +88,7 @@ class EndSignals:
 
     def __enter__(self) -> EndSignals:
         self._is_over = False
-        self._until = threading.Lock()      # held until a signal, whose handler may interrupt us
+        self._until = threading.Lock()      # a handler may release it, whatever it interrupts
         self._until.acquire()
         self._before: Dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

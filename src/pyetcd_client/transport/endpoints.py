@@ -24,8 +24,8 @@ def _base_url(text: str, protocol: str = "http") -> str:
     try:
         parts = urlsplit(url)
         valid = parts.port != 0 and not parts.netloc.endswith(":")
-        if "[" in parts.netloc:         # urlsplit looks into brackets since 3.11.4
-            ipaddress.IPv6Address(parts.hostname or "")
+        if "[" in parts.netloc:         # urlsplit looks into brackets since 3.11.4, never around
+            ipaddress.IPv6Address(re.sub(r"^\[([^]]*)\](:\d+)?$", r"\1", parts.netloc))
     except ValueError:                  # not a number, above 65535, or not an IPv6 address
         parts, valid = urlsplit(""), False
     if (parts.scheme not in ("http", "https") or not valid
